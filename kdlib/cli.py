@@ -1,0 +1,218 @@
+"""The command line: `kdlib demo | distill | evaluate | report`."""
+
+import ast
+import inspect
+import itertools
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import kdlib.config
+from kdlib.budget import Clock, spoken
+from kdlib.config import Config
+
+USAGE = """kdlib distils a large language model into a small one that has another tokenizer.
+
+  kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
+  kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict
+  kdlib evaluate --teacher T --student S --dataset D [--json] compare any two models on a text
+  kdlib report DIR                                            draw the figures and report.html of a run again
+
+T, S and D are Hugging Face ids or local paths. Keys of distill and demo, with their defaults:
+"""
+PLAIN = ("out", "json", "help")
+
+
+def main(arguments=None):
+    """Run one command; the exit status: 0 done, 1 the run failed, 2 bad input (one line on stderr)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
+            print(USAGE + _keys())
+            return 0
+        command = words.pop(0)
+        if command not in COMMANDS:
+            raise ValueError(f"unknown command {command!r}{kdlib.config.nearest(command, COMMANDS)}")
+        positional, flags = _parse(words)
+        return COMMANDS[command](positional, flags)
+    except ValueError as error:
+        print(f"kdlib: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kdlib: stopped", file=sys.stderr)
+        return 1
+    except Exception:  # noqa: BLE001 - the run is over; its status.json says so
+        traceback.print_exc()
+        print("kdlib: the run failed; the lines above say where, status.json says why", file=sys.stderr)
+        return 1
+
+
+def demo(positional, flags):
+    from kdlib import env, tiny
+
+    out = _out(positional, flags)
+    cache = env.cache_folder()
+    config = tiny.config(cache, **flags)
+    _check_out(out)
+    quiet()
+    clock = Clock()
+    if not tiny.is_ready(cache):
+        print("The first time, a small teacher is trained and kept in the cache folder (two minutes or so).")
+        with _bar(1, "preparing") as bar:
+            for what, done, total in tiny.prepare(cache, clock):
+                bar.total, bar.n = total, done
+                bar.set_description(what)
+                bar.update(0)
+    return _drive(config, out, clock)
+
+
+def distill(positional, flags):
+    if len(positional) > 1:
+        raise ValueError(f"distill takes one CONFIG.json, got {' '.join(positional)}")
+    out = _out([], flags)
+    base = Config.from_json(positional[0]).to_dict() if positional else {}
+    config = Config.from_dict({**base, **flags})
+    config.require_inputs()
+    _check_out(out)
+    quiet()
+    return _drive(config, out, Clock())
+
+
+def evaluate(positional, flags):
+    from kdlib import evaluate, inputs
+
+    as_json = flags.pop("json", None) is not None
+    if positional:
+        raise ValueError(f"evaluate takes --teacher, --student and --dataset; got {positional[0]!r}")
+    config = Config.from_dict(flags)
+    quiet()
+    pair, held_out, alignment = inputs.load_for_evaluation(config)
+    scores = {
+        "teacher": evaluate.evaluate_teacher(pair.teacher, held_out).summary(),
+        "student": evaluate.evaluate_student(pair.student, pair.head, held_out).summary(),
+    }
+    if as_json:
+        print(json.dumps({**scores, "alignment": alignment}, indent=2))
+        return 0
+    print(f"{'':10}{'bits per byte':>15}{'perplexity':>12}{'KL to teacher':>15}{'top-1 agreement':>17}")
+    for name, score in scores.items():
+        print(
+            f"{name:10}{score['bits_per_byte']:15.4f}{score['perplexity']:12.2f}{score['kl_to_teacher']:15.4f}"
+            f"{score['top1_agreement']:17.1%}"
+        )
+    print(f"{alignment['coverage']:.1%} of the student's tokens have a comparable teacher position.")
+    return 0
+
+
+def report(positional, flags):
+    from kdlib.report import write_report
+
+    if len(positional) != 1 or flags:
+        raise ValueError("report takes one run folder: kdlib report DIR")
+    print(write_report(Path(positional[0])))
+    return 0
+
+
+COMMANDS = {"demo": demo, "distill": distill, "evaluate": evaluate, "report": report}
+
+
+def quiet():
+    """Keep transformers from drawing its own progress bars between ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def _drive(config, out, clock):
+    """Run the session and show it: a bar a leg with the time left of the whole run, then the verdict."""
+    from kdlib.session import distill
+
+    bar, leg = None, None
+    for record in distill(config, out, clock):
+        if record["kind"] == "train":
+            if leg != (record["run"], record["repeat"]):
+                if bar is not None:
+                    bar.close()
+                leg = (record["run"], record["repeat"])
+                name = "control" if record["run"] == "ce_only" else record["run"]
+                bar = _bar(record["last_step"], f"{name} {record['repeat'] + 1}/{config.repeats}")
+            bar.n = record["step"]
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, whole run {spoken(record['left_s'])} left", refresh=False)
+            bar.update(0)
+        elif record["kind"] == "verdict":
+            bar.close()
+            _tell(record, out)
+    return 0
+
+
+def _tell(verdict, out):
+    names = {"teacher": "teacher", "student_before": "student before", "ce_only": "control", "distilled": "distilled"}
+    print()
+    for key, name in names.items():
+        value = verdict["bits_per_byte"][key]
+        if value is not None:
+            print(f"  {name:16}{value:8.4f} bits per byte")
+    print(f"\n{verdict['sentence']}\n")
+    print(f"Student: {out / 'student'}   Report: {out / 'report.html'}")
+
+
+def _bar(total, name):
+    from tqdm import tqdm
+
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    return tqdm(total=total, desc=name, bar_format=shown, mininterval=0.3 if sys.stderr.isatty() else 5.0)
+
+
+def _parse(words):
+    """`(positional, flags)`: flags by config key, hyphens and underscores alike, values by the key's type."""
+    names = [name for name, _ in kdlib.config.flags()]
+    positional, flags = [], {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            positional.append(word)
+            continue
+        name, given, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in names and name not in PLAIN:
+            raise ValueError(f"unknown key {word!r}{kdlib.config.nearest(name, [*names, *PLAIN], '--')}")
+        if name == "json":
+            flags[name] = True
+            continue
+        if not given:
+            if not words:
+                raise ValueError(f"{word} needs a value")
+            value = words.pop(0)
+        flags[name] = value if name in PLAIN else kdlib.config.parse_flag(name, value)
+    return positional, flags
+
+
+def _out(positional, flags):
+    if positional:
+        raise ValueError(f"unexpected {positional[0]!r}; options are written --key value")
+    if "out" not in flags:
+        raise ValueError("--out DIR is missing: the folder of the run")
+    flags.pop("json", None)
+    return Path(flags.pop("out"))
+
+
+def _check_out(out):
+    from kdlib.records import RunFolder
+
+    RunFolder(out).refuse_foreign()
+
+
+def _keys():
+    """Every config key with its default and what it means, from `Config` itself."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    told = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            told[field.target.id] = " ".join(text.value.value.split())
+    return "\n".join(f"  --{name} {field.default!r}\n      {told[name]}" for name, field in kdlib.config.flags())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The one list of everything a run can be told: a flat, frozen record, checked where it is made."""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "none")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+CONTROLS = ("full", "short", "off")
+AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Wrong names, types or values raise ValueError with one line that says what to write instead."""
+
+    teacher: str = ""
+    """Hugging Face id or folder of the teacher: a causal language model with its own tokenizer."""
+    student: str = ""
+    """Hugging Face id or folder of the student: a causal language model with its own tokenizer."""
+    dataset: str = ""
+    """Hugging Face id (`owner/name` or `owner/name:configuration`), a file (.txt .jsonl .parquet), a folder of such
+    files, or several of these separated by commas."""
+    eval_dataset: str = ""
+    """Held-out text in the same forms. Empty: a tenth of the documents of `dataset`, chosen by their content."""
+    text_field: str = "text"
+    """Field of a record that holds its text; a record with `messages` is a conversation, learned on its answers only."""
+    max_length: int = 384
+    """Student tokens in one window of text, at most."""
+    batch_size: int = 8
+    """Windows in one forward pass of one process."""
+    grad_accumulation: int = 1
+    """Forward passes of one process in one optimizer step."""
+    epochs: float = 1.0
+    """Passes over the training text, where `max_steps` is 0."""
+    max_steps: int = 0
+    """Optimizer steps of the whole plan; 0: as many as `epochs` passes need."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of the student."""
+    projector_learning_rate: float = 1e-3
+    """Peak learning rate of the projector, trained by its own cross-entropy."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which the student's gradient is scaled down; the projector's is clipped by itself."""
+    warmup: float = 0.05
+    """Fraction of the planned steps spent in linear warm-up; a cosine to a tenth of the peak follows."""
+    kd_method: str = "shared_vocab"
+    """What the student matches: `projector` (teacher's last hidden state through the student's own head),
+    `shared_vocab` (probabilities of the tokens both vocabularies hold, one tail bucket for the rest), `shared_prefix`
+    (the same, but a token of one side only counts with the shared token that the other side would read first), or
+    `none` (plain cross-entropy)."""
+    kd_divergence: str = "forward_kl"
+    """How the two distributions are compared; see `kdlib.losses.DIVERGENCES`."""
+    kd_temperature: float = 1.0
+    """Both distributions are softened by this; the divergence is multiplied by its square."""
+    kd_weight: float = 0.5
+    """Weight of the distillation loss."""
+    lm_weight: float = 0.5
+    """Weight of the next-token cross-entropy; the control trains on this part alone, at weight 1."""
+    label_smoothing: float = 0.0
+    """Share of the label's probability spread over the vocabulary in the training loss (never in a perplexity)."""
+    loss_chunk_size: int = 1024
+    """Rows of the output head decoded at once; lower it when memory is short, the result stays the same."""
+    amp_dtype: str = "auto"
+    """Arithmetic of the forward passes: `bf16` where the card really has it, else `fp16` on a card, `fp32` on a CPU."""
+    eval_steps: int = 0
+    """Optimizer steps between evaluations; 0: a twentieth of the plan."""
+    eval_tokens: int = 50_000
+    """Student tokens of held-out text in one evaluation, at most; the test part, scored seldom, may have four times it."""
+    log_steps: int = 1
+    """Optimizer steps between two `train` records."""
+    early_stopping_patience: int = 0
+    """Evaluations without a better score after which a run ends; 0: never."""
+    control: str = "short"
+    """The cross-entropy-only control: `full` (the whole wall-clock of the distilled run), `short` (a tenth of it, both
+    compared there), `off` (the verdict then can't tell)."""
+    repeats: int = 1
+    """Independent pairs (distilled, control), at seeds `seed`, `seed + 1`, ...; from 2 on the interval covers seeds."""
+    check_teacher: bool = True
+    """Refuse a teacher that reads the text worse than its tokens' bare frequencies: the sign of a foreign tokenizer."""
+    seed: int = 0
+    """Seeds data order, dropout and new weights."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; have {', '.join(choices)}{nearest(value, choices)}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+        if self.lm_weight + self.kd_weight <= 0:
+            raise ValueError("lm_weight and kd_weight are both 0; nothing would be learned")
+
+    def require_inputs(self):
+        """Raise ValueError unless teacher, student and dataset are named."""
+        for name in ("teacher", "student", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name} (a Hugging Face id or a local path)")
+
+    def replace(self, **changes):
+        """A copy with some values changed, checked again."""
+        return Config.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values):
+        """Build from a mapping; names may use hyphens. An unknown name raises with the nearest right one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        named = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise ValueError(f"unknown key {key!r}{nearest(name, known) or '; have ' + ', '.join(known)}")
+            named[name] = value
+        return cls(**named)
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a file that holds one JSON object of config keys."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the config {path}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}; expected one object of config keys")
+        return cls.from_dict(values)
+
+
+_CHOICES = {"kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES}
+
+_HUGE = 10**12
+_RANGES = {
+    "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
+    "max_steps": (0, _HUGE), "learning_rate": (0.0, 10.0), "projector_learning_rate": (0.0, 10.0),
+    "weight_decay": (0.0, 10.0), "max_grad_norm": (1e-9, _HUGE), "warmup": (0.0, 1.0),
+    "kd_temperature": (0.05, 100.0), "kd_weight": (0.0, 10.0**6), "lm_weight": (0.0, 10.0**6),
+    "label_smoothing": (0.0, 0.99), "loss_chunk_size": (1, 10**9), "eval_steps": (0, _HUGE),
+    "eval_tokens": (16, _HUGE), "log_steps": (1, _HUGE), "early_stopping_patience": (0, _HUGE), "repeats": (1, 1000),
+    "seed": (0, 2**31 - 1),
+}  # fmt: skip
+
+
+def flags():
+    """`(name, field)` of every config key, in order: what the command line offers."""
+    return [(field.name, field) for field in dataclasses.fields(Config)]
+
+
+def parse_flag(name, text):
+    """The value that `--name text` means, by the field's type; ValueError where it has no such meaning."""
+    field = {f.name: f for f in dataclasses.fields(Config)}[name]
+    if field.type is bool:
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
+        if text.lower() not in words:
+            raise ValueError(f"{name} takes true or false, got {text!r}")
+        return words[text.lower()]
+    if field.type in (int, float):
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError(f"{name} takes {_noun(field.type)}, got {text!r}") from None
+        return int(number) if field.type is int and number.is_integer() else number
+    return text
+
+
+def _checked(field, value):
+    kind = field.type
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)) or value != value:
+        raise ValueError(f"{field.name} takes {_noun(kind)}, got {value!r}")
+    return value
+
+
+def _noun(kind):
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def nearest(name, choices, mark=""):
+    """`; did you mean 'kd_top_k'?` where one of `choices` looks like `name`, else nothing."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {mark + close[0]!r}?" if close else ""

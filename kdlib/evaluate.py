@@ -1,0 +1,165 @@
+"""How well a model knows held-out text, in units that can be compared across tokenizers."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from kdlib import data, losses, models, vocab
+from kdlib.data import IGNORE
+
+LN2 = math.log(2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What one model makes of held-out windows.
+
+    `bits_per_byte` over the bytes that both tokenizations cover alike; `perplexity` per token of its own tokenizer (exp
+    of the plain token loss); `kl_to_teacher` in nats and `top1_agreement` in [0, 1] at aligned positions, None without a
+    teacher. `bits` and `num_bytes` hold the sums by document, for intervals.
+    """
+
+    bits_per_byte: float
+    perplexity: float
+    kl_to_teacher: float | None
+    top1_agreement: float | None
+    bits: np.ndarray
+    num_bytes: np.ndarray
+
+    def summary(self):
+        """The four figures of an `eval` record."""
+        names = ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out windows in batches, with the teacher's last hidden states at their aligned positions (on the CPU, made
+    once: the teacher does not change). `buckets` are the `vocab.tail_buckets` of the pair; `same[j]` is the student's
+    column with the bytes of teacher column j, or -1.
+    """
+
+    batches: list
+    windows: list
+    hidden: list
+    teacher_head: object
+    student_buckets: torch.Tensor
+    teacher_buckets: torch.Tensor
+    num_buckets: int
+    same: torch.Tensor
+
+
+def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
+    """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them."""
+    ordered = sorted(windows, key=lambda window: len(window.student_ids))
+    groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    batches = [data.collate(group, *pads) for group in groups]
+    hidden = [teacher(batch).hidden.cpu() for batch in batches]
+    vocabularies = student_head.vocabulary, teacher.head.vocabulary
+    buckets = vocab.tail_buckets(*vocabularies, shared)
+    same = np.full(vocabularies[1].num_rows, -1, dtype=np.int64)
+    same[shared.teacher_ids] = student_head.columns(torch.from_numpy(shared.student_ids)).numpy()
+    ours, theirs = student_head.by_column(buckets.student), teacher.head.by_column(buckets.teacher)
+    return HeldOut(batches, groups, hidden, teacher.head, ours, theirs, buckets.num, teacher.head.by_column(same))
+
+
+@torch.no_grad()
+def evaluate_student(model, head, held_out, chunk_size=1024):
+    """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`."""
+    was_training = model.training
+    model.eval()
+    tally = _Tally(held_out.windows)
+    for batch, windows, hidden in zip(held_out.batches, held_out.windows, held_out.hidden, strict=True):
+        moved = batch.to(model.device)
+        states = models.last_hidden(model, moved.student_ids, moved.student_mask).flatten(0, 1)
+        scored = _stack([w.student_scored for w in windows], batch.student_ids.shape)
+        tally.add_text(head, states, moved.labels.flatten(), scored, windows, chunk_size)
+        for rows, theirs in zip(moved.student_rows.split(chunk_size), hidden.split(chunk_size), strict=True):
+            tally.add_pairs(head.decode(states[rows]), theirs, held_out)
+    model.train(was_training)
+    return tally.score()
+
+
+@torch.no_grad()
+def evaluate_teacher(teacher, held_out, chunk_size=1024):
+    """The `Score` of the teacher on the same bytes, in its own tokens; it agrees with itself."""
+    tally = _Tally(held_out.windows)
+    for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
+        ids, mask = batch.teacher_ids.to(teacher.model.device), batch.teacher_mask.to(teacher.model.device)
+        states = models.last_hidden(teacher.model, ids, mask).flatten(0, 1)
+        labels = _stack([w.teacher_labels for w in windows], batch.teacher_ids.shape, IGNORE).to(states.device)
+        scored = _stack([w.teacher_scored for w in windows], batch.teacher_ids.shape)
+        tally.add_text(teacher.head, states, labels, scored, windows, chunk_size)
+    return dataclasses.replace(tally.score(), kl_to_teacher=0.0, top1_agreement=1.0)
+
+
+class _Tally:
+    """Sums over batches."""
+
+    def __init__(self, groups):
+        self.documents = sorted({w.document for group in groups for w in group})
+        self.place = {document: i for i, document in enumerate(self.documents)}
+        self.nats = np.zeros(len(self.documents))
+        self.bytes = np.zeros(len(self.documents), dtype=np.int64)
+        self.token_nats, self.num_tokens = 0.0, 0
+        self.kl, self.agreed, self.num_pairs = 0.0, 0, 0
+
+    def add_text(self, head, states, labels, scored, windows, chunk_size):
+        """Token losses of a batch: all of them for the perplexity, the scored ones for the bits."""
+        rows = (labels != IGNORE).nonzero().squeeze(1)
+        nats = torch.zeros(len(labels), dtype=torch.float64)
+        for chunk in rows.split(chunk_size):
+            values = losses.cross_entropy(head.decode(states[chunk]), head.columns(labels[chunk]))
+            nats[chunk.cpu()] = values.double().cpu()
+        self.token_nats += float(nats.sum())
+        self.num_tokens += len(rows)
+        by_window = (nats * scored).view(len(windows), -1).sum(dim=1)
+        for window, value in zip(windows, by_window.tolist(), strict=True):
+            self.nats[self.place[window.document]] += value
+            self.bytes[self.place[window.document]] += window.num_bytes
+
+    def add_pairs(self, logits, teacher_hidden, held_out):
+        """Divergence and agreement at aligned positions."""
+        head, device = held_out.teacher_head, logits.device
+        theirs = head.decode(teacher_hidden.to(head.weight.device, head.weight.dtype)).to(device).float()
+        buckets = held_out.student_buckets.to(device), held_out.teacher_buckets.to(device), held_out.num_buckets
+        self.kl += float(losses.bucket_divergence(logits, theirs, *buckets, "forward_kl", 1.0).double().sum())
+        self.agreed += int((held_out.same.to(device)[theirs.argmax(dim=-1)] == logits.argmax(dim=-1)).sum())
+        self.num_pairs += len(logits)
+
+    def score(self):
+        pairs = max(1, self.num_pairs)
+        return Score(
+            bits_per_byte=float(self.nats.sum() / LN2 / max(1, self.bytes.sum())),
+            perplexity=math.exp(min(700.0, self.token_nats / max(1, self.num_tokens))),
+            kl_to_teacher=self.kl / pairs if self.num_pairs else None,
+            top1_agreement=self.agreed / pairs if self.num_pairs else None,
+            bits=self.nats / LN2,
+            num_bytes=self.bytes.copy(),
+        )
+
+
+def _stack(rows, shape, fill=0):
+    out = np.full(shape, fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return torch.from_numpy(out).flatten()
+
+
+def opening(held_out, tokenizer, num_tokens=24):
+    """The beginning of a held-out window, as text: what the samples go on from."""
+    longest = max((w for group in held_out.windows for w in group), key=lambda window: len(window.student_ids))
+    return tokenizer.decode(longest.student_ids[:num_tokens], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def continue_text(model, tokenizer, text, num_tokens=48):
+    """What a model writes after `text`, greedily: at most `num_tokens` tokens, without the beginning."""
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    was_training = model.training
+    model.eval()
+    out = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
+    model.train(was_training)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,187 @@
+"""Everything a run starts from, loaded and checked before anything is written: models, tokenizers, windows of text."""
+
+import collections
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from kdlib import corpus, data, evaluate, models, vocab
+from kdlib.objective import Objective
+from kdlib.projector import TeacherToStudentProjector
+from kdlib.teacher import Teacher
+
+MIN_COVERAGE = 0.01
+REPORTED_DOCUMENTS = 50
+TEST_FACTOR = 4
+
+
+@dataclasses.dataclass
+class Pair:
+    """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher."""
+
+    teacher: Teacher
+    student: torch.nn.Module
+    student_reader: data.Reader
+    head: models.Head
+    shared: vocab.SharedVocabulary
+    pads: tuple
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a run starts from: the pair, windows to train on, `evaluate.HeldOut` text to choose and to judge by.
+
+    `alignment` reports how the pair of tokenizers fits this text: fractions in [0, 1].
+    """
+
+    pair: Pair
+    train: list
+    validation: evaluate.HeldOut
+    test: evaluate.HeldOut
+    alignment: dict
+
+
+def load(config, device="cpu", teacher_dtype=torch.float32):
+    """The `Inputs` of a run. Every mistake a user can make raises ValueError with one line."""
+    config.require_inputs()
+    documents = _documents(config)
+    pair = load_pair(config, device, teacher_dtype)
+    train, validation, test = (_windows(part, pair, config.max_length) for part in documents)
+    _check_amount(train, config)
+    _check_scored({"validation": validation, "test": test})
+    alignment = _report(train, documents[0], pair)
+    if alignment["coverage"] < MIN_COVERAGE:
+        raise ValueError(
+            f"only {alignment['coverage']:.1%} of the student's tokens have a comparable teacher position; "
+            "these two tokenizers can't be aligned on this text"
+        )
+    samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
+    held_out = [_hold_out(sample, pair, config) for sample in samples]
+    if config.check_teacher:
+        check_teacher(pair.teacher, held_out[0])
+    return Inputs(pair, train, *held_out, alignment)
+
+
+def load_for_evaluation(config, device="cpu"):
+    """`(pair, HeldOut, alignment)`: all of `dataset` as held-out text, nothing to train on."""
+    config.require_inputs()
+    documents = corpus.read_documents(config.dataset, config.text_field)
+    pair = load_pair(config, device, torch.float32)
+    windows = _windows(documents, pair, config.max_length)
+    _check_scored({"given": windows})
+    return pair, _hold_out(windows, pair, config), _report(windows, documents, pair)
+
+
+def load_pair(config, device, teacher_dtype):
+    """Load teacher and student, each with its own tokenizer; ValueError where nothing connects them."""
+    teacher = models.load_model(config.teacher, "teacher", teacher_dtype).to(device)
+    student = models.load_model(config.student, "student").to(device)
+    teacher_reader = models.load_reader(config.teacher, "teacher", teacher.config)
+    student_reader = models.load_reader(config.student, "student", student.config)
+    shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher_reader.vocabulary)
+    if not len(shared):
+        raise ValueError("the two tokenizers have no token in common; nothing can be carried from teacher to student")
+    pads = tuple(reader.tokenizer.pad_token_id or 0 for reader in (student_reader, teacher_reader))
+    head = models.Head(student, student_reader.vocabulary)
+    return Pair(Teacher(teacher, teacher_reader), student, student_reader, head, shared, pads)
+
+
+def make_objective(pair, config, student=None):
+    """The `Objective` of `config` over a student (default: the pair's own), with what its `kd_method` needs."""
+    student = pair.student if student is None else student
+    head = models.Head(student, pair.student_reader.vocabulary)
+    if config.kd_method == "none":
+        return Objective(student, head, config)
+    if config.kd_method == "projector":
+        projector = TeacherToStudentProjector(pair.teacher.head.width, head.width).to(student.device)
+        ours, theirs = torch.from_numpy(pair.shared.student_ids), torch.from_numpy(pair.shared.teacher_ids)
+        projector.start_from(head.rows(ours), pair.teacher.head.rows(theirs).to(student.device))
+        return Objective(student, head, config, projector)
+    buckets = _buckets(pair, config.kd_method)
+    return Objective(student, head, config, teacher_head=pair.teacher.head, buckets=buckets).to(student.device)
+
+
+def check_teacher(teacher, held_out):
+    """Refuse a teacher that reads the text worse than its tokens' bare frequencies would: its ids are not its own."""
+    labels = np.concatenate([w.teacher_labels for group in held_out.windows for w in group])
+    counts = np.array(list(collections.Counter(labels[labels != data.IGNORE].tolist()).values()))
+    entropy = math.log(counts.sum()) - float((counts * np.log(counts)).sum()) / counts.sum()
+    nats = math.log(evaluate.evaluate_teacher(teacher, held_out).perplexity)
+    if nats > entropy:
+        raise ValueError(
+            f"the teacher reads this text at {nats:.2f} nats a token, worse than the bare frequencies of its tokens "
+            f"({entropy:.2f}): its tokenizer is probably another model's, or it never learned such text; "
+            "check the folder, or set --check-teacher false"
+        )
+
+
+def _buckets(pair, kd_method):
+    ours, theirs = pair.student_reader, pair.teacher.reader
+    if kd_method == "shared_vocab":
+        return vocab.tail_buckets(ours.vocabulary, theirs.vocabulary, pair.shared)
+    first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
+    return vocab.prefix_buckets(ours.vocabulary, theirs.vocabulary, pair.shared, *first)
+
+
+def _documents(config):
+    documents = corpus.read_documents(config.dataset, config.text_field)
+    if config.eval_dataset:
+        return documents, *corpus.halve(corpus.read_documents(config.eval_dataset, config.text_field))
+    return corpus.split_documents(documents)
+
+
+def _windows(documents, pair, max_length):
+    readers = pair.student_reader, pair.teacher.reader
+    windows = []
+    for number, document in enumerate(documents):
+        ours, theirs = (data.encode(document, reader) for reader in readers)
+        windows += data.cut_windows(document, ours, theirs, *readers, max_length, number)
+    return windows
+
+
+def _hold_out(windows, pair, config):
+    return evaluate.hold_out(windows, pair.teacher, pair.head, pair.shared, config.batch_size, pair.pads)
+
+
+def _report(windows, documents, pair):
+    """How the pair of tokenizers fits this text; faithfulness is read off the first documents."""
+    sample = documents[:REPORTED_DOCUMENTS]
+    faithful = {}
+    for side, reader in (("student", pair.student_reader), ("teacher", pair.teacher.reader)):
+        coded = [data.encode(document, reader) for document in sample]
+        kept = sum(int((one.faithful & one.is_text).sum()) for one in coded)
+        faithful[f"faithful_{side}"] = kept / max(1, sum(int(one.is_text.sum()) for one in coded))
+    return {
+        "coverage": sum(len(w.student_rows) for w in windows) / max(1, sum(w.num_positions for w in windows)),
+        "shared_student": pair.shared.student_share,
+        "shared_teacher": pair.shared.teacher_share,
+        **faithful,
+    }
+
+
+def _check_amount(windows, config):
+    per_step = config.batch_size * config.grad_accumulation
+    if len(windows) < per_step:
+        raise ValueError(
+            f"the training text makes {len(windows)} windows of {config.max_length} tokens, one optimizer step takes "
+            f"{per_step}; give more text, or lower --batch-size, --grad-accumulation or --max-length"
+        )
+
+
+def _check_scored(parts):
+    for name, windows in parts.items():
+        if not sum(w.num_bytes for w in windows):
+            raise ValueError(f"the {name} text is too short to score; give more text")
+
+
+def _sample(windows, num_tokens):
+    """Windows of about `num_tokens` student tokens, spread over the documents; the same ones every time."""
+    chosen, size = [], 0
+    for index in np.random.default_rng(0).permutation(len(windows)):
+        if size >= num_tokens:
+            break
+        chosen.append(windows[index])
+        size += len(windows[index].student_ids)
+    return chosen

@@ -1,0 +1,143 @@
+"""Loading models and tokenizers, and the output head that every loss decodes through."""
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from kdlib import data, vocab
+
+PROBE_TOLERANCE = 1e-2
+
+
+def load_tokenizer(source, role):
+    """The fast tokenizer of a Hugging Face id or folder; ValueError says what is missing. `role` names it in errors."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # noqa: BLE001 - whatever the loader raises is the user's folder or id
+        raise ValueError(f"{role} {source!r} has no tokenizer that loads: {_first_line(error)}") from None
+
+
+def load_model(source, role, dtype=torch.float32):
+    """A causal language model in evaluation mode. Raises ValueError for anything else: a folder that does not load, an
+    encoder, a model that sees the future, or one whose logits are not its output head times its last hidden state.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:  # noqa: BLE001
+        raise ValueError(f"{role} {source!r} is no model that loads: {_first_line(error)}") from None
+    names = getattr(config, "architectures", None) or []
+    causal = [name for name in names if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if config.is_encoder_decoder or (names and not causal):
+        raise ValueError(
+            f"{role} {source!r} is a {', '.join(names) or config.model_type}; expected a causal language model"
+        )
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except Exception as error:  # noqa: BLE001
+        raise ValueError(f"{role} {source!r} does not load as a causal language model: {_first_line(error)}") from None
+    model.eval()
+    _probe(model, f"{role} {source!r}")
+    return model
+
+
+def load_reader(source, role, model_config=None):
+    """The `data.Reader` of a model's own tokenizer. ValueError where the model has no row for one of its tokens."""
+    tokenizer = load_tokenizer(source, role)
+    vocabulary = vocab.read_vocabulary(tokenizer)
+    rows = getattr(model_config, "vocab_size", None)
+    if rows is not None and vocabulary.num_rows > rows:
+        raise ValueError(
+            f"{role} {source!r}: its tokenizer has ids up to {vocabulary.num_rows - 1}, its model only {rows} rows; "
+            "the tokenizer belongs to another model"
+        )
+    return data.make_reader(tokenizer, vocabulary, getattr(model_config, "max_position_embeddings", 0) or 0)
+
+
+class Head:
+    """The output head of a live model, restricted to the rows that have a token.
+
+    Reads the model's own weight each time, so it never goes stale, tied or not. Columns of its logits are token ids,
+    but for a vocabulary with gaps: there `columns(ids)` translates.
+    """
+
+    def __init__(self, model, vocabulary):
+        self.module = model.get_output_embeddings()
+        self.vocabulary = vocabulary
+        self.num_rows = vocabulary.num_rows
+        self.kept = None
+        if vocabulary.gaps:
+            keep = torch.ones(self.num_rows, dtype=torch.bool)
+            keep[list(vocabulary.gaps)] = False
+            self.kept = keep.nonzero().squeeze(1)
+            self._column = keep.cumsum(0) - 1
+
+    @property
+    def weight(self):
+        """`[V, D]`, rows with a token first to last; a view of the live weight where the vocabulary has no gaps."""
+        weight = self.module.weight[: self.num_rows]
+        return weight if self.kept is None else weight[self.kept.to(weight.device)]
+
+    @property
+    def bias(self):
+        bias = getattr(self.module, "bias", None)
+        if bias is None:
+            return None
+        bias = bias[: self.num_rows]
+        return bias if self.kept is None else bias[self.kept.to(bias.device)]
+
+    @property
+    def width(self):
+        return self.module.weight.shape[1]
+
+    def rows(self, ids):
+        """The head's rows of some token ids, `[len(ids), D]`, without gradient."""
+        return self.module.weight.detach()[ids.to(self.module.weight.device)]
+
+    def decode(self, hidden_ND, live=True):
+        """Logits `[N, V]` of last hidden states. `live=False`: no gradient reaches the head."""
+        weight, bias = self.weight, self.bias
+        if not live:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return F.linear(hidden_ND, weight, bias)
+
+    def columns(self, ids):
+        """Columns of the logits for token ids (a LongTensor; -100 stays)."""
+        if self.kept is None:
+            return ids
+        return torch.where(ids < 0, ids, self._column.to(ids.device)[ids.clamp_min(0)])
+
+    def by_column(self, values):
+        """One value a token id (a numpy array) as one value a column of the logits (a tensor)."""
+        values = torch.from_numpy(values)
+        return values if self.kept is None else values[self.kept]
+
+
+def last_hidden(model, ids, mask):
+    """Hidden states `[B, L, D]` after the final norm, without decoding them."""
+    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def _probe(model, name):
+    """Refuse a model that sees the future, or whose logits are scaled or capped after the head."""
+    ids = torch.tensor([[1, 2, 3, 4]], device=model.device) % model.config.vocab_size
+    changed = ids.clone()
+    changed[0, -1] = 0
+    mask = torch.ones_like(ids)
+    logits = model(input_ids=ids, attention_mask=mask).logits[0].float()
+    later = model(input_ids=changed, attention_mask=mask).logits[0].float()
+    if not torch.allclose(logits[:3], later[:3], atol=PROBE_TOLERANCE):
+        raise ValueError(f"{name} sees tokens that come later: it is no causal language model")
+    head = model.get_output_embeddings()
+    hidden = last_hidden(model, ids, mask)[0] if head is not None else None
+    if head is None or not torch.allclose(head(hidden).float(), logits, atol=PROBE_TOLERANCE):
+        raise ValueError(f"{name}: its logits are not its output head times its last hidden state; not supported")
+
+
+def _first_line(error):
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,129 @@
+"""Which part of the objective is fed what. One row in PARTS is one part."""
+
+import dataclasses
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from kdlib import losses, models
+from kdlib.data import IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One chunk of rows as the parts see it: student and teacher logits, labels (already columns of the logits).
+
+    `student` `[n, Vs]`; `labels` `[n]`, IGNORE where nothing is learned; `aligned` `[n]` bool: rows with a teacher
+    signal, M of them; `hidden` `[M, Dt]`: the teacher's last hidden states of those rows.
+    """
+
+    student: torch.Tensor
+    labels: torch.Tensor
+    aligned: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part: its values per position from the `Rows` of a chunk, its weight in a config, the positions it counts
+    (`labels` or `aligned`). Without `student` it trains only its own weights and stays out of the student's total.
+    """
+
+    values: object
+    weight: object
+    counts: str
+    student: bool = True
+
+
+def _lm(objective, rows):
+    return losses.cross_entropy(rows.student, rows.labels, objective.config.label_smoothing)
+
+
+def _kd_projector(objective, rows):
+    teacher = objective.head.decode(objective.projector(rows.hidden), live=False).detach()
+    return objective.divergence(rows.student[rows.aligned], teacher)
+
+
+def _kd_buckets(objective, rows):
+    config, head = objective.config, objective.teacher_head
+    with torch.no_grad():
+        teacher = head.decode(rows.hidden.to(head.weight.device, head.weight.dtype)).to(rows.student.device)
+    buckets = objective.student_buckets, objective.teacher_buckets, objective.num_buckets
+    student = rows.student[rows.aligned]
+    return losses.bucket_divergence(student, teacher, *buckets, config.kd_divergence, config.kd_temperature)
+
+
+def _projector(objective, rows):
+    projected = objective.head.decode(objective.projector(rows.hidden), live=False)
+    return losses.cross_entropy(projected, rows.labels[rows.aligned])
+
+
+LM = {"lm": Part(_lm, lambda config: config.lm_weight, "labels")}
+KD = {
+    "none": {},
+    "shared_vocab": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "aligned")},
+    "shared_prefix": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "aligned")},
+    "projector": {
+        "kd": Part(_kd_projector, lambda config: config.kd_weight, "aligned"),
+        "projector": Part(_projector, lambda config: 1.0, "aligned", student=False),
+    },
+}
+
+
+class Objective(torch.nn.Module):
+    """The student with everything that is trained beside it. `forward` gives the loss of one micro-batch.
+
+    `projector` is None but for `kd_method` projector; `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head`
+    are for `shared_vocab` and `shared_prefix`. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
+    """
+
+    def __init__(self, student, head, config, projector=None, teacher_head=None, buckets=None):
+        super().__init__()
+        self.student = student
+        self.head = head
+        self.config = config
+        self.projector = projector
+        self.teacher_head = teacher_head
+        self.parts = {**LM, **KD[config.kd_method]}
+        if buckets is not None:
+            self.num_buckets = buckets.num
+            self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
+            self.register_buffer("teacher_buckets", teacher_head.by_column(buckets.teacher), persistent=False)
+
+    def divergence(self, student, teacher):
+        return losses.distillation(student, teacher, self.config.kd_divergence, self.config.kd_temperature)
+
+    def forward(self, batch, signal, counts):
+        """`(loss, parts)` of one micro-batch: `loss` to call backward on, `parts` unweighted `[]` tensors by name.
+
+        `counts` holds `labels` and `aligned`, the positions of the whole optimizer step: losses of its micro-batches add
+        up to those of the step.
+        """
+        hidden = models.last_hidden(self.student, batch.student_ids, batch.student_mask).flatten(0, 1)
+        labels = self.head.columns(batch.labels.flatten())
+        place = torch.full_like(labels, -1)
+        if signal is not None:
+            place[batch.student_rows] = torch.arange(batch.num_aligned, device=place.device)
+        wanted = ((labels != IGNORE) | (place >= 0)).nonzero().squeeze(1)
+        chunks = wanted.split(self.config.loss_chunk_size)
+        sums = hidden.new_zeros(len(self.parts), dtype=torch.float32)
+        for chunk in chunks:
+            inputs = (hidden[chunk], labels[chunk], place[chunk], hidden[:0] if signal is None else signal.hidden)
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                sums = sums + checkpoint(self._sums, *inputs, counts, use_reentrant=False, preserve_rng_state=False)
+            else:
+                sums = sums + self._sums(*inputs, counts)
+        parts = dict(zip(self.parts, sums, strict=True))
+        return sum(part.weight(self.config) * parts[name] for name, part in self.parts.items()), parts
+
+    def _sums(self, hidden, labels, place, teacher_hidden, counts):
+        aligned = place >= 0
+        rows = Rows(self.head.decode(hidden), labels, aligned, teacher_hidden[place[aligned]])
+        values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in self.parts.values()]
+        return torch.stack(values).float()
+
+    def total(self, parts):
+        """The student's loss and each part's share of it, from unweighted parts (floats)."""
+        weighted = {n: p.weight(self.config) * parts[n] for n, p in self.parts.items() if p.student}
+        loss = sum(weighted.values())
+        return loss, {name: value / loss if loss else 0.0 for name, value in weighted.items()}

@@ -1,0 +1,158 @@
+"""Records -> figures, in one style, for light and dark pages. Colours after Okabe and Ito, safe for colour-blind eyes."""
+
+import contextlib
+
+import matplotlib
+from matplotlib.figure import Figure
+
+COLOURS = {"distilled": "#D55E00", "ce_only": "#0072B2", "teacher": "#009E73", "student_before": "#999999"}
+PART_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
+NAMES = {
+    "distilled": "distilled",
+    "ce_only": "control (plain training)",
+    "teacher": "teacher",
+    "student_before": "student before",
+}
+PART_NAMES = {"lm": "next token (lm)", "kd": "distillation (kd)"}
+THEMES = {
+    "light": {"text": "#1a1a1a", "back": "#ffffff", "grid": "#d9d9d9"},
+    "dark": {"text": "#e8e8e8", "back": "#14171a", "grid": "#3a3f44"},
+}
+
+
+def learning_curves(records, theme="light"):
+    """Validation bits per byte over training time, each run a line, the teacher as a level."""
+    points = [r for r in records if r["kind"] == "eval" and r["split"] == "validation"]
+    with _figure(theme, height=3.6) as (figure, axes):
+        unit, seconds = _time_unit([r["elapsed_s"] for r in points])
+        for run in ("ce_only", "distilled"):
+            repeats = sorted({r["repeat"] for r in points if r["run"] == run})
+            for repeat in repeats:
+                line = [r for r in points if r["run"] == run and r["repeat"] == repeat]
+                xs, ys = [r["elapsed_s"] / seconds for r in line], [r["bits_per_byte"] for r in line]
+                label = NAMES[run] + (f", {len(repeats)} runs" if len(repeats) > 1 else "")
+                label = label if repeat == repeats[0] else None
+                axes.plot(xs, ys, color=COLOURS[run], lw=1.8, marker="o", ms=2.5, alpha=0.85, label=label)
+        _zoom(axes, [r["bits_per_byte"] for r in points if r["run"] in COLOURS and r["step"]])
+        for r in points:
+            if r["run"] == "teacher":
+                axes.axhline(r["bits_per_byte"], color=COLOURS["teacher"], ls="--", lw=1.4, label=NAMES["teacher"])
+        axes.set_xlabel(f"training time ({unit})")
+        axes.set_ylabel("bits per byte, validation text\n(lower is better)")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, labelcolor=THEMES[theme]["text"])
+    return figure
+
+
+def loss_shares(records, theme="light"):
+    """Parts of the distilled run's loss over its steps: what each adds in nats, and its share of the whole."""
+    rows = [r for r in records if r["kind"] == "train" and r["run"] == "distilled" and r["repeat"] == 0]
+    with _figure(theme, height=4.6, rows=2) as (figure, (above, below)):
+        if rows:
+            names = list(rows[0]["shares"])
+            steps = [r["step"] for r in rows]
+            smooth = _smoother(len(rows))
+            shares = [smooth([r["shares"][name] for r in rows]) for name in names]
+            loss = smooth([r["loss"] for r in rows])
+            added = [[share * whole for share, whole in zip(line, loss, strict=True)] for line in shares]
+            colours = [PART_COLOURS[i % len(PART_COLOURS)] for i in range(len(names))]
+            labels = [PART_NAMES.get(name, name) for name in names]
+            above.stackplot(steps, added, labels=labels, colors=colours, alpha=0.9)
+            below.stackplot(steps, [[100 * x for x in line] for line in shares], colors=colours, alpha=0.9)
+            above.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+            above.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+        above.set_ylabel("weighted loss (nats)")
+        below.set_ylabel("share (%)")
+        below.set_ylim(0, 100)
+        below.set_xlabel("optimizer step")
+        above.sharex(below)
+    return figure
+
+
+def gain(verdict, theme="light"):
+    """Bits per byte saved against the control: the interval, the mean, every run."""
+    with _figure(theme, height=1.9) as (figure, axes):
+        ink = THEMES[theme]["text"]
+        axes.axvline(0, color=ink, lw=1)
+        if verdict["gain"] is not None:
+            low, high = verdict["interval"]
+            colour = {True: COLOURS["teacher"], False: COLOURS["distilled"], None: "#999999"}[verdict["helped"]]
+            axes.plot([low, high], [0, 0], color=colour, lw=7, solid_capstyle="butt", alpha=0.55, label="95 % interval")
+            axes.plot(verdict["gain"], 0, "o", color=colour, ms=10, label="mean")
+            if len(verdict["gain_by_run"]) > 1:
+                axes.plot(
+                    verdict["gain_by_run"], [0] * len(verdict["gain_by_run"]), "|", color=ink, ms=16, label="runs"
+                )
+            edge = 1.25 * max(abs(low), abs(high), 1e-6)
+            axes.set_xlim(-edge, edge)
+            axes.legend(frameon=False, labelcolor=ink, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.32))
+        axes.set_yticks([])
+        axes.set_xlabel("bits per byte saved against plain training  (left of 0: worse, right: better)")
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def bits_per_byte(verdict, theme="light"):
+    """Bits per byte of the four models on the test text, as bars with their numbers."""
+    shown = [(n, verdict["bits_per_byte"][n]) for n in ("student_before", "ce_only", "distilled", "teacher")]
+    shown = [(name, value) for name, value in shown if value is not None]
+    with _figure(theme, height=2.2) as (figure, axes):
+        for place, (name, value) in enumerate(reversed(shown)):
+            axes.barh(place, value, color=COLOURS[name], height=0.66)
+            axes.text(value, place, f" {value:.3f}", va="center", color=THEMES[theme]["text"])
+        axes.set_yticks(range(len(shown)), [NAMES[name] for name, _ in reversed(shown)])
+        axes.set_xlim(0, 1.12 * max(value for _, value in shown))
+        axes.set_xlabel("bits per byte, test text (lower is better)")
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+@contextlib.contextmanager
+def _figure(theme, height, rows=1):
+    """A figure 7.2 inches wide in a theme's colours; laid out when the block ends."""
+    colours = THEMES[theme]
+    style = {
+        "font.size": 10,
+        "text.color": colours["text"],
+        "axes.labelcolor": colours["text"],
+        "axes.edgecolor": colours["grid"],
+        "axes.facecolor": colours["back"],
+        "figure.facecolor": colours["back"],
+        "xtick.color": colours["text"],
+        "ytick.color": colours["text"],
+        "grid.color": colours["grid"],
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.fontsize": 9,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(7.2, height), dpi=120, layout="constrained")
+        yield figure, figure.subplots(rows, 1)
+
+
+def _time_unit(seconds):
+    longest = max(seconds, default=0.0)
+    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 180 else ("seconds", 1.0)
+
+
+def _zoom(axes, values):
+    """Leave out the fall of the first evaluations, where the end is what matters."""
+    if len(values) > 4:
+        low, high = min(values), sorted(values)[int(0.9 * (len(values) - 1))]
+        axes.set_ylim(low - 0.35 * (high - low), high + 0.15 * (high - low))
+
+
+def _smoother(count):
+    """A running mean over a fiftieth of the points, so that stacked areas can be read."""
+    width = max(1, count // 50)
+
+    def smooth(values):
+        sums = [0.0]
+        for value in values:
+            sums.append(sums[-1] + value)
+        starts = [max(0, i + 1 - width) for i in range(len(values))]
+        return [(sums[i + 1] - sums[start]) / (i + 1 - start) for i, start in enumerate(starts)]
+
+    return smooth

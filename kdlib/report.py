@@ -1,0 +1,168 @@
+"""One page that tells what a run came to: self-contained, for phone and laptop, light and dark."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+from kdlib import plots, records
+from kdlib.budget import spoken
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --back: #ffffff; --soft: #5b6168; --line: #d9d9d9; --card: #f5f6f7; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --back: #14171a; --soft: #a3abb3; --line: #3a3f44; --card: #1d2226; }
+}
+body { margin: 0 auto; max-width: 46rem; padding: 1.2rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink);
+  background: var(--back); }
+h1 { font-size: 1.45rem; line-height: 1.3; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.soft, figcaption { color: var(--soft); font-size: .92rem; }
+figure { margin: 1rem 0; } img { width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+.sample { background: var(--card); padding: .7rem .9rem; border-radius: .4rem; margin: .6rem 0; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: 14px/1.5 ui-monospace, monospace; }
+.sample b { display: block; font: 600 .85rem system-ui, sans-serif; color: var(--soft); }
+"""
+
+
+def write_report(path):
+    """Write `report.html` and `figures/*.png` of a run folder, from its files alone; the report's path.
+
+    Raises ValueError where the folder holds no run.
+    """
+    path = Path(path)
+    if not (path / "records.jsonl").exists():
+        raise ValueError(f"{path} holds no run: there is no records.jsonl")
+    found = records.read_records(path / "records.jsonl")
+    status = records.read_json(path / "status.json")
+    verdict = records.read_json(path / "verdict.json") if (path / "verdict.json").exists() else None
+    pictures = {"learning_curves": (plots.learning_curves, found), "loss_shares": (plots.loss_shares, found)}
+    if verdict:
+        pictures |= {"gain": (plots.gain, verdict), "bits_per_byte": (plots.bits_per_byte, verdict)}
+    drawn = {name: _draw(path / "figures", name, *picture) for name, picture in pictures.items()}
+    config = records.read_json(path / "config.json")
+    page = _page(status, verdict, config, records.read_json(path / "env.json"), drawn, found)
+    records.write_text(path / "report.html", page)
+    return path / "report.html"
+
+
+def _draw(folder, name, plot, content):
+    """Draw one figure in both themes: PNGs in `folder`, and the HTML that shows the fitting one."""
+    folder.mkdir(exist_ok=True)
+    sources = {}
+    for theme, suffix in (("light", ""), ("dark", "-dark")):
+        image = io.BytesIO()
+        plot(content, theme).savefig(image, format="png")
+        (folder / f"{name}{suffix}.png").write_bytes(image.getvalue())
+        sources[theme] = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
+    return (
+        f'<picture><source srcset="{sources["dark"]}" media="(prefers-color-scheme: dark)">'
+        f'<img src="{sources["light"]}" alt="{name.replace("_", " ")}"></picture>'
+    )
+
+
+def _page(status, verdict, config, env, drawn, found):
+    title = verdict["sentence"] if verdict else f"The run is {status['state']}. {status.get('reason') or ''}"
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="soft">{html.escape(_subtitle(status, config))}</p>']
+    if verdict:
+        if verdict["gain"] is not None:
+            parts.append(
+                _figure(drawn["gain"], "The interval is what this run can vouch for; the marks are single runs.")
+            )
+        parts += ["<h2>How much each model knows</h2>", _table(verdict), f"<figure>{drawn['bits_per_byte']}</figure>"]
+    parts += [
+        "<h2>Learning over time</h2>",
+        _figure(drawn["learning_curves"], "Both students start from the same weights. Time counts training only."),
+        "<h2>What the student learned from</h2>",
+        _figure(drawn["loss_shares"], "Above: what each part adds to the loss. Below: its share of the whole."),
+    ]
+    if verdict:
+        parts += ["<h2>What they write</h2>", *_samples(verdict["samples"])]
+        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, found)]
+    parts += ["<h2>Settings</h2>", _settings(config, env)]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title[:80])}</title><style>{CSS}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _subtitle(status, config):
+    names = f"Teacher {Path(config['teacher']).name}, student {Path(config['student']).name}"
+    steps = f"{status['step']} of {status['max_steps']} steps, {spoken(status['elapsed_s'])}"
+    return f"{names}, text {config['dataset'].split('/')[-1]}; {steps}."
+
+
+def _figure(picture, caption):
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _table(verdict):
+    heads = ["", "bits per byte", "perplexity", "KL to teacher (nats)", "top-1 agreement"]
+    rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
+    for name in ("teacher", "student_before", "ce_only", "distilled"):
+        figures = [verdict[key][name] for key in ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")]
+        if figures[0] is not None:
+            cells = [
+                plots.NAMES[name],
+                f"{figures[0]:.4f}",
+                f"{figures[1]:.2f}",
+                f"{figures[2]:.3f}",
+                f"{figures[3]:.1%}",
+            ]
+            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    note = "Perplexity counts each model's own tokens: compare bits per byte across tokenizers, not perplexities."
+    return f'<div class="wide"><table>{"".join(rows)}</table></div><p class="soft">{note}</p>'
+
+
+def _samples(samples):
+    yield f'<div class="sample"><b>held-out text begins</b>{html.escape(samples["opening"])}</div>'
+    for name in ("teacher", "student_before", "ce_only", "distilled"):
+        if name in samples:
+            yield f'<div class="sample"><b>{plots.NAMES[name]}</b>{html.escape(samples[name])}</div>'
+
+
+def _trust(verdict, found):
+    told = verdict["alignment"]
+    lines = [
+        f"{told['coverage']:.0%} of the student's tokens got teacher signal: the two tokenizations meet there.",
+        f"{told['shared_student']:.0%} of the student's vocabulary and {told['shared_teacher']:.0%} of the teacher's are "
+        "the same byte strings.",
+        f"The test text was seen by nobody: {verdict['num_documents']} documents, {verdict['num_bytes']:,} bytes. The best "
+        "weights of each run were chosen on other documents (validation).",
+    ]
+    if verdict["control"] == "off":
+        lines.append(
+            "No control was trained, so the numbers do not tell whether distillation did better than training."
+        )
+    elif verdict["num_runs"] == 1:
+        lines.append("One pair of runs: the interval covers the choice of documents, not the luck of a seed.")
+    if "ce_only" in verdict["train_s"]:
+        seconds, steps = verdict["train_s"], verdict["steps"]
+        lines.append(
+            f"The control had {steps['ce_only']} steps in {spoken(seconds['ce_only'])}, the distilled student "
+            f"{steps['distilled']} in {spoken(seconds['distilled'])} (of the first pair; the number was fixed "
+            "beforehand by timing both kinds of step in turn)."
+        )
+    for side in ("student", "teacher"):
+        if told[f"faithful_{side}"] < 1.0:
+            lines.append(
+                f"The {side}'s tokenizer changes the text: only {told[f'faithful_{side}']:.1%} of its tokens are the bytes "
+                "that stand there; the others give and take no signal."
+            )
+    alerts = sum(record["kind"] == "alert" for record in found)
+    if alerts:
+        lines.append(f"{alerts} alerts were raised while training; see records.jsonl.")
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _settings(config, env):
+    shown = json.dumps({**config, "machine": env}, indent=1)
+    return (
+        f'<details><summary>Every setting and version</summary><div class="sample">{html.escape(shown)}</div></details>'
+    )

@@ -1,0 +1,236 @@
+"""The embedded default: a whole distillation from nothing but Python itself.
+
+Real text that every Python has (the docstrings of its standard library, split by module so that nothing leaks), two
+tokenizers of different families trained on it, a teacher trained on all of it, and a fresh student whose own text is
+scarce. Made once and kept in the user's cache folder.
+"""
+
+import ast
+import hashlib
+import json
+import shutil
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+import accelerate
+import tokenizers
+import torch
+import transformers
+
+from kdlib import budget, data, models, train
+from kdlib.config import Config
+from kdlib.corpus import Document
+from kdlib.objective import Objective
+
+RECIPE = 1
+"""Goes up when anything below changes what is made, so that an old cache is not taken for a new one."""
+
+LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+TEACHER = {"vocab": 2048, "width": 128, "layers": 4, "heads": 4, "steps": 1200}
+STUDENT = {"vocab": 1024, "width": 64, "layers": 2, "heads": 4}
+STUDENT_CHARS = 200_000
+WINDOW = 128
+TEACHER_CONFIG = Config(
+    max_length=WINDOW, batch_size=8, learning_rate=3e-3, weight_decay=0.1, kd_method="none", lm_weight=1.0, warmup=0.03
+)
+
+
+def docstrings():
+    """Documents of the running Python's standard library: `{module: text}`, every docstring once."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    seen, texts = set(), {}
+    for path in sorted(root.rglob("*.py")):
+        module = path.relative_to(root)
+        if LEFT_OUT & set(module.parts):
+            continue
+        found = [text for text in _docstrings_of(path) if text not in seen]
+        seen.update(found)
+        if found:
+            texts[module.as_posix()] = "\n\n".join(found)
+    return texts
+
+
+def split(texts):
+    """`(teacher's, student's, held-out)` lists of texts. A held-out module is seen by nobody, and the student's own text
+    is a small part of the teacher's.
+    """
+    known, held = [], []
+    for module, text in texts.items():
+        place = hashlib.sha256(module.encode()).digest()[0]
+        (held if place < 32 else known).append((module, text))
+    order = sorted(known, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+    own, size = [], 0
+    for _, text in order:
+        if size < STUDENT_CHARS:
+            own.append(text)
+            size += len(text)
+    return [text for _, text in known], own, [text for _, text in held]
+
+
+def folder(cache):
+    """Where the embedded default of this Python lies below a cache folder."""
+    return (
+        Path(cache) / f"tiny-{RECIPE}-python{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    )
+
+
+def is_ready(cache):
+    return (folder(cache) / "complete.json").exists()
+
+
+def config(cache, **changes):
+    """The `Config` of the embedded default: what `kdlib demo` runs."""
+    home = folder(cache)
+    values = {
+        "teacher": str(home / "teacher"),
+        "student": str(home / "student"),
+        "dataset": str(home / "train.jsonl"),
+        "eval_dataset": str(home / "held_out.jsonl"),
+        "max_length": WINDOW,
+        "batch_size": 8,
+        "max_steps": 600,
+        "learning_rate": 5e-3,
+        "projector_learning_rate": 5e-3,
+        "weight_decay": 0.1,
+        "kd_method": "shared_prefix",
+        "control": "full",
+        "eval_tokens": 12_000,
+        "eval_steps": 60,
+    }
+    return Config.from_dict({**values, **changes})
+
+
+def prepare(cache, clock=None):
+    """Make the embedded default below `cache`; a generator of `(what, done, total)` that says how far it is.
+
+    Nothing half-made is ever taken for whole: everything is built beside and renamed at the end.
+    """
+    clock = clock or budget.Clock()
+    home = folder(cache)
+    beside = home.with_name(home.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield "reading the standard library's docstrings", 0, 1
+    teacher_texts, student_texts, held = split(docstrings())
+    _write_jsonl(beside / "train.jsonl", student_texts)
+    _write_jsonl(beside / "held_out.jsonl", held)
+    yield "training two tokenizers", 0, 1
+    teacher_tokenizer = byte_level_bpe(teacher_texts, TEACHER["vocab"])
+    student_tokenizer = unigram(teacher_texts, STUDENT["vocab"])
+    torch.manual_seed(0)
+    teacher = llama(teacher_tokenizer, **TEACHER)
+    for record in train_teacher(teacher, teacher_tokenizer, teacher_texts, clock):
+        yield "training the teacher, once", record.step, TEACHER["steps"]
+    save(teacher, teacher_tokenizer, beside / "teacher")
+    torch.manual_seed(0)
+    save(llama(student_tokenizer, **STUDENT), student_tokenizer, beside / "student")
+    (beside / "complete.json").write_text(json.dumps({"recipe": RECIPE, "bytes": sum(map(len, teacher_texts))}))
+    shutil.rmtree(home, ignore_errors=True)
+    beside.rename(home)
+
+
+def train_teacher(model, tokenizer, texts, clock, steps=TEACHER["steps"]):
+    """Plain next-token training through kdlib's own loop; a generator of its records."""
+    reader = data.make_reader(tokenizer, models.vocab.read_vocabulary(tokenizer))
+    windows = []
+    for number, text in enumerate(texts):
+        encoded = data.encode(Document(text), reader)
+        windows += data.cut_windows(Document(text), encoded, encoded, reader, reader, TEACHER_CONFIG.max_length, number)
+    objective = Objective(model, models.Head(model, reader.vocabulary), TEACHER_CONFIG)
+    machine = accelerate.Accelerator(cpu=True)
+    yield from train.train(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
+
+
+def byte_level_bpe(texts, size):
+    """GPT-2's kind: every byte has a token, a word keeps the space in front of it."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+
+
+def unigram(texts, size):
+    """SentencePiece's kind: a Unigram model with a leading-space mark, byte pieces for what it has no piece for, and
+    <s> in front of every text.
+    """
+    core = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    core.pre_tokenizer = _metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    learned = tokenizers.trainers.UnigramTrainer(
+        vocab_size=size - 256, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    core.train_from_iterator(texts, learned)
+    pieces = json.loads(core.to_str())["model"]["vocab"]
+    lowest = min(score for _, score in pieces)
+    byte_pieces = [(f"<0x{byte:02X}>", lowest - 10.0) for byte in range(256)]
+    vocabulary = [tuple(piece) for piece in pieces[:3]] + byte_pieces + [tuple(piece) for piece in pieces[3:]]
+    core = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    core.pre_tokenizer = _metaspace()
+    core.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace(prepend_scheme="first")]
+    )
+    core.add_special_tokens(special)
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def llama(tokenizer, width, layers, heads, vocab=None, steps=None):
+    """A small Llama-shaped model with new weights. A wide start (0.08) learns much faster at this size."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=width * 8 // 3 // 8 * 8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=1024,
+            initializer_range=0.08,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def save(model, tokenizer, path):
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _metaspace():
+    return tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n+"), "isolated"),
+            tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first"),
+        ]
+    )
+
+
+def _docstrings_of(path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return []  # a template or a test of the parser, not a module
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+
+
+def _write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
