@@ -93,7 +93,7 @@ def _claimed_ends(text, offsets):
 
 def _agrees(data, said, ends, adds_space):
     """Whether each token says exactly the bytes that it covers."""
-    starts = np.append(0, ends[:-1])
+    starts = np.append(0, ends)[:-1]
     covered = [data[start:end] for start, end in zip(starts, ends, strict=True)]
     return np.array(
         [

@@ -45,24 +45,25 @@ def read_documents(source, text_field="text"):
 
 
 def split_documents(documents, held_out=0.1):
-    """`(train, validation, test)`: `held_out` of the documents by content, half for choosing, half for the verdict."""
-    ranked = sorted(documents, key=lambda document: document.key)
-    count = max(2, round(held_out * len(ranked)))
-    if len(ranked) < 4:
-        raise ValueError(f"the dataset has {len(ranked)} documents, too few to hold any out; give more text")
-    held = {id(document): place for place, document in enumerate(ranked[:count])}
-    train = [document for document in documents if id(document) not in held]
-    validation = [document for document in documents if held.get(id(document), 1) % 2 == 0]
-    test = [document for document in documents if id(document) in held and held[id(document)] % 2 == 1]
-    return train, validation, test
+    """`(train, validation, test)`: about `held_out` of the different documents, chosen by their content, half for
+    choosing and half for the verdict. Copies of a document stay together.
+    """
+    keys = sorted({document.key for document in documents})
+    if len(keys) < 4:
+        raise ValueError(f"the dataset has {len(keys)} different documents, too few to hold any out; give more text")
+    held = {key: place for place, key in enumerate(keys[: max(2, round(held_out * len(keys)))])}
+    parts = [], [], []
+    for document in documents:
+        parts[1 + held[document.key] % 2 if document.key in held else 0].append(document)
+    return parts
 
 
 def halve(documents):
-    """`(validation, test)` of documents that are all held out, by content."""
-    if len(documents) < 2:
-        raise ValueError(f"eval_dataset has {len(documents)} document; at least 2 are needed (one chooses, one judges)")
-    ranked = sorted(documents, key=lambda document: document.key)
-    return ranked[::2], ranked[1::2]
+    """`(validation, test)` of documents that are all held out, by content; copies stay together."""
+    keys = {key: place for place, key in enumerate(sorted({document.key for document in documents}))}
+    if len(keys) < 2:
+        raise ValueError(f"eval_dataset has {len(keys)} document; at least 2 are needed (one chooses, one judges)")
+    return [[document for document in documents if keys[document.key] % 2 == half] for half in (0, 1)]
 
 
 def _read_source(part, text_field):

@@ -187,7 +187,8 @@ def _chat_pieces(messages, tokenizer):
         turns = [{"role": role, "content": content} for role, content in messages]
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     else:
-        rendered = "".join(f"{role.capitalize()}: {content.strip()}\n" for role, content in messages)
+        end = {"assistant": tokenizer.eos_token or ""}
+        rendered = "".join(f"{role.capitalize()}: {text.strip()}{end.get(role, '')}\n" for role, text in messages)
     pieces, cursor, base, answer = [], 0, 1, False
     for role, content in messages:
         content = content.strip()

@@ -114,8 +114,8 @@ def prepare(cache, clock=None):
     beside.mkdir(parents=True)
     yield "reading the standard library's docstrings", 0, 1
     teacher_texts, student_texts, held = split(docstrings())
-    _write_jsonl(beside / "train.jsonl", student_texts)
-    _write_jsonl(beside / "held_out.jsonl", held)
+    write_jsonl(beside / "train.jsonl", student_texts)
+    write_jsonl(beside / "held_out.jsonl", held)
     yield "training two tokenizers", 0, 1
     teacher_tokenizer = byte_level_bpe(teacher_texts, TEACHER["vocab"])
     student_tokenizer = unigram(teacher_texts, STUDENT["vocab"])
@@ -232,5 +232,5 @@ def _docstrings_of(path):
     return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
 
 
-def _write_jsonl(path, texts):
+def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

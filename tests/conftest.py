@@ -1,0 +1,42 @@
+import json
+import random
+
+import pytest
+import torch
+from families import LINES, byte_level, tiny_model, unigram
+
+from kdlib import cli, tiny
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded():
+    cli.quiet()
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Forty short documents, all different."""
+    chance = random.Random(0)
+    return [" ".join(chance.sample(LINES[:6], 3)) + f" Number {i}." for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory, texts):
+    """A folder with `teacher`, `student` (random, different tokenizers) and `text.jsonl`."""
+    cli.quiet()
+    folder = tmp_path_factory.mktemp("pair")
+    for name, tokenizer, width in (("teacher", byte_level(), 24), ("student", unigram(), 16)):
+        tiny.save(tiny_model(tokenizer, width), tokenizer, folder / name)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture
+def settings(pair):
+    """Config values of a run on the pair that takes a second."""
+    return {
+        "teacher": str(pair / "teacher"), "student": str(pair / "student"), "dataset": str(pair / "text.jsonl"),
+        "max_length": 48, "batch_size": 2, "max_steps": 4, "learning_rate": 1e-3, "check_teacher": False,
+        "eval_tokens": 300, "control": "full",
+    }  # fmt: skip

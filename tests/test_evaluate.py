@@ -1,0 +1,148 @@
+import json
+import math
+import shutil
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from families import byte_level, reader, tiny_model
+
+from kdlib import data, evaluate, inputs, models, vocab
+from kdlib.config import Config
+from kdlib.corpus import Document
+from kdlib.teacher import Teacher
+
+
+@pytest.fixture
+def small():
+    ours, theirs = reader("unigram"), reader("byte_level")
+    student, teacher = tiny_model(ours.tokenizer, 16), tiny_model(theirs.tokenizer, 24, seed=1)
+    texts = ["The cat sat on the mat, and the dog looked.", "Return the first item of the list."]
+    windows = []
+    for number, text in enumerate(texts):
+        document = Document(text)
+        sides = [data.encode(document, used) for used in (ours, theirs)]
+        windows += data.cut_windows(document, *sides, ours, theirs, 20, number)
+    head = models.Head(student, ours.vocabulary)
+    shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
+    teacher = Teacher(teacher, theirs)
+    return student, head, teacher, windows, evaluate.hold_out(windows, teacher, head, shared, 2), shared
+
+
+def nats_by_hand(model, windows, side):
+    """Per window: nats of every label and of the scored ones, a window at a time, in float64."""
+    every, scored, size = [], {}, {}
+    for window in windows:
+        ids = torch.from_numpy(getattr(window, f"{side}_ids"))[None]
+        with torch.no_grad():
+            logs = model(ids, attention_mask=torch.ones_like(ids)).logits[0].double().log_softmax(-1)
+        for row, (label, counts) in enumerate(
+            zip(getattr(window, f"{side}_labels"), getattr(window, f"{side}_scored"), strict=True)
+        ):
+            if label != -100:
+                every.append(-float(logs[row, label]))
+                scored[window.document] = scored.get(window.document, 0.0) + counts * every[-1]
+        size[window.document] = size.get(window.document, 0) + window.num_bytes
+    return every, scored, size
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_bits_per_byte_and_perplexity_are_written_out(small, side):
+    student, head, teacher, windows, held_out, _ = small
+    if side == "student":
+        score = evaluate.evaluate_student(student, head, held_out, chunk_size=5)
+        every, scored, size = nats_by_hand(student, windows, side)
+    else:
+        score = evaluate.evaluate_teacher(teacher, held_out, chunk_size=5)
+        every, scored, size = nats_by_hand(teacher.model, windows, side)
+    assert score.perplexity == pytest.approx(math.exp(sum(every) / len(every)), rel=1e-5)
+    total = sum(scored.values()) / math.log(2) / sum(size.values())
+    assert score.bits_per_byte == pytest.approx(total, rel=1e-5)
+    assert score.bits.tolist() == pytest.approx([scored[d] / math.log(2) for d in (0, 1)], rel=1e-5)
+    assert score.num_bytes.tolist() == [size[0], size[1]]
+
+
+def test_kl_and_agreement_are_written_out(small):
+    student, head, teacher, windows, held_out, shared = small
+    score = evaluate.evaluate_student(student, head, held_out)
+    kl, agreed, count = 0.0, 0, 0
+    ours, theirs = reader("unigram").vocabulary, reader("byte_level").vocabulary
+    for window in windows:
+        with torch.no_grad():
+            q = student(torch.from_numpy(window.student_ids)[None]).logits[0].double().softmax(-1)
+            p = teacher.model(torch.from_numpy(window.teacher_ids)[None]).logits[0].double().softmax(-1)
+        for row, other in zip(window.student_rows, window.teacher_rows, strict=True):
+            ps, qs = p[other][shared.teacher_ids], q[row][shared.student_ids]
+            ps, qs = torch.cat([ps, 1 - ps.sum(0, True)]), torch.cat([qs, 1 - qs.sum(0, True)])
+            kl += float((ps * (ps / qs).log()).sum())
+            agreed += theirs.tokens[int(p[other].argmax())] == ours.tokens[int(q[row].argmax())]
+            count += 1
+    assert score.kl_to_teacher == pytest.approx(kl / count, rel=1e-4)
+    assert score.top1_agreement == pytest.approx(agreed / count)
+
+
+def test_a_student_that_is_its_teacher_agrees_fully():
+    used = reader("byte_level")
+    model = tiny_model(used.tokenizer)
+    document = Document("The cat sat on the mat.")
+    coded = data.encode(document, used)
+    windows = data.cut_windows(document, coded, coded, used, used, 40)
+    head, shared = models.Head(model, used.vocabulary), vocab.shared_vocabulary(used.vocabulary, used.vocabulary)
+    held_out = evaluate.hold_out(windows, Teacher(tiny_model(used.tokenizer), used), head, shared, 4)
+    score = evaluate.evaluate_student(model, head, held_out)
+    assert score.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
+    assert score.top1_agreement == 1.0
+    assert score.bits_per_byte == pytest.approx(evaluate.evaluate_teacher(
+        Teacher(model, used), held_out).bits_per_byte, rel=1e-6)  # fmt: skip
+
+
+def test_evaluation_leaves_the_training_mode_as_it_was(small):
+    student, head, _, _, held_out, _ = small
+    student.train()
+    evaluate.evaluate_student(student, head, held_out)
+    assert student.training
+
+
+def test_perplexity_knows_nothing_of_label_smoothing(settings):
+    plain, smoothed = (
+        inputs.load(Config.from_dict({**settings, "label_smoothing": smoothing})) for smoothing in (0.0, 0.5)
+    )
+    scores = [evaluate.evaluate_student(i.pair.student, i.pair.head, i.test).perplexity for i in (plain, smoothed)]
+    assert scores[0] == scores[1]
+
+
+def test_a_teacher_that_reads_foreign_ids_is_refused(settings, texts, tmp_path):
+    """A teacher that has learned the text passes; the same weights behind a tokenizer with other ids do not."""
+    tokenizer = byte_level()
+    model = tiny_model(tokenizer, 32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(120):
+        ids = torch.tensor([tokenizer(texts[step % len(texts)])["input_ids"][step % 7 :]])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    config = Config.from_dict({**settings, "teacher": str(tmp_path / "teacher"), "check_teacher": True, "eval_tokens": 4000})
+    inputs.load(config)
+
+    shutil.rmtree(tmp_path / "teacher")
+    model.save_pretrained(tmp_path / "teacher")
+    foreign = byte_level(330 - 1)
+    spec = json.loads(foreign.backend_tokenizer.to_str())
+    order = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    spec["model"]["vocab"] = {piece: i + 1 for i, piece in enumerate(reversed(order[1:]))} | {order[0]: 0}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)), eos_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"worse than the bare frequencies of its tokens .*another model's"):
+        inputs.load(config)
+
+
+def test_samples_go_on_from_the_same_opening(small):
+    student, _, _, _, held_out, _ = small
+    opening = evaluate.opening(held_out, reader("unigram").tokenizer)
+    assert opening
+    told = evaluate.continue_text(student, reader("unigram").tokenizer, opening, num_tokens=5)
+    assert isinstance(told, str)

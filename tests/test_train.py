@@ -1,0 +1,243 @@
+"""The loop against ten lines of plain torch; what may and may not touch what."""
+
+import copy
+import itertools
+
+import accelerate
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdlib import budget, data, inputs, losses, schedule, train
+from kdlib.config import Config
+
+METHODS = ("shared_vocab", "shared_prefix", "projector", "none")
+
+
+@pytest.fixture
+def loaded(settings):
+    return inputs.load(Config.from_dict(settings))
+
+
+def config_of(settings, **changes):
+    return Config.from_dict({**settings, **changes})
+
+
+def run(loaded, config, num_steps=2, objective=None):
+    objective = objective or inputs.make_objective(loaded.pair, config)
+    teacher = None if config.kd_method == "none" else loaded.pair.teacher
+    machine = accelerate.Accelerator(cpu=True)
+    steps = train.train(objective, teacher, loaded.train, num_steps, config, machine, budget.Clock(), loaded.pair.pads)
+    return list(steps), objective
+
+
+def kd_by_hand(loaded, config, batch, student_logits):
+    """The distillation loss of a batch, position by position, from whole models' logits in float64."""
+    pair = loaded.pair
+    with torch.no_grad():
+        logits = pair.teacher.model(batch.teacher_ids, attention_mask=batch.teacher_mask).logits.flatten(0, 1)
+    if config.kd_method == "projector":
+        return None
+    buckets = inputs._buckets(pair, config.kd_method)
+    total = 0.0
+    for row, other in zip(batch.student_rows.tolist(), batch.teacher_rows.tolist(), strict=True):
+        p, q = logits[other].double().softmax(-1), student_logits[row].double().softmax(-1)
+        ps, qs = torch.zeros(buckets.num).double(), torch.zeros(buckets.num).double()
+        ps = ps.index_add(0, torch.from_numpy(buckets.teacher), p[: len(buckets.teacher)])
+        qs = qs.index_add(0, torch.from_numpy(buckets.student), q[: len(buckets.student)])
+        kept = ps > 0
+        total = total + (ps[kept] * (ps[kept].log() - qs[kept].log())).sum()
+    return total / len(batch.student_rows)
+
+
+@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "none"])
+def test_two_steps_equal_a_loop_in_plain_torch(loaded, settings, method):
+    config = config_of(settings, kd_method=method, warmup=0.5, kd_weight=0.7, lm_weight=0.3, batch_size=3)
+    model = copy.deepcopy(loaded.pair.student)
+    records, objective = run(loaded, config, num_steps=2)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95)
+    )
+    order = data.batch_order(loaded.train, 3, config.seed, 0)
+    model.train()
+    for step, record in enumerate(records):
+        batch = data.collate([loaded.train[i] for i in order[step]], *loaded.pair.pads)
+        logits = model(batch.student_ids, attention_mask=batch.student_mask).logits.flatten(0, 1)
+        loss = 0.3 * F.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100)
+        if method != "none":
+            loss = loss + 0.7 * kd_by_hand(loaded, config, batch, logits)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * schedule.learning_rate_factor(step, 2, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert record.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+        assert record.lr == pytest.approx(optimizer.param_groups[0]["lr"])
+    for (name, ours), theirs in zip(objective.student.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_splitting_a_step_changes_nothing(loaded, settings, method):
+    found = []
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        changes = {"kd_method": method, "batch_size": batch_size, "grad_accumulation": accumulation}
+        config = config_of(settings, **changes)
+        (record,), _ = run(loaded, config, num_steps=1, objective=fresh(loaded, config))
+        found.append(record)
+    for other in found[1:]:
+        assert other.loss == pytest.approx(found[0].loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(found[0].grad_norm, rel=1e-5)
+        assert other.num_tokens == found[0].num_tokens
+
+
+def fresh(loaded, config):
+    return inputs.make_objective(loaded.pair, config, copy.deepcopy(loaded.pair.student))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_chunking_the_head_changes_neither_value_nor_gradient(loaded, settings, method):
+    found = []
+    for chunk in (10_000, 7):
+        config = config_of(settings, kd_method=method, loss_chunk_size=chunk)
+        objective = fresh(loaded, config)
+        batch = data.collate(loaded.train[:3], *loaded.pair.pads)
+        signal = None if method == "none" else loaded.pair.teacher(batch)
+        loss, _ = objective(batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned})
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in objective.parameters()]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_padding_changes_nothing(loaded, settings):
+    """A short window beside a long one gives the loss it gives alone."""
+    config = config_of(settings, kd_method="shared_prefix")
+    objective = fresh(loaded, config).eval()
+    short, long = sorted(loaded.train, key=lambda w: len(w.student_ids))[:: len(loaded.train) - 1]
+    assert len(short.student_ids) < len(long.student_ids)
+    counts = {"labels": 100, "aligned": 100}
+    total = 0.0
+    for group in ([short], [long], [short, long]):
+        batch = data.collate(group, *loaded.pair.pads)
+        loss, _ = objective(batch, loaded.pair.teacher(batch), counts)
+        total += loss.item() if len(group) == 1 else -loss.item()
+    assert total == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_teacher_stays_in_evaluation_mode_and_gets_no_gradient(loaded, settings):
+    config = config_of(settings, kd_method="projector")
+    objective = fresh(loaded, config)
+    before = {k: v.clone() for k, v in loaded.pair.teacher.model.state_dict().items()}
+    run(loaded, config, objective=objective)
+    objective.train()
+    teacher = loaded.pair.teacher.model
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in objective.parameters()}
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_teacher_reads_its_own_ids(loaded, settings):
+    batch = data.collate(loaded.train[:2], *loaded.pair.pads)
+    hidden = loaded.pair.teacher(batch).hidden
+    model = loaded.pair.teacher.model
+    states = model.model(batch.teacher_ids, attention_mask=batch.teacher_mask).last_hidden_state.flatten(0, 1)
+    torch.testing.assert_close(hidden, states[batch.teacher_rows])
+    assert not hidden.requires_grad
+
+
+def test_the_projector_learns_by_its_own_loss_and_the_student_is_not_touched_by_it(loaded, settings):
+    config = config_of(settings, kd_method="projector")
+    objective = fresh(loaded, config)
+    batch = data.collate(loaded.train[:2], *loaded.pair.pads)
+    signal = loaded.pair.teacher(batch)
+    counts = {"labels": batch.num_labels, "aligned": batch.num_aligned}
+
+    def gradients(part):
+        objective.zero_grad()
+        _, parts = objective(batch, signal, counts)
+        parts[part].backward()
+        projector = objective.projector.weight.grad
+        return projector, [p.grad for p in objective.student.parameters()]
+
+    projector, student = gradients("kd")
+    assert projector is None or not projector.any()
+    assert all(g is not None and g.any() for g in student)
+    projector, student = gradients("projector")
+    assert projector.abs().sum() > 0
+    assert all(g is None or not g.any() for g in student)
+
+
+def test_the_projectors_loss_is_cross_entropy_through_the_live_head(loaded, settings):
+    config = config_of(settings, kd_method="projector", kd_divergence="forward_kl", kd_temperature=2.0)
+    objective = fresh(loaded, config).eval()
+    batch = data.collate(loaded.train[:2], *loaded.pair.pads)
+    signal = loaded.pair.teacher(batch)
+    _, parts = objective(batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned})
+    head = objective.student.get_output_embeddings().weight.double()
+    projected = signal.hidden.double() @ objective.projector.weight.double().T @ head.T
+    labels = batch.labels.flatten()[batch.student_rows]
+    assert parts["projector"].item() == pytest.approx(F.cross_entropy(projected, labels).item(), rel=1e-5)
+    states = objective.student.model(batch.student_ids, attention_mask=batch.student_mask).last_hidden_state
+    student = states.flatten(0, 1)[batch.student_rows].double() @ head.T
+    expected = 4.0 * losses.forward_kl(student / 2.0, projected / 2.0).mean().item()
+    assert parts["kd"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, settings):
+    config = config_of(settings, kd_method="projector", projector_learning_rate=0.05, max_grad_norm=1e-3)
+    objective = fresh(loaded, config)
+    optimizer = train.make_optimizer(objective, config)
+    (group,) = [g for g in optimizer.param_groups if any(p is objective.projector.weight for p in g["params"])]
+    assert (group["lr"], len(group["params"])) == (0.05, 1)
+    before = objective.projector.weight.detach().clone()
+    run(loaded, config, num_steps=1, objective=objective)
+    assert (objective.projector.weight - before).abs().max() > 1e-4
+    norms = []
+    for p in (objective.projector, objective.student):
+        for q in p.parameters():
+            q.grad = torch.ones_like(q)
+        norms.append(sum(q.numel() for q in p.parameters()) ** 0.5)
+    found = train._clip(objective, 1.0, accelerate.Accelerator(cpu=True), optimizer)
+    assert float(found) == pytest.approx(norms[1], rel=1e-5)
+    assert objective.projector.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_gradients_do_not_pile_up_over_steps(loaded, settings):
+    config = config_of(settings, kd_method="none", learning_rate=0.0)
+    records, objective = run(loaded, config, num_steps=2)
+    assert all(p.grad is None or not p.grad.any() for p in objective.parameters())
+    assert records[1].grad_norm < 1.5 * records[0].grad_norm
+
+
+def test_shares_add_up_and_leave_the_projectors_own_loss_out(loaded, settings):
+    config = config_of(settings, kd_method="projector", kd_weight=0.25, lm_weight=1.0)
+    (record, *_), _ = run(loaded, config)
+    assert set(record.parts) == {"lm", "kd", "projector"}
+    assert set(record.shares) == {"lm", "kd"}
+    assert sum(record.shares.values()) == pytest.approx(1.0)
+    assert record.loss == pytest.approx(record.parts["lm"] + 0.25 * record.parts["kd"])
+    assert record.shares["kd"] == pytest.approx(0.25 * record.parts["kd"] / record.loss)
+
+
+def test_the_loop_learns(loaded, settings):
+    config = config_of(settings, kd_method="shared_prefix", learning_rate=1e-2, batch_size=8)
+    records, _ = run(loaded, config, num_steps=25)
+    assert records[-1].parts["lm"] < 0.8 * records[0].parts["lm"]
+    assert records[-1].parts["kd"] < 0.95 * records[0].parts["kd"]
+
+
+def test_rate_rises_then_falls_to_a_tenth():
+    factors = [schedule.learning_rate_factor(step, 100, 0.1) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert all(a > b for a, b in itertools.pairwise(factors[9:100]))
+    assert factors[99] == factors[100] == pytest.approx(0.1)
+    assert factors[54] == pytest.approx(0.1 + 0.45, abs=1e-9)
