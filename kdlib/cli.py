@@ -49,9 +49,12 @@ def main(arguments=None):
 
 
 def demo(positional, flags):
+    import torch
+
     from kdlib import env, tiny
 
     out = _out(positional, flags)
+    torch.set_num_threads(1)  # at this size more threads only wait for each other, badly where a core is busy
     cache = env.cache_folder()
     config = tiny.config(cache, **flags)
     _check_out(out)

@@ -46,7 +46,7 @@ class Config:
     """Gradient norm above which the student's gradient is scaled down; the projector's is clipped by itself."""
     warmup: float = 0.05
     """Fraction of the planned steps spent in linear warm-up; a cosine to a tenth of the peak follows."""
-    kd_method: str = "shared_vocab"
+    kd_method: str = "shared_prefix"
     """What the student matches: `projector` (teacher's last hidden state through the student's own head),
     `shared_vocab` (probabilities of the tokens both vocabularies hold, one tail bucket for the rest), `shared_prefix`
     (the same, but a token of one side only counts with the shared token that the other side would read first), or

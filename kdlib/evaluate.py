@@ -149,9 +149,10 @@ def _stack(rows, shape, fill=0):
 
 
 def opening(held_out, tokenizer, num_tokens=24):
-    """The beginning of a held-out window, as text: what the samples go on from."""
+    """The beginning of a held-out window, as text up to its last whole word: what the samples go on from."""
     longest = max((w for group in held_out.windows for w in group), key=lambda window: len(window.student_ids))
-    return tokenizer.decode(longest.student_ids[:num_tokens], skip_special_tokens=True)
+    text = tokenizer.decode(longest.student_ids[:num_tokens], skip_special_tokens=True)
+    return text[: text.rindex(" ")] if " " in text.strip() else text
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Everything a run starts from, loaded and checked before anything is written: models, tokenizers, windows of text."""
 
-import collections
 import dataclasses
 import math
 
@@ -60,7 +59,7 @@ def load(config, device="cpu", teacher_dtype=torch.float32):
     samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
     held_out = [_hold_out(sample, pair, config) for sample in samples]
     if config.check_teacher:
-        check_teacher(pair.teacher, held_out[0])
+        check_teacher(pair.teacher, train, held_out[0])
     return Inputs(pair, train, *held_out, alignment)
 
 
@@ -103,18 +102,27 @@ def make_objective(pair, config, student=None):
     return Objective(student, head, config, teacher_head=pair.teacher.head, buckets=buckets).to(student.device)
 
 
-def check_teacher(teacher, held_out):
-    """Refuse a teacher that reads the text worse than its tokens' bare frequencies would: its ids are not its own."""
-    labels = np.concatenate([w.teacher_labels for group in held_out.windows for w in group])
-    counts = np.array(list(collections.Counter(labels[labels != data.IGNORE].tolist()).values()))
-    entropy = math.log(counts.sum()) - float((counts * np.log(counts)).sum()) / counts.sum()
+def check_teacher(teacher, train, held_out):
+    """Refuse a teacher that reads held-out text worse than the bare frequencies of its tokens in the training windows
+    (each counted once more than seen): its ids are not its own.
+    """
+    counts = np.ones(teacher.reader.vocabulary.num_rows)
+    np.add.at(counts, _labels(train), 1.0)
+    frequencies = -float(
+        np.log(counts / counts.sum())[_labels([w for group in held_out.windows for w in group])].mean()
+    )
     nats = math.log(evaluate.evaluate_teacher(teacher, held_out).perplexity)
-    if nats > entropy:
+    if nats > frequencies:
         raise ValueError(
             f"the teacher reads this text at {nats:.2f} nats a token, worse than the bare frequencies of its tokens "
-            f"({entropy:.2f}): its tokenizer is probably another model's, or it never learned such text; "
+            f"({frequencies:.2f}): its tokenizer is probably another model's, or it never learned such text; "
             "check the folder, or set --check-teacher false"
         )
+
+
+def _labels(windows):
+    labels = np.concatenate([window.teacher_labels for window in windows])
+    return labels[labels != data.IGNORE]
 
 
 def _buckets(pair, kd_method):

@@ -33,7 +33,7 @@ def learning_curves(records, theme="light"):
                 label = NAMES[run] + (f", {len(repeats)} runs" if len(repeats) > 1 else "")
                 label = label if repeat == repeats[0] else None
                 axes.plot(xs, ys, color=COLOURS[run], lw=1.8, marker="o", ms=2.5, alpha=0.85, label=label)
-        _zoom(axes, [r["bits_per_byte"] for r in points if r["run"] in COLOURS and r["step"]])
+        _zoom(axes, [r["bits_per_byte"] for r in points if r["step"] or r["run"] == "teacher"])
         for r in points:
             if r["run"] == "teacher":
                 axes.axhline(r["bits_per_byte"], color=COLOURS["teacher"], ls="--", lw=1.4, label=NAMES["teacher"])
@@ -109,10 +109,10 @@ def bits_per_byte(verdict, theme="light"):
 
 @contextlib.contextmanager
 def _figure(theme, height, rows=1):
-    """A figure 7.2 inches wide in a theme's colours; laid out when the block ends."""
+    """A figure 6.6 inches wide in a theme's colours; laid out when the block ends."""
     colours = THEMES[theme]
     style = {
-        "font.size": 10,
+        "font.size": 11,
         "text.color": colours["text"],
         "axes.labelcolor": colours["text"],
         "axes.edgecolor": colours["grid"],
@@ -125,10 +125,10 @@ def _figure(theme, height, rows=1):
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "legend.fontsize": 9,
+        "legend.fontsize": 10,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.2, height), dpi=120, layout="constrained")
+        figure = Figure(figsize=(6.6, height), dpi=120, layout="constrained")
         yield figure, figure.subplots(rows, 1)
 
 
@@ -141,7 +141,7 @@ def _zoom(axes, values):
     """Leave out the fall of the first evaluations, where the end is what matters."""
     if len(values) > 4:
         low, high = min(values), sorted(values)[int(0.9 * (len(values) - 1))]
-        axes.set_ylim(low - 0.35 * (high - low), high + 0.15 * (high - low))
+        axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
 
 
 def _smoother(count):

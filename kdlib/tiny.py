@@ -102,8 +102,9 @@ def config(cache, **changes):
     return Config.from_dict({**values, **changes})
 
 
-def prepare(cache, clock=None):
-    """Make the embedded default below `cache`; a generator of `(what, done, total)` that says how far it is.
+def prepare(cache, clock=None, steps=TEACHER["steps"]):
+    """Make the embedded default below `cache`; a generator of `(what, done, total)` that says how far it is. `steps`:
+    how long its teacher is trained.
 
     Nothing half-made is ever taken for whole: everything is built beside and renamed at the end.
     """
@@ -121,8 +122,8 @@ def prepare(cache, clock=None):
     student_tokenizer = unigram(teacher_texts, STUDENT["vocab"])
     torch.manual_seed(0)
     teacher = llama(teacher_tokenizer, **TEACHER)
-    for record in train_teacher(teacher, teacher_tokenizer, teacher_texts, clock):
-        yield "training the teacher, once", record.step, TEACHER["steps"]
+    for record in train_teacher(teacher, teacher_tokenizer, teacher_texts, clock, steps):
+        yield "training the teacher, once", record.step, steps
     save(teacher, teacher_tokenizer, beside / "teacher")
     torch.manual_seed(0)
     save(llama(student_tokenizer, **STUDENT), student_tokenizer, beside / "student")
@@ -131,7 +132,7 @@ def prepare(cache, clock=None):
     beside.rename(home)
 
 
-def train_teacher(model, tokenizer, texts, clock, steps=TEACHER["steps"]):
+def train_teacher(model, tokenizer, texts, clock, steps):
     """Plain next-token training through kdlib's own loop; a generator of its records."""
     reader = data.make_reader(tokenizer, models.vocab.read_vocabulary(tokenizer))
     windows = []

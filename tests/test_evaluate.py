@@ -124,7 +124,9 @@ def test_a_teacher_that_reads_foreign_ids_is_refused(settings, texts, tmp_path):
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
-    config = Config.from_dict({**settings, "teacher": str(tmp_path / "teacher"), "check_teacher": True, "eval_tokens": 4000})
+    config = Config.from_dict(
+        {**settings, "teacher": str(tmp_path / "teacher"), "check_teacher": True, "eval_tokens": 4000}
+    )
     inputs.load(config)
 
     shutil.rmtree(tmp_path / "teacher")

@@ -1,0 +1,200 @@
+"""Bad input: one line that names it, exit status 2, nothing written. Good input: the files of the contract."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from families import byte_level, tiny_model
+
+from kdlib import cli, tiny
+
+
+def flags(settings, **changes):
+    values = {**settings, **changes}
+    return [
+        word
+        for name, value in values.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def refused(capsys, words, match, out):
+    before = sorted(str(p) for p in out.parent.rglob("*"))
+    assert cli.main([*words, "--out", str(out)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(match, said), said
+    assert "\n" not in said
+    assert "Traceback" not in said
+    assert sorted(str(p) for p in out.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"kd_wight": 1}, r"unknown key '--kd-wight'; did you mean '--kd_weight'\?"),
+        ({"batch_size": "many"}, "batch_size takes a whole number, got 'many'"),
+        ({"kd_method": "magic"}, "unknown kd_method 'magic'"),
+        ({"dataset": "missing.txt"}, "no such file or folder: missing.txt"),
+        ({"dataset": None}, "dataset is missing"),
+        ({"text_field": "body"}, "has no field 'body'; it has text"),
+        ({"teacher": "nowhere"}, "teacher 'nowhere' is no model that loads"),
+        ({"batch_size": 400}, "the training text makes .* windows of 48 tokens, one optimizer step takes 400"),
+        ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA card"),
+        ({"check_teacher": "true"}, "worse than the bare frequencies"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(capsys, settings, tmp_path, changes, match):
+    if "fp16" in match and torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    refused(capsys, ["distill", *flags(settings, **changes)], match, tmp_path / "out")
+
+
+def test_empty_text_is_refused(capsys, settings, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    changed = flags(settings, dataset=tmp_path / "empty.txt")
+    refused(capsys, ["distill", *changed], "holds no text", tmp_path / "out")
+
+
+def test_text_shorter_than_a_window_is_refused(capsys, settings, tmp_path):
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"Hi {i}"}) + "\n" for i in range(6)))
+    changed = flags(settings, dataset=tmp_path / "short.jsonl", batch_size=8)
+    refused(capsys, ["distill", *changed], "the training text makes 4 windows", tmp_path / "out")
+
+
+def test_an_encoder_as_teacher_is_refused(capsys, settings, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    byte_level().save_pretrained(tmp_path / "bert")
+    changed = flags(settings, teacher=tmp_path / "bert")
+    refused(capsys, ["distill", *changed], "is a BertForMaskedLM; expected a causal language model", tmp_path / "out")
+
+
+def test_a_model_folder_without_tokenizer_is_refused(capsys, settings, tmp_path):
+    tiny_model(byte_level()).save_pretrained(tmp_path / "bare")
+    changed = flags(settings, student=tmp_path / "bare")
+    refused(capsys, ["distill", *changed], "student .* has no tokenizer that loads", tmp_path / "out")
+
+
+def test_tokenizers_with_nothing_in_common_are_refused(capsys, settings, tmp_path):
+    words = {word: i for i, word in enumerate(["<unk>", "猫", "犬", "鳥"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    foreign = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
+    tiny.save(tiny_model(foreign), foreign, tmp_path / "foreign")
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "cat": 1, "dog": 2, "mat": 3}, unk_token="<unk>")
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    english = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
+    tiny.save(tiny_model(english), english, tmp_path / "english")
+    changed = flags(settings, teacher=tmp_path / "english", student=tmp_path / "foreign")
+    refused(capsys, ["distill", *changed], "no token in common", tmp_path / "out")
+
+
+def test_a_folder_that_holds_something_is_refused(capsys, settings, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("x")
+    refused(capsys, ["distill", *flags(settings)], "holds other files; give a new folder", tmp_path / "notes")
+    (tmp_path / "notes" / "config.json").write_text("{}")
+    refused(capsys, ["distill", *flags(settings)], "holds another run; give a new folder", tmp_path / "notes")
+    (tmp_path / "file").write_text("x")
+    refused(capsys, ["distill", *flags(settings)], "is a file; give a folder", tmp_path / "file")
+
+
+def test_a_read_only_folder_is_refused(capsys, settings, tmp_path, monkeypatch):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.geteuid() == 0:  # root may write anywhere: say what the system says to others
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(locked))
+    refused(capsys, ["distill", *flags(settings)], "can't be written: .* is read-only", locked / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["distil"], r"unknown command 'distil'; did you mean 'distill'\?"),
+        (["distill"], "--out DIR is missing"),
+        (["distill", "--out"], "--out needs a value"),
+        (["distill", "a.json", "b.json", "--out", "x"], "takes one CONFIG.json"),
+        (["distill", "missing.json", "--out", "x"], "cannot read the config missing.json: No such file"),
+        (["demo", "extra", "--out", "x"], "unexpected 'extra'"),
+        (["report"], "report takes one run folder"),
+        (["report", "missing"], "missing holds no run"),
+        (["evaluate", "--teacher", "x"], "student is missing"),
+    ],
+)
+def test_bad_commands_are_told_in_one_line(capsys, words, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert match.replace("\\", "") in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_key(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--kd_method 'shared_prefix'" in said
+    assert "Weight of the distillation loss." in said
+
+
+def test_distill_writes_exactly_the_files_of_the_contract(capsys, settings, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**settings, "max_steps": 99}))
+    out = tmp_path / "run"
+    assert cli.main(["distill", str(config), "--max-steps", "3", "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "env.json", "records.jsonl", "status.json", "checkpoints", "student", "verdict.json", "report.html",
+        "figures",
+    }  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["max_steps"] == 3
+    status = json.loads((out / "status.json").read_text())
+    assert {k: status[k] for k in ("state", "step", "max_steps", "sessions")} == {
+        "state": "complete", "step": 3, "max_steps": 3, "sessions": 1,
+    }  # fmt: skip
+    said = capsys.readouterr()
+    assert "bits per byte" in said.out
+    assert "control" in said.err
+    assert "left" in said.err
+
+
+def test_evaluate_compares_two_models_on_a_text(capsys, settings):
+    words = flags({k: settings[k] for k in ("teacher", "student", "dataset", "max_length")})
+    assert cli.main(["evaluate", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["teacher"]["kl_to_teacher"] == 0.0
+    assert found["student"]["bits_per_byte"] > 1.0
+    assert cli.main(["evaluate", *words]) == 0
+    assert f"{found['student']['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_path, monkeypatch):
+    from kdlib import session
+
+    def break_down(*_, **__):
+        raise RuntimeError("the card is on fire")
+
+    monkeypatch.setattr(session, "train", break_down)
+    assert cli.main(["distill", *flags(settings), "--out", str(tmp_path / "run")]) == 1
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: the card is on fire")
+
+
+def test_the_command_runs_as_a_process(tmp_path):
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "kdlib.cli", *words], capture_output=True, text=True, cwd=tmp_path)
+
+    assert run("--help").returncode == 0
+    wrong = run("distill", "--kd-metod", "x", "--out", "y")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "kdlib: unknown key '--kd-metod'; did you mean '--kd_method'?\n"

@@ -1,0 +1,119 @@
+"""The rooms of the house: imports run downwards only, and some words have one room."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent / "kdlib"
+FLOORS = [
+    "cli tiny",
+    "session",
+    "report inputs",
+    "plots train verdict",
+    "evaluate objective checkpoint",
+    "teacher projector",
+    "models",
+    "data corpus",
+    "align vocab losses",
+    "memory schedule records env",
+    "config budget",
+]
+FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
+STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env"}
+ROOMS = [
+    (r"\blog_softmax\b", {"losses"}),
+    (r"\bplt\.|matplotlib", {"plots"}),
+    (r"-100", {"data", "losses", "models"}),
+    (r"\btokenizer\(", {"data", "evaluate"}),
+    (r"\.from_pretrained\(", {"models", "checkpoint", "report"}),
+    (r"\.backward\(|optimizer\.step\(", {"train"}),
+    (r"os\.replace|safetensors", {"checkpoint", "records", "env"}),
+    (r"os\.environ|/kaggle/", {"env"}),
+    (r"\btime\.", {"budget"}),
+    (r"inference_mode", {"teacher"}),
+    (r"reduction=", {"losses"}),
+]
+
+
+def sources():
+    return {path.stem: path.read_text(encoding="utf-8") for path in HOUSE.glob("*.py") if path.stem != "__init__"}
+
+
+def imports_of(source):
+    """`(module, depth)` of every import statement; depth 0 is the top of the file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported(source):
+    return {name.split(".")[1] for name in imports_of(source) if name.startswith("kdlib.")} & set(FLOOR)
+
+
+def test_every_file_has_a_floor():
+    assert set(sources()) == set(FLOOR)
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR))
+def test_imports_run_downwards_only(room):
+    above = {other for other in rooms_imported(sources()[room]) if FLOOR[other] > FLOOR[room]}
+    beside = {other for other in rooms_imported(sources()[room]) if FLOOR[other] == FLOOR[room]}
+    assert not above
+    assert not beside or room in ("cli", "data")
+
+
+def test_nothing_in_the_library_imports_the_embedded_default():
+    assert [room for room, source in sources().items() if "tiny" in rooms_imported(source)] == ["cli"]
+
+
+@pytest.mark.parametrize("room", sorted(STANDARD_LIBRARY_ONLY))
+def test_the_ground_floor_needs_the_standard_library_only(room):
+    import sys
+
+    outside = {name.split(".")[0] for name in imports_of(sources()[room])} - sys.stdlib_module_names - {"kdlib"}
+    assert not outside
+    assert rooms_imported(sources()[room]) <= STANDARD_LIBRARY_ONLY
+
+
+def test_pages_and_pictures_never_see_a_model():
+    for room in ("report", "plots"):
+        assert not {"torch", "transformers"} & {name.split(".")[0] for name in imports_of(sources()[room])}
+
+
+@pytest.mark.parametrize(("words", "rooms"), ROOMS, ids=[words for words, _ in ROOMS])
+def test_a_word_has_its_room(words, rooms):
+    found = set()
+    for room, source in sources().items():
+        code = re.sub(r'"""(?s:.*?)"""|#[^\n]*', "", source)
+        found |= {room} if re.search(words, code) else set()
+    assert found <= rooms
+
+
+def test_the_kaggle_folder_does_not_shadow_the_clients_package():
+    assert not (HOUSE.parent / "kaggle" / "__init__.py").exists()
+
+
+def test_the_package_needs_only_what_the_image_ships():
+    allowed = {
+        "torch",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "safetensors",
+        "numpy",
+        "tqdm",
+        "matplotlib",
+        "ipywidgets",
+    }
+    wanted = (HOUSE.parent / "requirements.txt").read_text().split()
+    assert {re.split(r"[<>=]", line)[0] for line in wanted} == allowed
+    import sys
+
+    shipped = allowed | {"tokenizers", "pyarrow"} | sys.stdlib_module_names  # the last two come with the others
+    for room, source in sources().items():
+        assert {name.split(".")[0] for name in imports_of(source)} - {"kdlib"} <= shipped, room

@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+import transformers
+from families import byte_level, tiny_model, unigram, word_piece
+
+from kdlib import models, tiny
+
+
+def family(kind, tokenizer, **changes):
+    """A tiny random causal model of an architecture."""
+    torch.manual_seed(0)
+    rows = len(tokenizer)
+    configs = {
+        "llama": transformers.LlamaConfig(
+            vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, **changes,
+        ),
+        "qwen3": transformers.Qwen3Config(
+            vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, **changes,
+        ),
+        "gpt2": transformers.GPT2Config(vocab_size=rows, n_embd=16, n_layer=2, n_head=2, **changes),
+        "gpt_neox": transformers.GPTNeoXConfig(
+            vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **changes
+        ),
+    }  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(configs[kind])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_load_as_they_were_saved_whole_or_in_shards(kind, tied, tmp_path):
+    tokenizer = byte_level()
+    model = family(kind, tokenizer, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = models.load_model(str(tmp_path), "student")
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value)
+    reader = models.load_reader(str(tmp_path), "student", loaded.config)
+    head = models.Head(loaded, reader.vocabulary)
+    ids = torch.tensor([[5, 9, 7]])
+    mask = torch.ones_like(ids)
+    expected = loaded(ids, attention_mask=mask).logits
+    torch.testing.assert_close(head.decode(models.last_hidden(loaded, ids, mask)), expected, atol=1e-5, rtol=1e-4)
+    assert (head.module.weight is loaded.get_input_embeddings().weight) == tied
+    assert reader.context == loaded.config.max_position_embeddings
+
+
+def test_rows_beyond_the_tokenizer_get_no_probability(tmp_path):
+    tokenizer = byte_level()
+    tiny.save(tiny_model(tokenizer, vocab_size=len(tokenizer) + 50), tokenizer, tmp_path)
+    model = models.load_model(str(tmp_path), "teacher")
+    reader = models.load_reader(str(tmp_path), "teacher", model.config)
+    probs = models.Head(model, reader.vocabulary).decode(torch.zeros(1, 16)).softmax(-1)
+    assert probs.shape == (1, len(tokenizer))
+    assert probs.sum().item() == pytest.approx(1.0)
+
+
+def refusal(source, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        models.load_model(str(source), "teacher")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_is_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    refusal(tmp_path, r"teacher .* is a BertForMaskedLM; expected a causal language model")
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=False,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.BertLMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    refusal(tmp_path, r"sees tokens that come later|not its output head")
+
+
+def test_capped_logits_are_refused(tmp_path):
+    config = transformers.Gemma2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, initializer_range=1.0,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    refusal(tmp_path, r"logits are not its output head times its last hidden state")
+
+
+def test_folders_without_a_model_or_tokenizer_are_refused(tmp_path):
+    refusal(tmp_path, "is no model that loads")
+    tiny_model(byte_level()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"student .* has no tokenizer that loads"):
+        models.load_reader(str(tmp_path), "student")
+
+
+def test_broken_weights_are_refused(tmp_path):
+    tiny_model(byte_level()).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    refusal(tmp_path, "does not load as a causal language model")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_path):
+    tiny.save(tiny_model(byte_level()), unigram(), tmp_path)
+    model = models.load_model(str(tmp_path), "student")
+    with pytest.raises(ValueError, match="the tokenizer belongs to another model"):
+        models.load_reader(str(tmp_path), "student", model.config)
+
+
+def test_the_reader_knows_what_is_put_around_a_text(tmp_path):
+    for tokenizer, prefix in ((unigram(), [1]), (byte_level(), []), (word_piece(), [2])):
+        tokenizer.save_pretrained(tmp_path)
+        reader = models.load_reader(str(tmp_path), "student")
+        assert reader.prefix == prefix
+        assert reader.eos == ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
+def test_the_exported_student_is_a_plain_folder(tmp_path):
+    from kdlib import checkpoint
+
+    tokenizer = unigram()
+    model = tiny_model(tokenizer)
+    checkpoint.save_student(model, tokenizer, tmp_path / "student", "# card")
+    checkpoint.save_student(model, tokenizer, tmp_path / "student", "# newer card")
+    assert (tmp_path / "student" / "README.md").read_text() == "# newer card"
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict())
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert again("The cat")["input_ids"] == tokenizer("The cat")["input_ids"]
+    assert json.loads((tmp_path / "student" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    from kdlib import checkpoint
+
+    for step in (10, 200, 3000):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "other").mkdir()
+    checkpoint.keep_last(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "step-00000200", "step-00003000"]

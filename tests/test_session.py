@@ -1,0 +1,214 @@
+"""A whole run, small: its records, its verdict, its student, its report."""
+
+import itertools
+import json
+
+import pytest
+import transformers
+
+from kdlib import evaluate, inputs, records, report, session
+from kdlib.config import Config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, pair):
+    """A finished run with a full control and two repeats: `(folder, records)`."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    config = Config(
+        teacher=str(pair / "teacher"), student=str(pair / "student"), dataset=str(pair / "text.jsonl"), max_length=48,
+        batch_size=4, max_steps=6, eval_steps=2, learning_rate=1e-2, check_teacher=False, eval_tokens=400, control="full",
+        repeats=2,
+    )  # fmt: skip
+    return out, list(session.distill(config, out))
+
+
+def test_the_generator_yields_what_is_on_disk(run):
+    out, yielded = run
+    assert yielded[-1]["kind"] == "verdict"
+    assert json.loads(json.dumps(yielded[:-1])) == records.read_records(out / "records.jsonl")
+
+
+def test_train_records_have_the_fields_of_the_contract(run):
+    trained = [r for r in run[1] if r["kind"] == "train"]
+    fields = "step loss parts shares lr grad_norm num_tokens tokens_per_s elapsed_s left_s memory".split()  # noqa: SIM905
+    assert all(set(fields) <= set(r) for r in trained)
+    assert [r["step"] for r in trained if r["run"] == "distilled" and r["repeat"] == 0] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < r["memory"]["used_bytes"] < r["memory"]["total_bytes"] for r in trained)
+    assert all(set(r["parts"]) == {"lm"} and r["shares"] == {"lm": 1.0} for r in trained if r["run"] == "ce_only")
+    assert {r["run"] for r in trained} == {"distilled", "ce_only"}
+
+
+def test_time_left_falls_to_nothing(run):
+    left = [r["left_s"] for r in run[1] if r["kind"] == "train"]
+    assert left[-1] == pytest.approx(0.0, abs=1e-9)
+    assert left[0] > left[len(left) // 2] > 0
+
+
+def test_eval_records_have_the_fields_of_the_contract_and_the_last_step_is_evaluated(run):
+    scored = [r for r in run[1] if r["kind"] == "eval"]
+    assert all({"step", "bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement"} <= set(r) for r in scored)
+    steps = [r["step"] for r in scored if (r["run"], r["repeat"], r["split"]) == ("distilled", 1, "validation")]
+    assert steps == [0, 2, 4, 6]
+    for repeat in (0, 1):
+        last = max(r["step"] for r in run[1] if r["kind"] == "train" and (r["run"], r["repeat"]) == ("ce_only", repeat))
+        validated = [
+            r["step"] for r in scored if (r["run"], r["repeat"], r["split"]) == ("ce_only", repeat, "validation")
+        ]
+        assert validated[-1] == last
+
+
+def test_both_students_start_from_the_same_weights(run):
+    first = [r["bits_per_byte"] for r in run[1] if r["kind"] == "eval" and r["step"] == 0 and r["split"] == "validation"
+             and r["run"] != "teacher"]  # fmt: skip
+    assert len(first) == 4
+    assert len(set(first)) == 1
+
+
+def test_the_verdict_is_the_difference_of_the_test_scores(run):
+    out, yielded = run
+    found = records.read_json(out / "verdict.json")
+    tests = {
+        (r["run"], r["repeat"]): r["bits_per_byte"] for r in yielded if r["kind"] == "eval" and r["split"] == "test"
+    }
+    gains = [tests["ce_only", repeat] - tests["distilled", repeat] for repeat in (0, 1)]
+    assert found["gain_by_run"] == pytest.approx(gains)
+    assert found["gain"] == pytest.approx(sum(gains) / 2)
+    assert found["interval"][0] <= found["gain"] <= found["interval"][1]
+    assert found["num_runs"] == 2
+    assert set(found["bits_per_byte"]) == {"teacher", "student_before", "ce_only", "distilled"}
+    assert 0 < found["alignment"]["coverage"] <= 1
+
+
+def test_the_student_on_disk_is_the_one_with_the_best_validation_score(run, pair):
+    out, yielded = run
+    best = min((r for r in yielded if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == "distilled"),
+               key=lambda r: r["bits_per_byte"])  # fmt: skip
+    exported = records.read_json(out / "verdict.json")["exported"]
+    assert (exported["repeat"], exported["step"]) == (best["repeat"], best["step"])
+    config = Config(
+        teacher=str(pair / "teacher"), student=str(out / "student"), dataset=str(pair / "text.jsonl"), max_length=48,
+        check_teacher=False, eval_tokens=400,
+    )  # fmt: skip
+    loaded = inputs.load(config)
+    score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.validation)
+    assert score.bits_per_byte == pytest.approx(best["bits_per_byte"], rel=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(out / "student")("The cat")["input_ids"]
+    card = (out / "student" / "README.md").read_text()
+    assert records.read_json(out / "verdict.json")["sentence"] in card
+
+
+def test_the_best_student_so_far_is_a_folder_while_the_run_goes_on(run):
+    (checkpoint,) = (run[0] / "checkpoints").iterdir()
+    assert transformers.AutoModelForCausalLM.from_pretrained(checkpoint).config.model_type == "llama"
+
+
+def test_env_names_versions_and_machine(run):
+    env = records.read_json(run[0] / "env.json")
+    assert env["versions"]["torch"].startswith(("2.", "3."))
+    assert env["versions"]["kdlib"] == "0.1.0"
+    assert env["processors"] >= 1
+
+
+def test_the_report_stands_alone_and_tells_the_verdict(run):
+    page = (run[0] / "report.html").read_text()
+    verdict = records.read_json(run[0] / "verdict.json")
+    assert page.startswith("<!doctype html>")
+    assert page.count("data:image/png;base64,") == 8
+    assert "http://" not in page
+    assert "https://" not in page
+    for text in (f"{verdict['bits_per_byte']['distilled']:.4f}", "prefers-color-scheme: dark", "What to trust"):
+        assert text in page
+    figures = {p.name for p in (run[0] / "figures").glob("*.png")}
+    assert {"learning_curves.png", "loss_shares.png", "gain.png", "bits_per_byte.png"} <= figures
+
+
+def test_a_report_can_be_drawn_of_a_run_that_is_not_finished(run, tmp_path):
+    for name in ("config.json", "env.json", "status.json", "records.jsonl"):
+        (tmp_path / name).write_text((run[0] / name).read_text())
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "reason": "<b>full disk</b>", "step": 3,
+                                                      "max_steps": 12, "elapsed_s": 100.0}))  # fmt: skip
+    lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
+    for kept in (1, 4, 9):
+        (tmp_path / "records.jsonl").write_text("".join(lines[:kept]))
+        page = report.write_report(tmp_path).read_text()
+        assert "The run is failed. &lt;b&gt;full disk" in page
+
+
+def drive(settings, out, **changes):
+    return list(session.distill(Config.from_dict({**settings, **changes}), out))
+
+
+def test_a_short_control_compares_both_at_a_tenth_of_the_plan(settings, tmp_path):
+    found = drive(settings, tmp_path / "run", control="short", max_steps=20)
+    verdict = found[-1]
+    assert verdict["steps"]["distilled"] == 2
+    steps = [r["step"] for r in found if r["kind"] == "train" and r["run"] == "ce_only"]
+    assert steps[-1] == verdict["steps"]["ce_only"] < 20
+    assert "at a tenth of the plan" in verdict["sentence"]
+    tests = [r["step"] for r in found if r["kind"] == "eval" and (r["run"], r["split"]) == ("distilled", "test")]
+    assert tests == [2, 20]
+
+
+def test_without_a_control_nothing_is_claimed(settings, tmp_path):
+    found = drive(settings, tmp_path / "run", control="off")
+    assert {r["run"] for r in found if r["kind"] == "train"} == {"distilled"}
+    assert found[-1]["helped"] is None
+    assert "nothing tells whether it helped" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
+    found = drive(settings, tmp_path / "run", control="off", learning_rate=0.0, max_steps=50, eval_steps=2,
+                  early_stopping_patience=3)  # fmt: skip
+    assert max(r["step"] for r in found if r["kind"] == "train") == 6
+    assert found[-1]["kind"] == "verdict"
+
+
+def test_epochs_give_the_plan_where_no_steps_are_named(settings, tmp_path):
+    drive(settings, tmp_path / "run", control="off", max_steps=0, epochs=0.5)
+    windows = len(inputs.load(Config.from_dict(settings)).train)
+    assert records.read_json(tmp_path / "run" / "config.json")["max_steps"] == round(0.5 * windows / 2)
+
+
+def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
+    steps = session.distill(Config.from_dict(settings), tmp_path / "run")
+    for record in steps:
+        if record["kind"] == "train":
+            break
+    steps.close()
+    status = records.read_json(tmp_path / "run" / "status.json")
+    assert (status["state"], status["reason"]) == ("failed", "broken off by its caller before the end")
+
+
+def test_a_run_does_the_same_twice(settings, tmp_path):
+    """Same seed: same losses, same student, byte for byte (the control's length is timed, and may differ)."""
+    first, second = (drive(settings, tmp_path / name, control="off") for name in ("a", "b"))
+    losses = [[r["loss"] for r in found if r["kind"] == "train"] for found in (first, second)]
+    assert losses[0] == losses[1]
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+
+
+def test_the_control_gets_the_steps_that_fit_into_the_same_time(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(session.Session, "_step_cost_ratio", lambda self: 2.5)
+    found = drive(settings, tmp_path / "run", max_steps=4, eval_steps=2)
+    assert max(r["step"] for r in found if r["kind"] == "train" and r["run"] == "ce_only") == 10
+
+
+def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path):
+    """A clock by which a distilled step takes 3 s and a plain one 1 s gives 3."""
+
+    class Record:
+        def __init__(self, step_s):
+            self.step_s = step_s
+
+    monkeypatch.setattr(
+        session, "train",
+        lambda objective, *_, **__: (Record(3.0 if "kd" in objective.parts else 1.0) for _ in itertools.count()),
+    )  # fmt: skip
+    made = session.Session(Config.from_dict({**settings, "kd_method": "shared_prefix"}), tmp_path / "run", Fake())
+    assert made._step_cost_ratio() == 3.0
+
+
+class Fake:
+    def now(self):
+        return 0.0
