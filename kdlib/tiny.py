@@ -52,7 +52,7 @@ def docstrings():
     return texts
 
 
-def split(texts):
+def split(texts, student_chars=STUDENT_CHARS):
     """`(teacher's, student's, held-out)` lists of texts. A held-out module is seen by nobody, and the student's own text
     is a small part of the teacher's.
     """
@@ -63,7 +63,7 @@ def split(texts):
     order = sorted(known, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
     own, size = [], 0
     for _, text in order:
-        if size < STUDENT_CHARS:
+        if size < student_chars:
             own.append(text)
             size += len(text)
     return [text for _, text in known], own, [text for _, text in held]
@@ -102,9 +102,9 @@ def config(cache, **changes):
     return Config.from_dict({**values, **changes})
 
 
-def prepare(cache, clock=None, steps=TEACHER["steps"]):
+def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHARS):
     """Make the embedded default below `cache`; a generator of `(what, done, total)` that says how far it is. `steps`:
-    how long its teacher is trained.
+    how long its teacher is trained; `student_chars`: how much text of its own the student gets.
 
     Nothing half-made is ever taken for whole: everything is built beside and renamed at the end.
     """
@@ -114,7 +114,7 @@ def prepare(cache, clock=None, steps=TEACHER["steps"]):
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     yield "reading the standard library's docstrings", 0, 1
-    teacher_texts, student_texts, held = split(docstrings())
+    teacher_texts, student_texts, held = split(docstrings(), student_chars)
     write_jsonl(beside / "train.jsonl", student_texts)
     write_jsonl(beside / "held_out.jsonl", held)
     yield "training two tokenizers", 0, 1

@@ -1,0 +1,151 @@
+"""Break the code in one classic way at a time; the ordinary tests must see each.
+
+    python tests/mutations.py [WORD ...]     (all mutants, or those whose name holds one of the words)
+
+Every mutant is a copy of the tree with one piece of one file replaced; the named test files run on it and must fail.
+Exit status 1 where a mutant survives, or where the text it replaces no longer stands in the code exactly once.
+"""
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HOUSE = Path(__file__).parent.parent
+LOSSES, ALIGN, DATA, TRAIN = "test_losses.py", "test_align.py", "test_data.py", "test_train.py"
+EVALUATE, VERDICT, VOCAB, SESSION = "test_evaluate.py", "test_verdict.py", "test_vocab.py", "test_session.py"
+
+# name: (file, what stands there, what stands there instead, tests that must fail)
+MUTANTS = {
+    "forward KL turned round": ("losses.py", "return _kl(log_probs(teacher_NV), log_probs(student_NV))",
+                                "return _kl(log_probs(student_NV), log_probs(teacher_NV))", [LOSSES]),
+    "reverse KL turned round": ("losses.py", "return _kl(log_probs(student_NV), log_probs(teacher_NV))",
+                                "return _kl(log_probs(teacher_NV), log_probs(student_NV))", [LOSSES]),
+    "JSD's middle not halved": ("losses.py", "torch.logaddexp(student, teacher) - LN2", "torch.logaddexp(student, teacher)",
+                                [LOSSES]),
+    "JSD of one side twice": ("losses.py", "0.5 * (_kl(teacher, middle) + _kl(student, middle))",
+                              "0.5 * (_kl(teacher, middle) + _kl(teacher, middle))", [LOSSES]),
+    "skew on the wrong side": ("losses.py", "return _kl(teacher, _mixture(teacher, student))",
+                               "return _kl(teacher, _mixture(student, teacher))", [LOSSES]),
+    "T squared forgotten": ("losses.py", "return temperature**2 * DIVERGENCES[divergence](student_NV",
+                            "return DIVERGENCES[divergence](student_NV", [LOSSES]),
+    "T squared forgotten in buckets": ("losses.py", "return temperature**2 * DIVERGENCES[divergence](student, teacher)",
+                                       "return DIVERGENCES[divergence](student, teacher)", [LOSSES]),
+    "temperature on one side only": ("losses.py", "(student_NV / temperature, teacher_NV / temperature)",
+                                     "(student_NV / temperature, teacher_NV)", [LOSSES]),
+    "softmax in half precision": ("losses.py", "wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()\n"
+                                  "    return F.log_softmax(wide", "wide = logits_NV\n    return F.log_softmax(wide", [LOSSES]),
+    "the tail left out": ("losses.py", "return (sums + EMPTY).log()", "return (sums + EMPTY).log()[:, :-1]", [LOSSES]),
+    "buckets of log-probabilities": ("losses.py", "log_probs_NV.exp())", "log_probs_NV)", [LOSSES]),
+    "mean over the micro-batch": ("losses.py", "values_N.sum() / max(1, num_positions)", "values_N.mean()", [LOSSES, TRAIN]),
+    "sum over positions": ("losses.py", "values_N.sum() / max(1, num_positions)", "values_N.sum()", [LOSSES]),
+    "ignored labels count": ("losses.py", "ignore_index=-100", "ignore_index=0", [LOSSES]),
+    "smoothing ignored": ("losses.py", "label_smoothing=smoothing", "label_smoothing=0.0", [LOSSES]),
+    "labels not shifted": ("data.py", "np.where(np.append(target[1:], False), np.append(ids[1:], 0), IGNORE)",
+                           "np.where(target, ids, IGNORE)", [DATA]),
+    "labels shifted the wrong way": ("data.py", "np.where(np.append(target[1:], False), np.append(ids[1:], 0), IGNORE)",
+                                     "np.where(np.append(False, target[:-1]), np.append(0, ids[:-1]), IGNORE)", [DATA]),
+    "teacher rows off by one": ("data.py", "teacher_rows=pairs.teacher[learned] + len(teacher_prefix)",
+                                "teacher_rows=pairs.teacher[learned] + len(teacher_prefix) + 1", [DATA]),
+    "BOS forgotten in the rows": ("data.py", "student_rows=pairs.student[learned] + len(student_prefix)",
+                                  "student_rows=pairs.student[learned]", [DATA]),
+    "teacher fed student ids": ("data.py", "teacher_ids, teacher_mask = _padded([w.teacher_ids for w in windows]",
+                                "teacher_ids, teacher_mask = _padded([w.student_ids for w in windows]", [DATA, TRAIN]),
+    "rows of a batch not moved": ("data.py", "[w.student_rows + i * width for", "[w.student_rows for", [DATA]),
+    "prompts learned too": ("data.py", "return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every & learn)",
+                            "return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every)", [DATA]),
+    "padding not masked": ("data.py", "mask[i, : len(row)] = 1", "mask[i, :] = 1", [DATA, TRAIN]),
+    "boundaries inside characters": ("align.py", "alone & _between_characters(data, ends) & _last_with_its_end(ends)",
+                                     "alone & _last_with_its_end(ends)", [ALIGN]),
+    "first of several tokens at one end": ("align.py", "(np.diff(ends, append=-1) != 0)", "(np.diff(ends, prepend=-1) != 0)",
+                                           [ALIGN]),
+    "pairs by index": ("align.py", "return Alignment(ours[left], theirs[right], ends, usable)",
+                       "return Alignment(ours[left], ours[left], ends, usable)", [ALIGN]),
+    "offsets believed unseen": ("align.py", "faithful = _agrees(data, said, ends, vocabulary.adds_space)",
+                                "faithful = np.ones(len(said), bool)", [ALIGN]),
+    "own token checked, not the next": ("align.py", "[positions + 1]", "[positions]", [ALIGN]),
+    "leading spaces dropped in the match": ("vocab.py", 'return piece.replace(MARK, " ").encode()',
+                                            'return piece.replace(MARK, "").encode()', [VOCAB, ALIGN]),
+    "special tokens speak": ("vocab.py", "if index not in silent:", "if True:", [VOCAB]),
+    "prefix buckets without the way on": ("vocab.py", "own[index] = other[first[index]]", "pass", [VOCAB]),
+    "padding rows keep their mass": ("models.py", "weight = self.module.weight[: self.num_rows]",
+                                     "weight = self.module.weight", ["test_models.py", "test_projector.py"]),
+    "a stale copy of the tied head": ("models.py", "self.module = model.get_output_embeddings()",
+                                      "import copy; self.module = copy.deepcopy(model.get_output_embeddings())",
+                                      ["test_projector.py", TRAIN]),
+    "teacher in training mode": ("teacher.py", "self.model = model.eval().requires_grad_(False)",
+                                 "self.model = model.train().requires_grad_(False)", [TRAIN]),
+    "teacher with gradients": ("teacher.py", ".requires_grad_(False)", "", [TRAIN]),
+    "KD trains the projector": ("objective.py", "live=False).detach()\n", "live=False)\n", [TRAIN]),
+    "the projector trains the head": ("objective.py", "projected = objective.head.decode(objective.projector(rows.hidden), live=False)",
+                                      "projected = objective.head.decode(objective.projector(rows.hidden))", [TRAIN]),
+    "the projector's loss in the student's total": ("objective.py", "for n, p in self.parts.items() if p.student}",
+                                                    "for n, p in self.parts.items()}", [TRAIN]),
+    "KD over all rows' labels": ("objective.py", '"shared_prefix": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "aligned")}',
+                                 '"shared_prefix": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "labels")}', [TRAIN]),
+    "projector not in the optimizer": ("train.py", "if objective.projector is not None:\n        beside",
+                                       "if False:\n        beside", [TRAIN]),
+    "one clip for both": ("train.py", "torch.nn.utils.clip_grad_norm_(objective.projector.parameters(), limit)",
+                          "return torch.nn.utils.clip_grad_norm_(objective.parameters(), limit)", [TRAIN]),
+    "zero_grad forgotten": ("train.py", "        optimizer.zero_grad()\n", "", [TRAIN]),
+    "scheduler counts micro-batches": ("train.py", "        scheduler.step()\n", "        [scheduler.step() for _ in batches]\n",
+                                       [TRAIN]),
+    "scheduler not stepped": ("train.py", "        scheduler.step()\n", "", [TRAIN]),
+    "bits in nats": ("evaluate.py", "self.nats.sum() / LN2 / max", "self.nats.sum() / max", [EVALUATE]),
+    "all labels scored": ("evaluate.py", "(nats * scored)", "nats", [EVALUATE]),
+    "perplexity of the scored tokens' sum": ("evaluate.py", "self.token_nats / max(1, self.num_tokens)",
+                                             "self.token_nats / max(1, self.bytes.sum())", [EVALUATE]),
+    "gain with the wrong sign": ("verdict.py", "np.atleast_2d(control_bits) - np.atleast_2d(distilled_bits)",
+                                 "np.atleast_2d(distilled_bits) - np.atleast_2d(control_bits)", [VERDICT]),
+    "runs counted as documents": ("verdict.py", "by_run.var(ddof=1) / num_runs", "by_run.var(ddof=1) / num_documents", [VERDICT]),
+    "unclear called helped": ("verdict.py", "if low > 0:", "if high > 0:", [VERDICT]),
+    "control from the distilled weights": ("session.py", "        checkpoint.put_back(model, self.start_weights)\n        torch",
+                                           "        torch", [SESSION]),
+    "the last weights scored, not the best": ("session.py", "        checkpoint.put_back(self.pair.student, leg.best_weights)\n",
+                                              "", [SESSION]),
+    "the verdict on the validation text": ("session.py", "self.pair.head, self.inputs.test,",
+                                           "self.pair.head, self.inputs.validation,", [SESSION]),
+    "copies of a document on both sides": ("corpus.py", "keys = sorted({document.key for document in documents})",
+                                           "keys = sorted(document.key for document in documents)", ["test_corpus.py"]),
+    "unknown keys swallowed": ("config.py", "if name not in known:\n                raise", "if name not in known:\n                continue\n                raise",
+                               ["test_config.py"]),
+}  # fmt: skip
+
+
+def survives(name):
+    """Whether the named tests still pass on the mutant; a text to say where it can't be made."""
+    file, old, new, tests = MUTANTS[name]
+    source = (HOUSE / "kdlib" / file).read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        return f"{file} holds the text {source.count(old)} times"
+    with tempfile.TemporaryDirectory() as copy:
+        for folder in ("kdlib", "tests"):
+            shutil.copytree(HOUSE / folder, Path(copy) / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(HOUSE / "pyproject.toml", copy)
+        (Path(copy) / "kdlib" / file).write_text(source.replace(old, new), encoding="utf-8")
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)],
+            cwd=copy, env={**os.environ, "PYTHONPATH": copy, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=600,
+        )  # fmt: skip
+    if ran.returncode not in (0, 1):
+        return f"the tests did not run: {(ran.stdout + ran.stderr)[-300:]}"
+    return "survived" if ran.returncode == 0 else ""
+
+
+def main(words):
+    names = [name for name in MUTANTS if not words or any(word in name for word in words)]
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, problem in zip(names, pool.map(survives, names), strict=True):
+            failed += bool(problem)
+            print(f"{'caught  ' if not problem else 'PROBLEM '} {name}{': ' + problem if problem else ''}", flush=True)
+    print(f"{len(names) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
