@@ -150,13 +150,14 @@ def encode(document, reader):
     """
     if not document.messages:
         return _encode_text(document.text, 0, True, reader)
-    parts = []
-    for text, base, answer in _chat_pieces(document.messages, reader.tokenizer):
-        parts.append(_encode_marks(text, answer, reader) if base is None else _encode_text(text, base, answer, reader))
-    starts = [base for _, base, _ in _chat_pieces(document.messages, reader.tokenizer)]
-    for part, following in zip(parts, starts[1:], strict=False):
-        if following is not None and len(part) and not part.is_text[-1]:
-            part.ends[-1], part.boundary[-1] = following, True  # has read up to the content's first byte
+    pieces = _chat_pieces(document.messages, reader.tokenizer)
+    parts = [
+        _encode_marks(text, answer, reader) if base is None else _encode_text(text, base, answer, reader)
+        for text, base, answer in pieces
+    ]
+    for part, (_, base, _) in zip(parts, pieces[1:], strict=False):
+        if base is not None and len(part) and not part.is_text[-1]:
+            part.ends[-1], part.boundary[-1] = base, True  # has read up to the content's first byte
     return Encoded(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Encoded)))
 
 

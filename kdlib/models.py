@@ -117,10 +117,6 @@ def last_hidden(model, ids, mask):
     return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @torch.no_grad()
 def _probe(model, name):
     """Refuse a model that sees the future, or whose logits are scaled or capped after the head."""

@@ -141,7 +141,8 @@ def _zoom(axes, values):
     """Leave out the fall of the first evaluations, where the end is what matters."""
     if len(values) > 4:
         low, high = min(values), sorted(values)[int(0.9 * (len(values) - 1))]
-        axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+        margin = max(0.08 * (high - low), 1e-3)
+        axes.set_ylim(low - margin, high + margin)
 
 
 def _smoother(count):

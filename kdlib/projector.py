@@ -24,11 +24,6 @@ class TeacherToStudentProjector(torch.nn.Module):
         """Set the matrix to the closed form over the shared tokens' head rows, student `[S, Ds]` and teacher `[S, Dt]`."""
         self.weight.copy_(closed_form(student_rows_SD, teacher_rows_SE))
 
-    @staticmethod
-    def reference_probs(teacher_probs_NU, teacher_embedding_UE):
-        """The slow way, for tests: mean teacher embedding `[N, Dt]` under its next-token probabilities."""
-        return teacher_probs_NU @ teacher_embedding_UE
-
 
 def closed_form(student_rows_SD, teacher_rows_SE):
     """The map W `[Ds, Dt]` of least norm that minimises `|| C (student_rows W - teacher_rows) ||` in float64, where C

@@ -179,12 +179,12 @@ class Session:
                 yield self._record(self._train_record(leg, step))
             if step.step % leg.eval_steps == 0 or step.step == leg.compare_step or last:
                 yield self._evaluate(leg, step.step)
-            patience = config.early_stopping_patience
-            stopping = bool(patience) and leg.since_best >= patience
-            if step.step == leg.compare_step or (stopping and leg.at_compare is None):
+            if 0 < config.early_stopping_patience <= leg.since_best:
+                leg.last_step, leg.compare_step = step.step, min(step.step, leg.compare_step)
+            if step.step == leg.compare_step:
                 leg.at_compare, leg.compare_s = self._best_test_score(leg), leg.train_s
                 yield self._test_record(leg, leg.at_compare, step.step)
-            if last or stopping:
+            if step.step == leg.last_step:
                 break
         leg.at_end = leg.at_compare if leg.compare_step == leg.last_step else self._best_test_score(leg)
         if leg.at_end is not leg.at_compare:
@@ -275,7 +275,7 @@ class Session:
     def _record(self, record):
         if self.writes:
             self.folder.records.append(record)
-            if record["kind"] == "train":
+            if record["kind"] == "eval":
                 self._status("running", "")
         return record
 

@@ -1,5 +1,6 @@
 """The loop: a generator that yields one record per optimizer step."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -74,8 +75,8 @@ def train(objective, teacher, windows, num_steps, config, accelerator, clock, pa
         for i, batch in enumerate(batches):
             batch = batch.to(accelerator.device)
             signal = teacher(batch) if teacher else None
-            syncing = i == len(batches) - 1
-            with _sync(prepared, accelerator, syncing):
+            syncing = i == len(batches) - 1  # processes exchange gradients once a step
+            with contextlib.nullcontext() if syncing else accelerator.no_sync(prepared):
                 loss, values = prepared(batch, signal, counts)
                 # gradients are averaged over processes, and ours are already shares of the whole step
                 accelerator.backward(loss * accelerator.num_processes)
@@ -103,10 +104,6 @@ def _counts(batches, accelerator):
     own = [sum(getattr(batch, name) for batch in batches) for name in ("num_labels", "num_aligned", "num_tokens")]
     whole = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
     return dict(zip(("labels", "aligned", "tokens"), whole, strict=True))
-
-
-def _sync(model, accelerator, syncing):
-    return accelerator.no_sync(model) if not syncing else torch.enable_grad()
 
 
 def _clip(objective, limit, accelerator, optimizer):

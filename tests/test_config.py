@@ -80,38 +80,8 @@ def test_every_key_is_explained():
         assert f"--{name} " in cli._keys()
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("11h", 39600), ("40m", 2400), ("90s", 90), ("1h30m", 5400), (2, 7200), ("0.5", 1800), ("1d", 86400)],
-)
-def test_durations(text, seconds):
-    assert budget.parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "soon", "11x", "h", "-3h", "1h x"])
-def test_what_is_no_duration_is_refused(text):
-    with pytest.raises(ValueError, match="is not a duration"):
-        budget.parse_duration(text)
-
-
 def test_durations_for_people():
     assert [budget.spoken(s) for s in (8.2, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
-
-
-def test_a_stopwatch_counts_by_the_clock_it_is_given():
-    class Fake:
-        at = 100.0
-
-        def now(self):
-            return self.at
-
-    clock = Fake()
-    watch = budget.Stopwatch(clock)
-    for seconds in (3.0, 4.0):
-        with watch:
-            clock.at += seconds
-        clock.at += 50.0
-    assert watch.elapsed_s == 7.0
 
 
 def test_json_is_written_beside_and_renamed(tmp_path, monkeypatch):

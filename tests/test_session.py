@@ -163,6 +163,17 @@ def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
     assert found[-1]["kind"] == "verdict"
 
 
+def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(session.Session, "_step_cost_ratio", lambda self: 2.0)
+    found = drive(settings, tmp_path / "run", learning_rate=0.0, max_steps=50, eval_steps=2, early_stopping_patience=3)
+    steps = {
+        run: max(r["step"] for r in found if r["kind"] == "train" and r["run"] == run)
+        for run in ("distilled", "ce_only")
+    }
+    assert steps == {"distilled": 6, "ce_only": 12}
+    assert found[-1]["steps"] == steps
+
+
 def test_epochs_give_the_plan_where_no_steps_are_named(settings, tmp_path):
     drive(settings, tmp_path / "run", control="off", max_steps=0, epochs=0.5)
     windows = len(inputs.load(Config.from_dict(settings)).train)
