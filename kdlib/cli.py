@@ -134,7 +134,9 @@ def _drive(config, out, clock):
 
     bar, leg = None, None
     for record in distill(config, out, clock):
-        if record["kind"] == "train":
+        if record["kind"] == "start":
+            _tell_start(record)
+        elif record["kind"] == "train":
             if leg != (record["run"], record["repeat"]):
                 if bar is not None:
                     bar.close()
@@ -148,6 +150,20 @@ def _drive(config, out, clock):
             bar.close()
             _tell(record, out)
     return 0
+
+
+def _tell_start(start):
+    told = start["alignment"]
+    print(
+        f"{start['num_windows']} windows of text, {start['max_steps']} steps. {told['coverage']:.0%} of the student's "
+        f"tokens get signal from the teacher; {told['shared_student']:.0%} of its vocabulary is the teacher's too."
+    )
+    for side in ("student", "teacher"):
+        if told[f"faithful_{side}"] < 1.0:
+            print(
+                f"The {side}'s tokenizer changes the text: {told[f'faithful_{side}']:.1%} of its tokens are the bytes that "
+                "stand there, and only those give and take signal."
+            )
 
 
 def _tell(verdict, out):

@@ -45,7 +45,8 @@ class Leg:
 
 
 def distill(config, out, clock=None):
-    """Run `config` into the folder `out`: a generator of records (dicts, as in `records.jsonl`).
+    """Run `config` into the folder `out`: a generator of records (dicts, as in `records.jsonl`; before them one of kind
+    `start` with what was loaded, after them one of kind `verdict`).
 
     Raises ValueError before anything is written where the config, the models, the text or the folder won't do. Whatever
     fails later leaves `status.json` at `failed` with the reason, and is raised. The caller may break off at any record.
@@ -93,6 +94,8 @@ class Session:
 
     def _run(self):
         config = self.config
+        counts = {"num_windows": len(self.inputs.train), "max_steps": config.max_steps}
+        yield {"kind": "start", **counts, "alignment": self.inputs.alignment}
         known = evaluate.evaluate_teacher(self.pair.teacher, self.inputs.validation).summary()
         yield self._record(
             {"kind": "eval", "run": "teacher", "repeat": 0, "split": "validation", "step": 0, "elapsed_s": 0.0, **known}

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from families import byte_level, tiny_model
+from families import byte_level, tiny_model, word_piece
 
 from kdlib import cli, tiny
 
@@ -166,6 +166,15 @@ def test_distill_writes_exactly_the_files_of_the_contract(capsys, settings, tmp_
     assert "bits per byte" in said.out
     assert "control" in said.err
     assert "left" in said.err
+
+
+def test_a_tokenizer_that_changes_the_text_is_told(capsys, settings, tmp_path):
+    tokenizer = word_piece()
+    tiny.save(tiny_model(tokenizer), tokenizer, tmp_path / "lower")
+    changed = flags(settings, student=tmp_path / "lower", control="off")
+    assert cli.main(["distill", *changed, "--out", str(tmp_path / "run")]) == 0
+    assert "The student's tokenizer changes the text" in capsys.readouterr().out
+    assert "changes the text: only" in (tmp_path / "run" / "report.html").read_text().replace("&#x27;", "'")
 
 
 def test_evaluate_compares_two_models_on_a_text(capsys, settings):

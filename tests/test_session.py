@@ -24,8 +24,9 @@ def run(tmp_path_factory, pair):
 
 def test_the_generator_yields_what_is_on_disk(run):
     out, yielded = run
-    assert yielded[-1]["kind"] == "verdict"
-    assert json.loads(json.dumps(yielded[:-1])) == records.read_records(out / "records.jsonl")
+    assert (yielded[0]["kind"], yielded[-1]["kind"]) == ("start", "verdict")
+    assert yielded[0]["alignment"] == yielded[-1]["alignment"]
+    assert json.loads(json.dumps(yielded[1:-1])) == records.read_records(out / "records.jsonl")
 
 
 def test_train_records_have_the_fields_of_the_contract(run):
