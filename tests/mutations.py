@@ -108,8 +108,8 @@ MUTANTS = {
                                               "", [SESSION]),
     "the verdict on the validation text": ("session.py", "self.pair.head, self.inputs.test,",
                                            "self.pair.head, self.inputs.validation,", [SESSION]),
-    "copies of a document on both sides": ("corpus.py", "keys = sorted({document.key for document in documents})",
-                                           "keys = sorted(document.key for document in documents)", ["test_corpus.py"]),
+    "copies of a document on both sides": ("corpus.py", "1 + held[document.key] % 2 if", "1 + len(parts[1]) % 2 if",
+                                           ["test_corpus.py"]),
     "unknown keys swallowed": ("config.py", "if name not in known:\n                raise", "if name not in known:\n                continue\n                raise",
                                ["test_config.py"]),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from families import FAMILIES, LOSSLESS, reader
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdlib import align
+from kdlib import align, vocab
 
 PIECES = st.one_of(
     st.sampled_from(
@@ -126,6 +126,14 @@ def test_a_split_character_has_one_boundary():
     ids, found = spans_of("byte_level", text)
     assert len(ids) > 3
     assert found.ends[found.boundary].tolist() == [1, 5, 6]
+
+
+def test_of_several_tokens_that_end_alike_the_last_is_the_boundary():
+    """It has read all of them: an empty piece between two others."""
+    vocabulary = vocab.Vocabulary((b"a", b"", b"b"), (), False)
+    found = align.spans("ab", [0, 1, 2], [(0, 1), (1, 1), (1, 2)], vocabulary)
+    assert found.ends.tolist() == [1, 1, 2]
+    assert found.boundary.tolist() == [False, True, True]
 
 
 def test_a_lower_casing_tokenizer_gives_no_signal_where_it_changed_the_text():

@@ -147,7 +147,7 @@ def test_a_template_that_changes_the_content_is_refused():
 
 
 def test_collate_pads_on_the_right_and_moves_the_rows():
-    windows = windows_of(LINES[0], max_length=60) + windows_of("The cat.", max_length=60)
+    windows = windows_of(LINES[0], max_length=60) + windows_of("Return it, dog.", max_length=60)
     batch = data.collate(windows, 7, 9)
     long, short = windows
     assert batch.student_ids.shape == (2, len(long.student_ids))

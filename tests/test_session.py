@@ -98,6 +98,24 @@ def test_the_student_on_disk_is_the_one_with_the_best_validation_score(run, pair
     assert records.read_json(out / "verdict.json")["sentence"] in card
 
 
+def test_the_test_score_is_that_of_the_best_weights_not_the_last(settings, tmp_path):
+    """With a rate at which a run falls apart; the score is checked against the exported student's, on the test text."""
+    config = Config.from_dict({**settings, "learning_rate": 0.3, "max_steps": 6, "eval_steps": 1, "control": "off"})
+    found = list(session.distill(config, tmp_path / "run"))
+    validated = [
+        r["bits_per_byte"]
+        for r in found
+        if r["kind"] == "eval" and r["split"] == "validation" and r["run"] != "teacher"
+    ]
+    assert min(validated) < validated[-1]
+    (tested,) = [r for r in found if r["kind"] == "eval" and (r["run"], r["split"]) == ("distilled", "test")]
+    loaded = inputs.load(config.replace(student=str(tmp_path / "run" / "student")))
+    score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
+    assert tested["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-5)
+    other = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.validation)
+    assert abs(other.bits_per_byte - score.bits_per_byte) > 1e-3
+
+
 def test_the_best_student_so_far_is_a_folder_while_the_run_goes_on(run):
     (checkpoint,) = (run[0] / "checkpoints").iterdir()
     assert transformers.AutoModelForCausalLM.from_pretrained(checkpoint).config.model_type == "llama"

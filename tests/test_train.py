@@ -87,12 +87,13 @@ def test_splitting_a_step_changes_nothing(loaded, settings, method):
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
         changes = {"kd_method": method, "batch_size": batch_size, "grad_accumulation": accumulation}
         config = config_of(settings, **changes)
-        (record,), _ = run(loaded, config, num_steps=1, objective=fresh(loaded, config))
-        found.append(record)
-    for other in found[1:]:
-        assert other.loss == pytest.approx(found[0].loss, rel=1e-5)
-        assert other.grad_norm == pytest.approx(found[0].grad_norm, rel=1e-5)
-        assert other.num_tokens == found[0].num_tokens
+        found.append(run(loaded, config, num_steps=2, objective=fresh(loaded, config))[0])
+    (first, second), *others = found
+    for other, after in others:
+        assert other.loss == pytest.approx(first.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(first.grad_norm, rel=1e-5)
+        assert other.num_tokens == first.num_tokens
+        assert (other.lr, after.lr) == (first.lr, second.lr)
 
 
 def fresh(loaded, config):
