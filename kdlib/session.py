@@ -16,7 +16,7 @@ from kdlib.train import train
 
 SHORT = 0.1
 """Fraction of the plan at which a short control is compared."""
-CALIBRATION_STEPS = 12
+CALIBRATION_BLOCKS, CALIBRATION_STEPS = 6, 5
 DISTILLED, CONTROL = "distilled", "ce_only"
 
 
@@ -149,18 +149,23 @@ class Session:
         return Leg(CONTROL, distilled.repeat, steps, compare, compare, max(1, round(self.eval_steps * ratio)))
 
     def _step_cost_ratio(self):
-        """Seconds of a distilled step over seconds of a plain one: both kinds in turn, on copies that are thrown away;
-        the median of the pairs, so that a machine whose speed drifts does not favour either.
+        """Seconds of a distilled step over seconds of a plain one, on copies that are thrown away: short blocks of both
+        kinds in turn, so that a machine whose speed drifts favours neither; the first step of a block, whose caches the
+        other kind has filled, does not count. The ratio of the medians.
         """
         streams = []
         for config in (self.config, _control_config(self.config)):
             student = copy.deepcopy(self.pair.student)
             checkpoint.put_back(student, self.start_weights)
             streams.append(self._stream(inputs.make_objective(self.pair, config, student), config, 10**6))
-        pairs = list(itertools.islice(zip(*streams, strict=True), CALIBRATION_STEPS))
+        seconds = [[], []]
+        for _ in range(CALIBRATION_BLOCKS):
+            for kind, stream in enumerate(streams):
+                block = [step.step_s for step in itertools.islice(stream, CALIBRATION_STEPS)]
+                seconds[kind] += block[1:]
         self._free()
-        ratio = statistics.median(kd.step_s / max(ce.step_s, 1e-9) for kd, ce in pairs[2:])
-        return accelerate.utils.broadcast_object_list([ratio])[0]
+        distilled, plain = map(statistics.median, seconds)
+        return accelerate.utils.broadcast_object_list([distilled / max(plain, 1e-9)])[0]
 
     def _stream(self, objective, config, num_steps):
         teacher = self.pair.teacher if config.kd_method != "none" else None

@@ -168,14 +168,15 @@ def unigram(texts, size):
     core = tokenizers.Tokenizer(tokenizers.models.Unigram())
     core.pre_tokenizer = _metaspace()
     special = ["<unk>", "<s>", "</s>"]
-    learned = tokenizers.trainers.UnigramTrainer(
+    trainer = tokenizers.trainers.UnigramTrainer(
         vocab_size=size - 256, special_tokens=special, unk_token="<unk>", show_progress=False
     )
-    core.train_from_iterator(texts, learned)
-    pieces = json.loads(core.to_str())["model"]["vocab"]
-    lowest = min(score for _, score in pieces)
-    byte_pieces = [(f"<0x{byte:02X}>", lowest - 10.0) for byte in range(256)]
-    vocabulary = [tuple(piece) for piece in pieces[:3]] + byte_pieces + [tuple(piece) for piece in pieces[3:]]
+    core.train_from_iterator(texts, trainer)
+    # the trainer adds up in any order: its last digits, and the order of equals, differ from run to run
+    pieces = [(piece, round(score, 6)) for piece, score in json.loads(core.to_str())["model"]["vocab"]]
+    learned = sorted(pieces[len(special) :], key=lambda entry: (-entry[1], entry[0]))
+    byte_pieces = [(f"<0x{byte:02X}>", learned[-1][1] - 10.0) for byte in range(256)]
+    vocabulary = pieces[: len(special)] + byte_pieces + learned
     core = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     core.pre_tokenizer = _metaspace()
     core.decoder = tokenizers.decoders.Sequence(

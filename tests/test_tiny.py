@@ -1,0 +1,60 @@
+"""The embedded default: text that every Python has, split without leaks, made the same every time."""
+
+import json
+
+import pytest
+from families import LINES
+
+from kdlib import tiny
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return tiny.docstrings()
+
+
+def test_the_standard_library_has_enough_to_say(texts):
+    assert len(texts) > 200
+    assert sum(map(len, texts.values())) > 1_000_000
+    assert not any("/test/" in f"/{module}" or "site-packages" in module for module in texts)
+    assert "Return" in texts["json/__init__.py"] or "JSON" in texts["json/__init__.py"]
+
+
+def test_no_docstring_stands_in_two_modules(texts):
+    seen = [part for text in texts.values() for part in {text}]
+    assert len(set(seen)) == len(seen)
+
+
+def test_held_out_modules_are_seen_by_nobody_and_the_students_text_is_scarce(texts):
+    teacher, student, held = map(set, tiny.split(texts))
+    assert not teacher & held
+    assert student < teacher
+    assert teacher | held == set(texts.values())
+    assert 200_000 <= sum(map(len, student)) < 300_000
+    assert 50_000 < sum(map(len, held)) < 400_000
+
+
+def test_tokenizers_are_made_the_same_every_time(texts):
+    lines = tiny.split(texts)[0]
+    for make, size in ((tiny.unigram, tiny.STUDENT["vocab"]), (tiny.byte_level_bpe, tiny.TEACHER["vocab"])):
+        first, second = (json.loads(make(lines, size).backend_tokenizer.to_str()) for _ in range(2))
+        assert first == second
+
+
+def test_a_half_made_default_is_never_taken_for_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "docstrings", lambda: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(400)})
+    monkeypatch.setitem(tiny.TEACHER, "vocab", 320)
+    monkeypatch.setitem(tiny.STUDENT, "vocab", 400)
+    making = tiny.prepare(tmp_path, steps=3)
+    for _what, done, _total in making:
+        if done == 2:
+            break
+    making.close()
+    assert not tiny.is_ready(tmp_path)
+    told = list(tiny.prepare(tmp_path, steps=3))
+    assert tiny.is_ready(tmp_path)
+    assert [(done, total) for what, done, total in told if "teacher" in what] == [(1, 3), (2, 3), (3, 3)]
+    home = tiny.folder(tmp_path)
+    assert {p.name for p in home.iterdir()} == {"teacher", "student", "train.jsonl", "held_out.jsonl", "complete.json"}
+    config = tiny.config(tmp_path, max_steps=7)
+    assert (config.max_steps, config.control, config.kd_method) == (7, "full", "shared_prefix")
