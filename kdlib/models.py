@@ -74,7 +74,9 @@ class Head:
     @property
     def weight(self):
         """`[V, D]`, rows with a token first to last; a view of the live weight where the vocabulary has no gaps."""
-        weight = self.module.weight[: self.num_rows]
+        weight = self.module.weight
+        if len(weight) > self.num_rows:
+            weight = weight[: self.num_rows]
         return weight if self.kept is None else weight[self.kept.to(weight.device)]
 
     @property

@@ -3,24 +3,26 @@
 import dataclasses
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from kdlib import losses, models
+from kdlib import fused, losses, models
 from kdlib.data import IGNORE
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """One chunk of rows as the parts see it: student and teacher logits, labels (already columns of the logits).
+    """One chunk of rows as the parts see it.
 
-    `student` `[n, Vs]`; `labels` `[n]`, IGNORE where nothing is learned; `aligned` `[n]` bool: rows with a teacher
-    signal, M of them; `hidden` `[M, Dt]`: the teacher's last hidden states of those rows.
+    `student` `[n, Vs]`: logits; `labels` `[n]`: columns of the logits, IGNORE where nothing is learned; `hidden` `[m, Dt]`:
+    the teacher's last hidden states of the first m rows, those with a teacher signal.
     """
 
     student: torch.Tensor
     labels: torch.Tensor
-    aligned: torch.Tensor
     hidden: torch.Tensor
+
+    @property
+    def aligned(self):
+        return self.student[: len(self.hidden)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ def _lm(objective, rows):
 
 def _kd_projector(objective, rows):
     teacher = objective.head.decode(objective.projector(rows.hidden), live=False).detach()
-    return objective.divergence(rows.student[rows.aligned], teacher)
+    return objective.divergence(rows.aligned, teacher)
 
 
 def _kd_buckets(objective, rows):
@@ -49,13 +51,12 @@ def _kd_buckets(objective, rows):
     with torch.no_grad():
         teacher = head.decode(rows.hidden.to(head.weight.device, head.weight.dtype)).to(rows.student.device)
     buckets = objective.student_buckets, objective.teacher_buckets, objective.num_buckets
-    student = rows.student[rows.aligned]
-    return losses.bucket_divergence(student, teacher, *buckets, config.kd_divergence, config.kd_temperature)
+    return losses.bucket_divergence(rows.aligned, teacher, *buckets, config.kd_divergence, config.kd_temperature)
 
 
 def _projector(objective, rows):
     projected = objective.head.decode(objective.projector(rows.hidden), live=False)
-    return losses.cross_entropy(projected, rows.labels[rows.aligned])
+    return losses.cross_entropy(projected, rows.labels[: len(rows.hidden)])
 
 
 LM = {"lm": Part(_lm, lambda config: config.lm_weight, "labels")}
@@ -94,33 +95,37 @@ class Objective(torch.nn.Module):
         return losses.distillation(student, teacher, self.config.kd_divergence, self.config.kd_temperature)
 
     def forward(self, batch, signal, counts):
-        """`(loss, parts)` of one micro-batch: `loss` to call backward on, `parts` unweighted `[]` tensors by name.
+        """`(loss, parts)` of one micro-batch: `loss` to call backward on, `parts` unweighted `[]` tensors by name, for the
+        record only.
 
         `counts` holds `labels` and `aligned`, the positions of the whole optimizer step: losses of its micro-batches add
         up to those of the step.
         """
         hidden = models.last_hidden(self.student, batch.student_ids, batch.student_mask).flatten(0, 1)
         labels = self.head.columns(batch.labels.flatten())
-        place = torch.full_like(labels, -1)
-        if signal is not None:
-            place[batch.student_rows] = torch.arange(batch.num_aligned, device=place.device)
-        wanted = ((labels != IGNORE) | (place >= 0)).nonzero().squeeze(1)
-        chunks = wanted.split(self.config.loss_chunk_size)
-        sums = hidden.new_zeros(len(self.parts), dtype=torch.float32)
-        for chunk in chunks:
-            inputs = (hidden[chunk], labels[chunk], place[chunk], hidden[:0] if signal is None else signal.hidden)
-            if len(chunks) > 1 and torch.is_grad_enabled():
-                sums = sums + checkpoint(self._sums, *inputs, counts, use_reentrant=False, preserve_rng_state=False)
-            else:
-                sums = sums + self._sums(*inputs, counts)
-        parts = dict(zip(self.parts, sums, strict=True))
-        return sum(part.weight(self.config) * parts[name] for name, part in self.parts.items()), parts
+        known = hidden.new_zeros(0, 1) if signal is None else signal.hidden
+        rows = self._rows(batch, labels, len(known))
+        labels = labels[rows]
 
-    def _sums(self, hidden, labels, place, teacher_hidden, counts):
-        aligned = place >= 0
-        rows = Rows(self.head.decode(hidden), labels, aligned, teacher_hidden[place[aligned]])
-        values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in self.parts.values()]
-        return torch.stack(values).float()
+        def losses_of(logits, start):
+            chunk = Rows(logits, labels[start : start + len(logits)], known[start : start + len(logits)])
+            values = [losses.token_mean(part.values(self, chunk), counts[part.counts]) for part in self.parts.values()]
+            return torch.stack(values).float()
+
+        weights = [part.weight(self.config) for part in self.parts.values()]
+        extra = () if self.projector is None else tuple(self.projector.parameters())
+        loss, parts = fused.head_losses(
+            hidden[rows], self.head.weight, self.head.bias, losses_of, weights, self.config.loss_chunk_size, extra
+        )
+        return loss, dict(zip(self.parts, parts, strict=True))
+
+    def _rows(self, batch, labels, num_known):
+        """Flat positions that take part: first those with a teacher signal, in its order, then those with a label only."""
+        if not num_known:
+            return (labels != IGNORE).nonzero().squeeze(1)
+        alone = labels != IGNORE
+        alone[batch.student_rows] = False
+        return torch.cat([batch.student_rows, alone.nonzero().squeeze(1)])
 
     def total(self, parts):
         """The student's loss and each part's share of it, from unweighted parts (floats)."""

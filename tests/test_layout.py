@@ -16,7 +16,7 @@ FLOORS = [
     "teacher projector",
     "models",
     "data corpus",
-    "align vocab losses",
+    "align vocab losses fused",
     "memory schedule records env",
     "config budget",
 ]
