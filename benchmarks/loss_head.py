@@ -39,7 +39,8 @@ def main():
     ways = [f"{way}:{chunk}" for chunk in chunks for way in ("bare", "ours")] + ["eager:0"]
     base = None
     print(
-        "| way | rows a chunk | seconds | to bare | peak MB above the inputs | gradient error to float64 |\n|---|---|---|---|---|---|"
+        "| way | rows a chunk | seconds | to bare | peak MB above the inputs | gradient error to float64 |\n"
+        "|---|---|---|---|---|---|"
     )
     for way in ways:
         words = [sys.executable, "-m", "benchmarks.loss_head", "--one", way]

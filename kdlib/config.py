@@ -61,7 +61,7 @@ class Config:
     """Weight of the next-token cross-entropy; the control trains on this part alone, at weight 1."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over the vocabulary in the training loss (never in a perplexity)."""
-    loss_chunk_size: int = 1024
+    loss_chunk_size: int = 256
     """Rows of the output head decoded at once; lower it when memory is short, the result stays the same."""
     amp_dtype: str = "auto"
     """Arithmetic of the forward passes: `bf16` where the card really has it, else `fp16` on a card, `fp32` on a CPU."""
