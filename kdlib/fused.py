@@ -33,6 +33,8 @@ class _HeadLosses(torch.autograd.Function):
         into_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         into_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         into_extra = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in extra]
+        device = hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         parts = 0.0
         for start, chunk in _chunks(hidden, chunk_size):
             with torch.enable_grad():
@@ -45,7 +47,7 @@ class _HeadLosses(torch.autograd.Function):
                 if other is not None:
                     into += other
             if gradient is not None:
-                _add_products(gradient, chunk, weight, start, into_hidden, into_weight, into_bias)
+                _add_products(gradient, chunk, weight, start, into_hidden, into_weight, into_bias, compute)
         ctx.gradients = into_hidden, into_weight, into_bias, *into_extra
         ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in (hidden, weight, bias, *extra)]
         ctx.mark_non_differentiable(parts)
@@ -66,22 +68,20 @@ def _logits(hidden, weight, bias):
     return F.linear(hidden.detach(), weight.detach(), None if bias is None else bias.detach()).float()
 
 
-def _add_products(gradient, chunk, weight, start, into_hidden, into_weight, into_bias):
-    """Add the chunk's share of the three gradients, in the precision in which the chunk came."""
+def _add_products(gradient, chunk, weight, start, into_hidden, into_weight, into_bias, compute):
+    """Add the chunk's share of the three gradients, with products of the dtype `compute`."""
     if into_bias is not None:
         into_bias += gradient.sum(dim=0)
-    lift = None
-    if chunk.dtype == torch.float16:
+    lift = 1.0
+    if compute == torch.float16:
         largest = gradient.abs().amax().clamp_min(1e-30)
         lift = torch.exp2(torch.floor(torch.log2(TARGET / largest)))
         gradient = gradient * lift
-    gradient = gradient.to(chunk.dtype)
     with torch.autocast(gradient.device.type, enabled=False):
+        gradient, chunk = gradient.to(compute), chunk.to(compute)
         if into_hidden is not None:
-            product = (gradient @ weight.to(chunk.dtype)).float()
-            into_hidden[start : start + len(chunk)] = product if lift is None else product / lift
-        if into_weight is not None and chunk.dtype == torch.float32:
+            into_hidden[start : start + len(chunk)] = (gradient @ weight.to(compute)).float() / lift
+        if into_weight is not None and compute == torch.float32:
             into_weight.addmm_(gradient.T, chunk)
         elif into_weight is not None:
-            product = (gradient.T @ chunk).float()
-            into_weight += product if lift is None else product / lift
+            into_weight += (gradient.T @ chunk).float() / lift

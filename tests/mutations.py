@@ -76,7 +76,7 @@ MUTANTS = {
     "only the last chunk's head gradient": ("fused.py", "into_weight.addmm_(gradient.T, chunk)",
                                             "into_weight.copy_(gradient.T @ chunk)", ["test_fused.py"]),
     "the scaler's factor ignored": ("fused.py", "g.mul_(scale).to(d)", "g.to(d)", ["test_fused.py"]),
-    "half precision gradients not lifted": ("fused.py", "if chunk.dtype == torch.float16:", "if False:", ["test_fused.py"]),
+    "half precision gradients not lifted": ("fused.py", "if compute == torch.float16:", "if False:", ["test_fused.py"]),
     "the bias of the head without gradient": ("fused.py", "into_bias += gradient.sum(dim=0)", "pass", ["test_fused.py"]),
     "weights of the parts forgotten in the gradient": ("fused.py", "total = (found * found.new_tensor(weights)).sum()\n                gradient",
                                                        "total = found.sum()\n                gradient", ["test_fused.py"]),

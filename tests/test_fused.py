@@ -92,6 +92,17 @@ def test_half_precision_gradients_survive_although_the_scaler_comes_later(dtype)
         assert error < (0.01 if dtype == torch.float16 else 0.03)
 
 
+def test_under_autocast_the_products_run_in_its_precision_and_gradients_stay_float32():
+    hidden, weight, _, _, losses_of = case(torch.float32, bias=False)
+    exact = torch.autograd.grad(fused.head_losses(hidden, weight, None, losses_of, WEIGHTS, 7)[0], [hidden, weight])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = fused.head_losses(hidden, weight, None, losses_of, WEIGHTS, 7)
+    found = torch.autograd.grad(total, [hidden, weight])
+    for half, full in zip(found, exact, strict=True):
+        assert half.dtype == torch.float32
+        assert 1e-4 < (half - full).norm() / full.norm() < 0.03
+
+
 def test_nothing_of_the_size_of_all_logits_is_kept():
     """What the graph holds after the forward pass: gradients of the inputs, and no chunk."""
     hidden, weight, _, _, _ = case(torch.float32, num_rows=64, vocabulary=50, bias=False)
