@@ -140,7 +140,12 @@ def _trust(verdict, found):
         lines.append(
             "No control was trained, so the numbers do not tell whether distillation did better than training."
         )
-    elif verdict["num_runs"] == 1:
+    if verdict["control"] == "short":
+        lines.append(
+            "The control was short: gain and interval compare both students at a tenth of the plan. The table and the bars "
+            "show the distilled student at its end beside the control at that tenth; do not read their difference as a gain."
+        )
+    if verdict["num_runs"] == 1:
         lines.append("One pair of runs: the interval covers the choice of documents, not the luck of a seed.")
     if "ce_only" in verdict["train_s"]:
         seconds, steps = verdict["train_s"], verdict["steps"]

@@ -89,6 +89,8 @@ class Session:
             raise
         except BaseException as error:
             self._status("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+            if isinstance(error, ValueError):  # the caller's mistakes were all found before: this one is ours
+                raise RuntimeError(f"the run failed: {error}") from error
             raise
         self._status("complete", "")
 

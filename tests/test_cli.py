@@ -187,16 +187,17 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings):
     assert f"{found['student']['bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
-def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, ZeroDivisionError])
+def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_path, monkeypatch, kind):
     from kdlib import session
 
     def break_down(*_, **__):
-        raise RuntimeError("the card is on fire")
+        raise kind("the card is on fire")
 
     monkeypatch.setattr(session, "train", break_down)
     assert cli.main(["distill", *flags(settings), "--out", str(tmp_path / "run")]) == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: the card is on fire")
+    assert (status["state"], status["reason"]) == ("failed", f"{kind.__name__}: the card is on fire")
 
 
 def test_the_command_runs_as_a_process(tmp_path):

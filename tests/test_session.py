@@ -164,6 +164,7 @@ def test_a_short_control_compares_both_at_a_tenth_of_the_plan(settings, tmp_path
     steps = [r["step"] for r in found if r["kind"] == "train" and r["run"] == "ce_only"]
     assert steps[-1] == verdict["steps"]["ce_only"] < 20
     assert "at a tenth of the plan" in verdict["sentence"]
+    assert "do not read their difference as a gain" in (tmp_path / "run" / "report.html").read_text()
     tests = [r["step"] for r in found if r["kind"] == "eval" and (r["run"], r["split"]) == ("distilled", "test")]
     assert tests == [2, 20]
 
