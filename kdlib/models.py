@@ -95,12 +95,9 @@ class Head:
         """The head's rows of some token ids, `[len(ids), D]`, without gradient."""
         return self.module.weight.detach()[ids.to(self.module.weight.device)]
 
-    def decode(self, hidden_ND, live=True):
-        """Logits `[N, V]` of last hidden states. `live=False`: no gradient reaches the head."""
-        weight, bias = self.weight, self.bias
-        if not live:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return F.linear(hidden_ND, weight, bias)
+    def decode(self, hidden_ND):
+        """Logits `[N, V]` of last hidden states."""
+        return F.linear(hidden_ND, self.weight, self.bias)
 
     def columns(self, ids):
         """Columns of the logits for token ids (a LongTensor; -100 stays)."""

@@ -42,7 +42,7 @@ def _lm(objective, rows):
 
 
 def _kd_projector(objective, rows):
-    teacher = objective.head.decode(objective.projector(rows.hidden), live=False).detach()
+    teacher = objective.head.decode(objective.projector(rows.hidden)).detach()
     return objective.divergence(rows.aligned, teacher)
 
 
@@ -55,7 +55,7 @@ def _kd_buckets(objective, rows):
 
 
 def _projector(objective, rows):
-    projected = objective.head.decode(objective.projector(rows.hidden), live=False)
+    projected = objective.head.decode(objective.projector(rows.hidden))
     return losses.cross_entropy(projected, rows.labels[: len(rows.hidden)])
 
 
@@ -74,7 +74,8 @@ KD = {
 class Objective(torch.nn.Module):
     """The student with everything that is trained beside it. `forward` gives the loss of one micro-batch.
 
-    `projector` is None but for `kd_method` projector; `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head`
+    The student learns through its logits only: what a part makes of the head or the projector by itself reaches the
+    projector's weight and nothing else. `projector` is None but for `kd_method` projector; `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head`
     are for `shared_vocab` and `shared_prefix`. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
     """
 
