@@ -13,12 +13,14 @@ class Rows:
     """One chunk of rows as the parts see it.
 
     `student` `[n, Vs]`: logits; `labels` `[n]`: columns of the logits, IGNORE where nothing is learned; `hidden` `[m, Dt]`:
-    the teacher's last hidden states of the first m rows, those with a teacher signal.
+    the teacher's last hidden states of the first m rows, those with a teacher signal; `projected` `[m, Vs]`: those states
+    through projector and head, where there is a projector.
     """
 
     student: torch.Tensor
     labels: torch.Tensor
     hidden: torch.Tensor
+    projected: torch.Tensor | None
 
     @property
     def aligned(self):
@@ -42,8 +44,7 @@ def _lm(objective, rows):
 
 
 def _kd_projector(objective, rows):
-    teacher = objective.head.decode(objective.projector(rows.hidden)).detach()
-    return objective.divergence(rows.aligned, teacher)
+    return objective.divergence(rows.aligned, rows.projected.detach())
 
 
 def _kd_buckets(objective, rows):
@@ -55,8 +56,7 @@ def _kd_buckets(objective, rows):
 
 
 def _projector(objective, rows):
-    projected = objective.head.decode(objective.projector(rows.hidden))
-    return losses.cross_entropy(projected, rows.labels[: len(rows.hidden)])
+    return losses.cross_entropy(rows.projected, rows.labels[: len(rows.hidden)])
 
 
 LM = {"lm": Part(_lm, lambda config: config.lm_weight, "labels")}
@@ -75,8 +75,9 @@ class Objective(torch.nn.Module):
     """The student with everything that is trained beside it. `forward` gives the loss of one micro-batch.
 
     The student learns through its logits only: what a part makes of the head or the projector by itself reaches the
-    projector's weight and nothing else. `projector` is None but for `kd_method` projector; `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head`
-    are for `shared_vocab` and `shared_prefix`. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
+    projector's weight and nothing else. `projector` is None but for `kd_method` projector; `buckets` (`vocab.Buckets`)
+    and the teacher's live `teacher_head` are for `shared_vocab` and `shared_prefix`. An `nn.Module`, so that a
+    distributed wrapper sees all it has to sync.
     """
 
     def __init__(self, student, head, config, projector=None, teacher_head=None, buckets=None):
@@ -109,7 +110,9 @@ class Objective(torch.nn.Module):
         labels = labels[rows]
 
         def losses_of(logits, start):
-            chunk = Rows(logits, labels[start : start + len(logits)], known[start : start + len(logits)])
+            states = known[start : start + len(logits)]
+            projected = self.head.decode(self.projector(states)) if self.projector is not None else None
+            chunk = Rows(logits, labels[start : start + len(logits)], states, projected)
             values = [losses.token_mean(part.values(self, chunk), counts[part.counts]) for part in self.parts.values()]
             return torch.stack(values).float()
 

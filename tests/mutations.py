@@ -87,7 +87,7 @@ MUTANTS = {
     "teacher in training mode": ("teacher.py", "self.model = model.eval().requires_grad_(False)",
                                  "self.model = model.train().requires_grad_(False)", [TRAIN]),
     "teacher with gradients": ("teacher.py", ".requires_grad_(False)", "", [TRAIN]),
-    "KD trains the projector": ("objective.py", "(rows.hidden)).detach()\n", "(rows.hidden))\n", [TRAIN]),
+    "KD trains the projector": ("objective.py", "rows.projected.detach()", "rows.projected", [TRAIN]),
     "the projector's loss in the student's total": ("objective.py", "for n, p in self.parts.items() if p.student}",
                                                     "for n, p in self.parts.items()}", [TRAIN]),
     "KD over all rows' labels": ("objective.py", '"shared_prefix": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "aligned")}',
