@@ -70,9 +70,8 @@ def _page(status, verdict, config, env, drawn, found):
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="soft">{html.escape(_subtitle(status, config))}</p>']
     if verdict:
         if verdict["gain"] is not None:
-            parts.append(
-                _figure(drawn["gain"], "The interval is what this run can vouch for; the marks are single runs.")
-            )
+            marks = "; the upright marks are single runs" if verdict["num_runs"] > 1 else ""
+            parts.append(_figure(drawn["gain"], f"The interval is what this run can vouch for{marks}."))
         parts += ["<h2>How much each model knows</h2>", _table(verdict), f"<figure>{drawn['bits_per_byte']}</figure>"]
     parts += [
         "<h2>Learning over time</h2>",
