@@ -130,10 +130,13 @@ def quiet():
 
 def _drive(config, out, clock):
     """Run the session and show it: a bar a leg with the time left of the whole run, then the verdict."""
+    from kdlib.env import is_main_process
     from kdlib.session import distill
 
     bar, leg = None, None
     for record in distill(config, out, clock):
+        if not is_main_process():
+            continue
         if record["kind"] == "start":
             _tell_start(record)
         elif record["kind"] == "train":

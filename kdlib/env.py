@@ -16,6 +16,11 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlib"
 
 
+def is_main_process():
+    """Whether this process speaks for the run, under any launcher that sets RANK (accelerate, torchrun) or none."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def describe(devices=()):
     """Versions and machine of this run, for `env.json`. `devices` are the names of the accelerators in use."""
     versions = {}

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import transformers
@@ -243,3 +246,25 @@ def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path)
 class Fake:
     def now(self):
         return 0.0
+
+
+def test_two_processes_do_what_one_does(settings, tmp_path):
+    """Real processes: the same effective batch gives the same losses, gradient norms and student."""
+    plan = {**settings, "control": "off", "max_steps": 3}
+    words = {name: str(value) for name, value in plan.items()}
+    flags = [word for name, value in words.items() for word in (f"--{name}", value)]
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kdlib.cli",
+         "distill", *flags, "--batch_size", "2", "--out", str(tmp_path / "two")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-2000:]
+    assert launched.stdout.count("Student: ") == 1
+    one = [r for r in drive(plan, tmp_path / "one", batch_size=4) if r["kind"] == "train"]
+    two = [r for r in records.read_records(tmp_path / "two" / "records.jsonl") if r["kind"] == "train"]
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["num_tokens"] == a["num_tokens"]
