@@ -18,7 +18,9 @@ TEST_FACTOR = 4
 
 @dataclasses.dataclass
 class Pair:
-    """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher."""
+    """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher;
+    `buckets`: the `vocab.Buckets` by `kd_method`, as far as they were asked for.
+    """
 
     teacher: Teacher
     student: torch.nn.Module
@@ -26,6 +28,7 @@ class Pair:
     head: models.Head
     shared: vocab.SharedVocabulary
     pads: tuple
+    buckets: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -126,11 +129,16 @@ def _labels(windows):
 
 
 def _buckets(pair, kd_method):
-    ours, theirs = pair.student_reader, pair.teacher.reader
-    if kd_method == "shared_vocab":
-        return vocab.tail_buckets(ours.vocabulary, theirs.vocabulary, pair.shared)
-    first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
-    return vocab.prefix_buckets(ours.vocabulary, theirs.vocabulary, pair.shared, *first)
+    """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks."""
+    if kd_method not in pair.buckets:
+        ours, theirs = pair.student_reader, pair.teacher.reader
+        both = ours.vocabulary, theirs.vocabulary, pair.shared
+        if kd_method == "shared_vocab":
+            pair.buckets[kd_method] = vocab.tail_buckets(*both)
+        else:
+            first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
+            pair.buckets[kd_method] = vocab.prefix_buckets(*both, *first)
+    return pair.buckets[kd_method]
 
 
 def _documents(config):

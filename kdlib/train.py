@@ -48,7 +48,11 @@ def make_schedule(optimizer, num_steps, warmup):
 
 
 def steps_of(windows, per_step, seed):
-    """Endless lists of windows, one an optimizer step; epoch after epoch, each in its own order."""
+    """Endless lists of windows, one an optimizer step; epoch after epoch, each in its own order. ValueError where all
+    windows together do not fill one step (of all processes): there would never be one.
+    """
+    if len(windows) < per_step:
+        raise ValueError(f"{len(windows)} windows do not fill one optimizer step of {per_step}; lower the batch size")
     for epoch in itertools.count():
         for indices in data.batch_order(windows, per_step, seed, epoch):
             yield [windows[i] for i in indices]

@@ -238,3 +238,15 @@ def test_rate_rises_then_falls_to_a_tenth():
     assert all(a > b for a, b in itertools.pairwise(factors[9:100]))
     assert factors[99] == factors[100] == pytest.approx(0.1)
     assert factors[54] == pytest.approx(0.1 + 0.45, abs=1e-9)
+
+
+def test_windows_that_fill_no_step_are_refused_and_not_waited_for(loaded):
+    with pytest.raises(ValueError, match="3 windows do not fill one optimizer step of 4"):
+        next(train.steps_of(loaded.train[:3], 4, seed=0))
+    assert len(next(train.steps_of(loaded.train[:4], 4, seed=0))) == 4
+
+
+def test_buckets_of_a_pair_are_made_once_for_each_method(loaded):
+    first = {method: inputs._buckets(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
+    assert first["shared_vocab"].student.tolist() != first["shared_prefix"].student.tolist()
+    assert all(inputs._buckets(loaded.pair, method) is found for method, found in first.items())
