@@ -137,7 +137,7 @@ def run(setting, name, seed, steps, num_steps, changes):
 def by_index(window):
     """The window with student position i paired with teacher position i, as if the tokens were the same."""
     rows = np.arange(min(len(window.student_ids), len(window.teacher_ids)) - 1)
-    return dataclasses.replace(window, student_rows=rows, teacher_rows=rows)
+    return dataclasses.replace(window, student_rows=rows, teacher_rows=rows, student_stops=rows, teacher_stops=rows)
 
 
 def table(setting, known):

@@ -189,7 +189,7 @@ def _bar(total, name):
 
 def _parse(words):
     """`(positional, flags)`: flags by config key, hyphens and underscores alike, values by the key's type."""
-    names = [name for name, _ in kdlib.config.flags()]
+    names = [*(name for name, _ in kdlib.config.flags()), "preset"]
     positional, flags = [], {}
     while words:
         word = words.pop(0)
@@ -233,7 +233,12 @@ def _keys():
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             told[field.target.id] = " ".join(text.value.value.split())
-    return "\n".join(f"  --{name} {field.default!r}\n      {told[name]}" for name, field in kdlib.config.flags())
+    presets = (
+        f"  --preset NAME\n      Several values under one name ({', '.join(kdlib.config.PRESETS)}); keys beside it win."
+    )
+    return "\n".join(
+        [presets, *(f"  --{name} {field.default!r}\n      {told[name]}" for name, field in kdlib.config.flags())]
+    )
 
 
 if __name__ == "__main__":

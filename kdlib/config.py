@@ -5,10 +5,23 @@ import difflib
 import json
 from pathlib import Path
 
-KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "none")
+KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "chunk_likelihood", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 CONTROLS = ("full", "short", "off")
 AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
+FEATURES = ("layerwise", "attention", "attention_alignment", "routing_feature", "contrastive")
+SHARES = {
+    "kd": 0.47, "layerwise": 0.27, "lm": 0.20, "attention_alignment": 0.04, "routing_feature": 0.01, "attention": 0.007,
+    "contrastive": 0.007,
+}  # fmt: skip
+"""Target shares of the loss under `balance auto`, and the weights of the preset `documents`."""
+PRESETS = {
+    "documents": {
+        **{f"{name}_weight": share for name, share in SHARES.items()}, "label_smoothing": 0.1, "kd_temperature": 4.0,
+        "use_curriculum": True,
+    },
+}  # fmt: skip
+"""Bundles of values under one name: `preset documents` in a config or on the command line; values beside it win."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +63,46 @@ class Config:
     """What the student matches: `projector` (teacher's last hidden state through the student's own head),
     `shared_vocab` (probabilities of the tokens both vocabularies hold, one tail bucket for the rest), `shared_prefix`
     (the same, but a token of one side only counts with the shared token that the other side would read first), or
-    `none` (plain cross-entropy)."""
+    `chunk_likelihood` (how likely either model finds the text of each span both delimit), or `none` (plain
+    cross-entropy)."""
     kd_divergence: str = "forward_kl"
     """How the two distributions are compared; see `kdlib.losses.DIVERGENCES`."""
     kd_temperature: float = 1.0
     """Both distributions are softened by this; the divergence is multiplied by its square."""
+    kd_top_k: int = 0
+    """Compare only the likeliest k of either side, each once, and one tail for the rest; 0: all."""
     kd_weight: float = 0.5
     """Weight of the distillation loss."""
     lm_weight: float = 0.5
     """Weight of the next-token cross-entropy; the control trains on this part alone, at weight 1."""
+    layerwise_weight: float = 0.0
+    """Weight of the direction of hidden states in `feature_layers` layers, through a learned map; in [0, 2]."""
+    attention_weight: float = 0.0
+    """Weight of the attention maps over common spans, last `attention_layers` layers."""
+    attention_alignment_weight: float = 0.0
+    """Weight of the relations among queries, keys and values, last `attention_layers` layers."""
+    routing_feature_weight: float = 0.0
+    """Weight of the direction of a mixture of teacher layers that the student's state chooses."""
+    contrastive_weight: float = 0.0
+    """Weight of telling a position's teacher state from those of other positions."""
+    feature_layers: int = 4
+    """Student layers, evenly spread and the last among them, that layerwise and routing_feature compare."""
+    attention_layers: int = 4
+    """Last layers whose attention is compared."""
+    use_curriculum: bool = False
+    """Bring the parts in one after another: distillation and next token at once, features at 0.3 of the plan, all at 0.6."""
+    balance: str = "off"
+    """`off`: weights as given. `auto`: weights follow the parts so that each keeps its share of the loss (kd .47, layerwise
+    .27, lm .20, attention_alignment .04, routing_feature .01, attention .007, contrastive .007). Or shares of your own,
+    `kd=0.5,lm=0.5`."""
+    share_steps: int = 50
+    """Optimizer steps between measurements of what each part's gradient is; 0: never."""
+    non_finite_steps: int = 20
+    """Steps in a row with a loss or gradient that is no number, after which the run stops. Each is skipped and told."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over the vocabulary in the training loss (never in a perplexity)."""
-    loss_chunk_size: int = 256
-    """Rows of the output head decoded at once; lower it when memory is short, the result stays the same."""
+    loss_chunk_size: int | str = "auto"
+    """Rows of the output head decoded at once; `auto`: by the memory that is free. The result stays the same."""
     amp_dtype: str = "auto"
     """Arithmetic of the forward passes: `bf16` where the card really has it, else `fp16` on a card, `fp32` on a CPU."""
     eval_steps: int = 0
@@ -92,10 +132,47 @@ class Config:
                 raise ValueError(f"unknown {name} {value!r}; have {', '.join(choices)}{nearest(value, choices)}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value != "auto" and not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
-        if self.lm_weight + self.kd_weight <= 0:
-            raise ValueError("lm_weight and kd_weight are both 0; nothing would be learned")
+        if not self.lm_weight + sum(getattr(self, f"{name}_weight") for name in self._teaching()) > 0:
+            raise ValueError("the weights of all parts are 0; nothing would be learned")
+        if self.kd_top_k and self.kd_method == "chunk_likelihood":
+            raise ValueError(
+                "kd_top_k cuts distributions; kd_method chunk_likelihood compares none. Set one of the two"
+            )
+        self.target_shares()
+
+    def _teaching(self):
+        return [name for name in ("kd", *FEATURES) if name != "kd" or self.kd_method != "none"]
+
+    @property
+    def needs_teacher(self):
+        """Whether any part learns from the teacher."""
+        return self.kd_method != "none" or any(getattr(self, f"{name}_weight") > 0 for name in self._teaching())
+
+    def plain(self):
+        """This run without its teacher: next-token cross-entropy and nothing else. What the control trains on."""
+        off = {f"{name}_weight": 0.0 for name in FEATURES}
+        return self.replace(kd_method="none", kd_top_k=0, lm_weight=1.0, use_curriculum=False, balance="off", **off)
+
+    def target_shares(self):
+        """Shares of the loss that `balance` asks for, `{part: share}`; None where it is off."""
+        if self.balance in ("off", "auto"):
+            return dict(SHARES) if self.balance == "auto" else None
+        shares = {}
+        for piece in self.balance.split(","):
+            name, _, share = (word.strip() for word in piece.partition("="))
+            try:
+                shares[name] = float(share)
+            except ValueError:
+                raise ValueError(
+                    f"balance {self.balance!r}: expected off, auto, or shares like kd=0.5,lm=0.5"
+                ) from None
+            if name not in SHARES:
+                raise ValueError(f"balance names {name!r}{nearest(name, SHARES) or '; have ' + ', '.join(SHARES)}")
+            if not 0 < shares[name] < 10**6:
+                raise ValueError(f"balance gives {name} the share {share}; a share is above 0")
+        return shares
 
     def require_inputs(self):
         """Raise ValueError unless teacher, student and dataset are named."""
@@ -112,8 +189,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, values):
-        """Build from a mapping; names may use hyphens. An unknown name raises with the nearest right one."""
+        """Build from a mapping; names may use hyphens, and `preset` stands for the values of one of PRESETS, where the
+        mapping has no other. An unknown name raises with the nearest right one.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
+        values = {str(key): value for key, value in values.items()}
+        if "preset" in values:
+            preset = values.pop("preset")
+            if preset not in PRESETS:
+                raise ValueError(f"unknown preset {preset!r}; have {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+            own = {key.replace("-", "_"): value for key, value in values.items()}
+            values = {**PRESETS[preset], **own}
         named = {}
         for key, value in values.items():
             name = str(key).replace("-", "_")
@@ -139,13 +225,17 @@ class Config:
 
 _CHOICES = {"kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES}
 
+AUTO = int | str
 _HUGE = 10**12
 _RANGES = {
     "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
     "max_steps": (0, _HUGE), "learning_rate": (0.0, 10.0), "projector_learning_rate": (0.0, 10.0),
     "weight_decay": (0.0, 10.0), "max_grad_norm": (1e-9, _HUGE), "warmup": (0.0, 1.0),
     "kd_temperature": (0.05, 100.0), "kd_weight": (0.0, 10.0**6), "lm_weight": (0.0, 10.0**6),
-    "label_smoothing": (0.0, 0.99), "loss_chunk_size": (1, 10**9), "eval_steps": (0, _HUGE),
+    "label_smoothing": (0.0, 0.99), "loss_chunk_size": (1, 10**9), "kd_top_k": (0, 10**9),
+    **{f"{name}_weight": (0.0, 10.0**6) for name in FEATURES}, "feature_layers": (1, 10**4), "attention_layers": (1, 10**4),
+    "share_steps": (0, _HUGE), "non_finite_steps": (1, _HUGE),
+    "eval_steps": (0, _HUGE),
     "eval_tokens": (16, _HUGE), "log_steps": (1, _HUGE), "early_stopping_patience": (0, _HUGE), "repeats": (1, 1000),
     "seed": (0, 2**31 - 1),
 }  # fmt: skip
@@ -158,7 +248,11 @@ def flags():
 
 def parse_flag(name, text):
     """The value that `--name text` means, by the field's type; ValueError where it has no such meaning."""
+    if name == "preset":
+        return text
     field = {f.name: f for f in dataclasses.fields(Config)}[name]
+    if field.type == AUTO:
+        return text if text == "auto" else int(text) if text.lstrip("-").isdigit() else _checked(field, text)
     if field.type is bool:
         words = {
             "true": True,
@@ -184,6 +278,10 @@ def parse_flag(name, text):
 
 def _checked(field, value):
     kind = field.type
+    if kind == AUTO:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise ValueError(f"{field.name} takes a whole number or auto, got {value!r}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)) or value != value:

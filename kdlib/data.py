@@ -1,4 +1,4 @@
-"""Text -> batches: documents, each tokenizer's own ids of them, windows cut where both have read the same bytes.
+"""Text -> windows: documents, each tokenizer's own ids of them, windows cut where both have read the same bytes.
 
 The only place that shifts labels: `labels[i]` is the token that follows position i, or IGNORE where nothing is learned.
 """
@@ -6,7 +6,6 @@ The only place that shifts labels: `labels[i]` is the token that follows positio
 import dataclasses
 
 import numpy as np
-import torch
 
 from kdlib import align
 
@@ -54,6 +53,9 @@ class Window:
     """A stretch of text short enough for one row of a batch, as both models read it.
 
     `student_labels` and `teacher_labels` are shifted. `student_rows[i]` and `teacher_rows[i]` are comparable positions.
+    Where both sides say the text from there up to their next common boundary, and learn it, that text is a *span*: its
+    tokens are predicted by the rows up to (without) `student_stops[i]` and `teacher_stops[i]`; elsewhere these are the rows
+    themselves.
     `*_scored` marks the rows whose labels make up exactly the same `num_bytes` bytes on both sides (for bits per byte).
     `num_positions` counts the student positions that predict text, `document` numbers the document.
     """
@@ -66,42 +68,11 @@ class Window:
     teacher_scored: np.ndarray
     student_rows: np.ndarray
     teacher_rows: np.ndarray
+    student_stops: np.ndarray
+    teacher_stops: np.ndarray
     num_bytes: int
     num_positions: int
     document: int
-
-
-@dataclasses.dataclass
-class Batch:
-    """Windows side by side, padded on the right. B windows, S and T tokens of student and teacher, N aligned positions.
-
-    `student_ids student_mask labels` `[B, S]`, `teacher_ids teacher_mask` `[B, T]`; `student_rows`, `teacher_rows` `[N]`
-    index the flattened `[B * S]` and `[B * T]` positions. `labels` are shifted.
-    """
-
-    student_ids: torch.Tensor
-    student_mask: torch.Tensor
-    labels: torch.Tensor
-    teacher_ids: torch.Tensor
-    teacher_mask: torch.Tensor
-    student_rows: torch.Tensor
-    teacher_rows: torch.Tensor
-
-    @property
-    def num_labels(self):
-        return int((self.labels != IGNORE).sum())
-
-    @property
-    def num_aligned(self):
-        return len(self.student_rows)
-
-    @property
-    def num_tokens(self):
-        return int(self.student_mask.sum())
-
-    def to(self, device):
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
-        return Batch(**moved)
 
 
 def make_reader(tokenizer, vocabulary, context=0):
@@ -263,15 +234,32 @@ def _window(student, teacher, pairs, student_prefix, teacher_prefix, eos, number
     if num_bytes != their_bytes:  # a normaliser ate text at the end of a content: nothing here to compare
         ours, theirs, num_bytes = ours & False, theirs & False, 0
     targets = student.learn & student.is_text
+    whole = _spans(student, teacher, pairs)[learned]
+    ends = np.append(pairs.student[1:], 0)[learned], np.append(pairs.teacher[1:], 0)[learned]
+    rows = pairs.student[learned], pairs.teacher[learned]
+    ours_stop, theirs_stop = (np.where(whole, end, row) for end, row in zip(ends, rows, strict=True))
     return Window(
         *_shifted(student, ours, student_prefix, eos),
         *_shifted(teacher, theirs, teacher_prefix, []),
-        student_rows=pairs.student[learned] + len(student_prefix),
-        teacher_rows=pairs.teacher[learned] + len(teacher_prefix),
+        student_rows=rows[0] + len(student_prefix),
+        teacher_rows=rows[1] + len(teacher_prefix),
+        student_stops=ours_stop + len(student_prefix),
+        teacher_stops=theirs_stop + len(teacher_prefix),
         num_bytes=num_bytes,
         num_positions=int(targets[1:].sum()),
         document=number,
     )
+
+
+def _spans(student, teacher, pairs):
+    """For each common boundary: do both sides say the bytes up to the next one, as text, and does the student learn it?"""
+    whole = np.zeros(len(pairs), dtype=bool)
+    told = student.faithful & student.is_text & student.learn, teacher.faithful & teacher.is_text
+    ends = pairs.student, pairs.teacher
+    if len(pairs) > 1:
+        silent = [np.append(0, np.cumsum(~side)) for side in told]  # tokens that don't count, before each place
+        whole[:-1] = np.all([np.diff(n[end + 1]) == 0 for n, end in zip(silent, ends, strict=True)], axis=0)
+    return whole
 
 
 def _scored(encoded, first, last):
@@ -287,43 +275,3 @@ def _shifted(encoded, scored, prefix, suffix):
     score = np.concatenate([np.zeros(len(prefix), bool), scored, np.zeros(len(suffix), bool)])
     labels = np.where(np.append(target[1:], False), np.append(ids[1:], 0), IGNORE)
     return ids, labels, np.append(score[1:], False)
-
-
-def batch_order(windows, per_step, seed, epoch):
-    """The windows' indices of one epoch as optimizer steps of `per_step` each: `[steps][per_step]`, the same for a seed.
-
-    Shuffled, then windows of similar length are put together within pools of sixteen steps (less padding), then the
-    steps are shuffled. What does not fill a step is left for another epoch's shuffle.
-    """
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(windows))
-    lengths = np.array([len(w.student_ids) for w in windows])
-    pool = 16 * per_step
-    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
-    num_steps = len(order) // per_step
-    steps = order[: num_steps * per_step].reshape(num_steps, per_step)
-    return steps[random.permutation(num_steps)].tolist()
-
-
-def collate(windows, student_pad=0, teacher_pad=0):
-    """Put windows side by side as a `Batch`, padded on the right."""
-    student_ids, student_mask = _padded([w.student_ids for w in windows], student_pad)
-    teacher_ids, teacher_mask = _padded([w.teacher_ids for w in windows], teacher_pad)
-    labels, _ = _padded([w.student_labels for w in windows], IGNORE)
-    width, teacher_width = student_ids.shape[1], teacher_ids.shape[1]
-    rows = np.concatenate([w.student_rows + i * width for i, w in enumerate(windows)])
-    teacher_rows = np.concatenate([w.teacher_rows + i * teacher_width for i, w in enumerate(windows)])
-    arrays = (student_ids, student_mask, labels, teacher_ids, teacher_mask, rows, teacher_rows)
-    return Batch(*(torch.from_numpy(array) for array in arrays))
-
-
-def _padded(rows, fill):
-    """Rows of different lengths as one `[B, L]` array and its 0/1 mask."""
-    width = max(len(row) for row in rows)
-    out = np.full((len(rows), width), fill, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return out, mask

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from kdlib import data, losses, models, vocab
+from kdlib import batching, fused, losses, models, vocab
 from kdlib.data import IGNORE
 
 LN2 = math.log(2.0)
@@ -55,7 +55,7 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
     """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them."""
     ordered = sorted(windows, key=lambda window: len(window.student_ids))
     groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-    batches = [data.collate(group, *pads) for group in groups]
+    batches = [batching.collate(group, *pads) for group in groups]
     hidden = [teacher(batch).hidden.cpu() for batch in batches]
     vocabularies = student_head.vocabulary, teacher.head.vocabulary
     buckets = vocab.tail_buckets(*vocabularies, shared)
@@ -66,8 +66,10 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
 
 
 @torch.no_grad()
-def evaluate_student(model, head, held_out, chunk_size=1024):
+def evaluate_student(model, head, held_out, chunk_size="auto"):
     """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`."""
+    columns = head.num_rows + held_out.teacher_head.num_rows
+    chunk_size, _ = fused.rows_at_once(columns, model.device, chunk_size)
     was_training = model.training
     model.eval()
     tally = _Tally(held_out.windows)
@@ -83,8 +85,9 @@ def evaluate_student(model, head, held_out, chunk_size=1024):
 
 
 @torch.no_grad()
-def evaluate_teacher(teacher, held_out, chunk_size=1024):
+def evaluate_teacher(teacher, held_out, chunk_size="auto"):
     """The `Score` of the teacher on the same bytes, in its own tokens; it agrees with itself."""
+    chunk_size, _ = fused.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
     tally = _Tally(held_out.windows)
     for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
         ids, mask = batch.teacher_ids.to(teacher.model.device), batch.teacher_mask.to(teacher.model.device)
@@ -111,7 +114,7 @@ class _Tally:
         rows = (labels != IGNORE).nonzero().squeeze(1)
         nats = torch.zeros(len(labels), dtype=torch.float64)
         for chunk in rows.split(chunk_size):
-            values = losses.cross_entropy(head.decode(states[chunk]), head.columns(labels[chunk]))
+            values = losses.cross_entropy(losses.log_probs(head.decode(states[chunk])), head.columns(labels[chunk]))
             nats[chunk.cpu()] = values.double().cpu()
         self.token_nats += float(nats.sum())
         self.num_tokens += len(rows)
@@ -124,8 +127,9 @@ class _Tally:
         """Divergence and agreement at aligned positions."""
         head, device = held_out.teacher_head, logits.device
         theirs = head.decode(teacher_hidden.to(head.weight.device, head.weight.dtype)).to(device).float()
-        buckets = held_out.student_buckets.to(device), held_out.teacher_buckets.to(device), held_out.num_buckets
-        self.kl += float(losses.bucket_divergence(logits, theirs, *buckets, "forward_kl", 1.0).double().sum())
+        pairs = (logits, held_out.student_buckets.to(device)), (theirs, held_out.teacher_buckets.to(device))
+        told = [losses.bucket_log_probs(losses.log_probs(made), own, held_out.num_buckets) for made, own in pairs]
+        self.kl += float(losses.forward_kl(*told).double().sum())
         self.agreed += int((held_out.same.to(device)[theirs.argmax(dim=-1)] == logits.argmax(dim=-1)).sum())
         self.num_pairs += len(logits)
 

@@ -1,54 +1,116 @@
 """An output head and the losses behind it, in chunks of rows: value and gradient from one chunk of logits, so that nothing
 of size [N, V] is ever kept. Plain PyTorch.
+
+Products want many rows at a time, the passes of the losses over the logits want few that fit a processor's cache: a
+*chunk* of rows is decoded at once, and its losses are worked off in *blocks*. A block's gradient takes the place of its
+logits.
 """
 
+import dataclasses
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-TARGET = 2.0**10
+from kdlib import memory
+
+TARGET = 2.0**4
+"""Where float16 is used, the largest entry of a gradient before a product: hidden states of some thousands still fit."""
+CACHE_BYTES = 2 * 2**20
+"""Size of a block's logits on a processor: a few such tensors fit its cache."""
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+"""Logits of student and teacher that `auto` decodes at once, at most."""
+FREE_SHARE = 0.1
+"""... and at most this share of the memory that is free."""
+MIN_ROWS = 16
 
 
-def head_losses(hidden_ND, weight_VD, bias_V, losses_of, weights, chunk_size, extra=()):
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A stretch of rows, the first of which have a teacher signal: `known` are their places among all rows that have one."""
+
+    rows: slice
+    known: slice
+
+
+def rows_at_once(num_columns, device, chunk_size="auto"):
+    """`(chunk, block)`: rows decoded at once, and rows whose losses are worked off at once. `num_columns` counts the
+    student's logits of a row and what they are compared with.
+    """
+    kind = torch.device(device).type
+    if chunk_size == "auto":
+        budget = min(CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]), FREE_SHARE * memory.free(device))
+        chunk_size = max(MIN_ROWS, int(budget / (4 * num_columns)))
+    block = max(1, CACHE_BYTES // (2 * num_columns)) if kind == "cpu" else chunk_size
+    return chunk_size, min(block, chunk_size)
+
+
+def lay_out(may_begin, known, chunk_size, block_size):
+    """`(order, chunks)` of rows that come in the order of the text: `order` `[N]` says in which order to take them, the
+    known ones of each block first, `chunks` are the lists of `Block`s for `head_losses`.
+
+    `may_begin` `[N]`: a block may begin at this row (a span is never cut; a longer one makes a longer block); `known`
+    `[N]`: the row has a teacher signal.
+    """
+    cuts = np.append(np.flatnonzero(may_begin), len(may_begin))
+    order, chunks, at, told = [], [], 0, 0
+    while at < len(may_begin):
+        last = np.searchsorted(cuts, at + block_size, side="right") - 1
+        end = int(cuts[last]) if cuts[last] > at else int(cuts[last + 1])
+        here = np.arange(at, end)
+        order += [here[known[at:end]], here[~known[at:end]]]
+        block = Block(slice(at, end), slice(told, told + int(known[at:end].sum())))
+        if not chunks or end - chunks[-1][0].rows.start > chunk_size:
+            chunks.append([])
+        chunks[-1].append(block)
+        at, told = end, block.known.stop
+    return np.concatenate([np.zeros(0, dtype=np.int64), *order]), chunks
+
+
+def head_losses(hidden_ND, weight_VD, bias_V, chunks, losses_of, weights, compared=None, extra=()):
     """`(total, parts)` of losses on the logits `hidden @ weight.T + bias`.
 
-    `losses_of(logits, start)` gives the parts of one chunk, `[P]` in float32, each already a share of the whole step; its
-    logits `[n, V]` are float32 rows `start` to `start + n`. `weights` are P floats; `total` is the weighted sum over all
-    chunks and parts, the only thing to call backward on. `extra` are tensors that `losses_of` uses by itself and that
-    want a gradient too (a projector's weight).
+    `chunks` are lists of `Block`s that together cover all rows. `losses_of(logits, other, block)` gives the parts of one
+    block, `[P]`, each already a share of the whole step; its logits `[n, V]` are float32. `compared(known)` gives what a
+    chunk's known rows are compared with, `[m, U]` (a teacher's logits), or is None; `other` is the block's piece of it.
+    `weights` are P floats; `total` is the weighted sum over all blocks and parts, the only thing to call backward on.
+    `extra` are the tensors behind `compared` that want a gradient too (a projector's weight).
 
     The gradient is made in the forward pass, a chunk at a time, and only scaled in the backward one. It is kept in
     float32; where the products run in half precision each chunk's is lifted to that format's range first, so that a
     loss scaler, which acts later, finds nothing lost.
     """
     if not torch.is_grad_enabled():
-        parts = sum(losses_of(_logits(chunk, weight_VD, bias_V), i) for i, chunk in _chunks(hidden_ND, chunk_size))
+        parts = hidden_ND.new_zeros(len(weights), dtype=torch.float32)
+        for chunk in chunks:
+            logits, others = _decode(hidden_ND, weight_VD, bias_V, chunk, compared)
+            parts += sum(losses_of(*_piece(logits, others, chunk, block), block).float() for block in chunk)
         return (parts * parts.new_tensor(weights)).sum(), parts
-    return _HeadLosses.apply(losses_of, weights, chunk_size, hidden_ND, weight_VD, bias_V, *extra)
+    return _HeadLosses.apply(chunks, losses_of, weights, compared, hidden_ND, weight_VD, bias_V, *extra)
 
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, losses_of, weights, chunk_size, hidden, weight, bias, *extra):
-        into_hidden = torch.zeros_like(hidden, dtype=torch.float32) if hidden.requires_grad else None
-        into_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        into_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
-        into_extra = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in extra]
+    def forward(ctx, chunks, losses_of, weights, compared, hidden, weight, bias, *extra):
+        into = [
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and tensor.requires_grad else None
+            for tensor in (hidden, weight, bias, *extra)
+        ]
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        parts = 0.0
-        for start, chunk in _chunks(hidden, chunk_size):
+        parts = hidden.new_zeros(len(weights), dtype=torch.float32)
+        for chunk in chunks:
             with torch.enable_grad():
-                logits = _logits(chunk, weight, bias).detach().requires_grad_()
-                found = losses_of(logits, start)
-                total = (found * found.new_tensor(weights)).sum()
-                gradient, *others = torch.autograd.grad(total, [logits, *extra], allow_unused=True)
-            parts = parts + found.detach()
-            for into, other in zip(into_extra, others, strict=True):
-                if other is not None:
-                    into += other
-            if gradient is not None:
-                _add_products(gradient, chunk, weight, start, into_hidden, into_weight, into_bias, compute)
-        ctx.gradients = into_hidden, into_weight, into_bias, *into_extra
+                logits, others = _decode(hidden, weight, bias, chunk, compared)
+                for block in chunk:
+                    parts += _losses_to_gradients(logits, others, chunk, block, losses_of, weights, bool(extra))
+                if extra:
+                    gradient, lift = _lifted(others.detach(), compute)
+                    found = torch.autograd.grad(others, extra, gradient)
+                    for total, gradient in zip(into[3:], found, strict=True):
+                        total += gradient.float() / lift
+            _add_products(logits, hidden, weight, chunk, into, compute)
+        ctx.gradients = into
         ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in (hidden, weight, bias, *extra)]
         ctx.mark_non_differentiable(parts)
         return (parts * parts.new_tensor(weights)).sum(), parts
@@ -57,31 +119,60 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx, scale, _):
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [g if g is None else g.mul_(scale).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
-        return None, None, None, *scaled
+        return None, None, None, None, *scaled
 
 
-def _chunks(hidden, size):
-    return [(start, hidden[start : start + size]) for start in range(0, max(1, len(hidden)), size)]
+def _decode(hidden, weight, bias, chunk, compared):
+    """A chunk's logits in float32, without gradient, and what its known rows are compared with."""
+    rows = slice(chunk[0].rows.start, chunk[-1].rows.stop)
+    with torch.no_grad():
+        logits = F.linear(hidden[rows], weight, bias).float()
+    others = compared(slice(chunk[0].known.start, chunk[-1].known.stop)) if compared is not None else None
+    return logits, others if others is None else others.float()
 
 
-def _logits(hidden, weight, bias):
-    return F.linear(hidden.detach(), weight.detach(), None if bias is None else bias.detach()).float()
+def _piece(logits, others, chunk, block):
+    """Views of the block's rows of a chunk."""
+    first, known = chunk[0].rows.start, chunk[0].known.start
+    ours = logits[block.rows.start - first : block.rows.stop - first].detach()
+    theirs = None if others is None else others[block.known.start - known : block.known.stop - known].detach()
+    return ours, theirs
 
 
-def _add_products(gradient, chunk, weight, start, into_hidden, into_weight, into_bias, compute):
-    """Add the chunk's share of the three gradients, with products of the dtype `compute`."""
+def _losses_to_gradients(logits, others, chunk, block, losses_of, weights, into_others):
+    """The block's parts; its logits (and what they are compared with, where that learns) become their gradients."""
+    ours, theirs = _piece(logits, others, chunk, block)
+    leaves = [ours.requires_grad_()]
+    if into_others:
+        leaves.append(theirs.requires_grad_())
+    found = losses_of(ours, theirs, block).float()
+    gradients = torch.autograd.grad((found * found.new_tensor(weights)).sum(), leaves, materialize_grads=True)
+    with torch.no_grad():
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.copy_(gradient)
+    return found.detach()
+
+
+def _add_products(gradient, hidden, weight, chunk, into, compute):
+    """Add the chunk's share of the gradients of hidden states, head and bias, with products of the dtype `compute`."""
+    into_hidden, into_weight, into_bias = into[:3]
+    rows = slice(chunk[0].rows.start, chunk[-1].rows.stop)
     if into_bias is not None:
         into_bias += gradient.sum(dim=0)
-    lift = 1.0
-    if compute == torch.float16:
-        largest = gradient.abs().amax().clamp_min(1e-30)
-        lift = torch.exp2(torch.floor(torch.log2(TARGET / largest)))
-        gradient = gradient * lift
+    gradient, lift = _lifted(gradient, compute)
     with torch.autocast(gradient.device.type, enabled=False):
-        gradient, chunk = gradient.to(compute), chunk.to(compute)
+        gradient, states = gradient.to(compute), hidden[rows].to(compute)
         if into_hidden is not None:
-            into_hidden[start : start + len(chunk)] = (gradient @ weight.to(compute)).float() / lift
+            into_hidden[rows] = (gradient @ weight.to(compute)).float() / lift
         if into_weight is not None and compute == torch.float32:
-            into_weight.addmm_(gradient.T, chunk)
+            into_weight.addmm_(gradient.T, states)
         elif into_weight is not None:
-            into_weight += (gradient.T @ chunk).float() / lift
+            into_weight += (gradient.T @ states).float() / lift
+
+
+def _lifted(gradient, compute):
+    """The gradient times a power of two that brings it into the range of `compute`, and that factor."""
+    if compute != torch.float16:
+        return gradient, 1.0
+    lift = torch.exp2(torch.floor(torch.log2(TARGET / gradient.abs().amax().clamp_min(1e-30))))
+    return gradient * lift, lift

@@ -6,20 +6,24 @@ import math
 import numpy as np
 import torch
 
-from kdlib import corpus, data, evaluate, models, vocab
+from kdlib import batching, corpus, data, evaluate, hooks, models, vocab
 from kdlib.objective import Objective
-from kdlib.projector import TeacherToStudentProjector
+from kdlib.projector import FeatureMap, TeacherToStudentProjector
+from kdlib.router import LayerRouter
 from kdlib.teacher import Teacher
 
 MIN_COVERAGE = 0.01
 REPORTED_DOCUMENTS = 50
 TEST_FACTOR = 4
+MEASURED_TOKENS = 4096
+"""Student tokens on which the size of each feature is measured before training."""
 
 
 @dataclasses.dataclass
 class Pair:
     """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher;
-    `buckets`: the `vocab.Buckets` by `kd_method`, as far as they were asked for.
+    `buckets`: the `vocab.Buckets` by `kd_method`, as far as they were asked for; `sample`: training windows that features
+    are measured on.
     """
 
     teacher: Teacher
@@ -29,6 +33,7 @@ class Pair:
     shared: vocab.SharedVocabulary
     pads: tuple
     buckets: dict = dataclasses.field(default_factory=dict)
+    sample: list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -52,6 +57,7 @@ def load(config, device="cpu", teacher_dtype=torch.float32):
     pair = load_pair(config, device, teacher_dtype)
     train, validation, test = (_windows(part, pair, config.max_length) for part in documents)
     _check_amount(train, config)
+    pair.sample = _sample(train, MEASURED_TOKENS)
     _check_scored({"validation": validation, "test": test})
     alignment = _report(train, documents[0], pair)
     if alignment["coverage"] < MIN_COVERAGE:
@@ -91,18 +97,79 @@ def load_pair(config, device, teacher_dtype):
 
 
 def make_objective(pair, config, student=None):
-    """The `Objective` of `config` over a student (default: the pair's own), with what its `kd_method` needs."""
+    """The `Objective` of `config` over a student (default: the pair's own), with what its parts need. ValueError where a
+    model can't be watched for a part that needs it.
+    """
     student = pair.student if student is None else student
     head = models.Head(student, pair.student_reader.vocabulary)
-    if config.kd_method == "none":
+    if not config.needs_teacher:
         return Objective(student, head, config)
+    beside, more = {}, {}
     if config.kd_method == "projector":
-        projector = TeacherToStudentProjector(pair.teacher.head.width, head.width).to(student.device)
+        beside["projector"] = TeacherToStudentProjector(pair.teacher.head.width, head.width)
         ours, theirs = torch.from_numpy(pair.shared.student_ids), torch.from_numpy(pair.shared.teacher_ids)
-        projector.start_from(head.rows(ours), pair.teacher.head.rows(theirs).to(student.device))
-        return Objective(student, head, config, projector)
-    buckets = _buckets(pair, config.kd_method)
-    return Objective(student, head, config, teacher_head=pair.teacher.head, buckets=buckets).to(student.device)
+        beside["projector"].start_from(head.rows(ours).cpu(), pair.teacher.head.rows(theirs).cpu())
+    elif config.kd_method in ("shared_vocab", "shared_prefix"):
+        more = {"teacher_head": pair.teacher.head, "buckets": _buckets(pair, config.kd_method)}
+    layers, attention = _tapped(student, pair.teacher.model, config)
+    beside |= _feature_modules(pair, config, student, layers)
+    objective = Objective(student, head, config, beside, layers=layers, attention_layers=attention, **more)
+    return objective.to(student.device)
+
+
+def _tapped(student, teacher, config):
+    """`(student's, teacher's)` layers that features compare, and those whose attention is: two pairs of ascending tuples."""
+    ours, theirs = (model.config.num_hidden_layers for model in (student, teacher))
+    layers = sorted({round((i + 1) * ours / config.feature_layers) - 1 for i in range(config.feature_layers)} - {-1})
+    last = min(config.attention_layers, ours, theirs)
+    if config.attention_weight > 0 or config.attention_alignment_weight > 0:
+        hooks.watch_attention(student)
+        hooks.watch_attention(teacher)
+    return (
+        (tuple(layers), tuple(max(0, round((i + 1) * theirs / ours) - 1) for i in layers)),
+        (tuple(range(ours - last, ours)), tuple(range(theirs - last, theirs))),
+    )
+
+
+def _feature_modules(pair, config, student, layers):
+    """The maps and the router that the config's parts train, with the sizes of the features on the pair's sample."""
+    width, teacher_width = student.config.hidden_size, pair.teacher.model.config.hidden_size
+    made = {}
+    if config.layerwise_weight > 0:
+        made["layerwise"] = torch.nn.ModuleList(FeatureMap(width, teacher_width) for _ in layers[0])
+    if config.routing_feature_weight > 0:
+        made["routing_feature"] = LayerRouter(width, teacher_width, len(layers[1]))
+    if config.contrastive_weight > 0:
+        made["contrastive"] = FeatureMap(width, teacher_width)
+    if not made:
+        return made
+    state, ours, last, theirs = _sampled_features(pair, config, student, layers)
+    for each, a, b in zip(made.get("layerwise", ()), ours, theirs, strict=False):
+        each.measure(a, b)
+    if "routing_feature" in made:
+        made["routing_feature"].measure(state, theirs)
+    if "contrastive" in made:
+        made["contrastive"].measure(state, last)
+    return made
+
+
+@torch.no_grad()
+def _sampled_features(pair, config, student, layers):
+    """Student's last states and layers, teacher's last states and layers, at the sample's aligned positions, on the CPU."""
+    was_training = student.training
+    student.eval()
+    found = []
+    for i in range(0, len(pair.sample), config.batch_size):
+        batch = batching.collate(pair.sample[i : i + config.batch_size], *pair.pads).to(student.device)
+        at = batch.student_rows, batch.rows_by_window
+        ours = models.read(student, batch.student_ids, batch.student_mask, *at, models.Taps(layers[0]))
+        theirs = pair.teacher(batch, models.Taps(layers[1]))
+        state = ours.last.flatten(0, 1)[batch.student_rows]
+        found.append([part.float().cpu() for part in (state, *ours.layers, theirs.hidden, *theirs.layers)])
+    student.train(was_training)
+    state, *rest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    num = len(layers[0])
+    return state, rest[:num], rest[num], rest[num + 1 :]
 
 
 def check_teacher(teacher, train, held_out):

@@ -1,10 +1,12 @@
-"""Loading models and tokenizers, and the output head that every loss decodes through."""
+"""Loading models and tokenizers, the output head that every loss decodes through, and what is read off a forward pass."""
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 import transformers
 
-from kdlib import data, vocab
+from kdlib import attention, data, hooks, vocab
 
 PROBE_TOLERANCE = 1e-2
 
@@ -114,6 +116,54 @@ class Head:
 def last_hidden(model, ids, mask):
     """Hidden states `[B, L, D]` after the final norm, without decoding them."""
     return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What to read off a forward pass besides its end: outputs of `layers`, span maps and vectors of attentions (layers
+    counted from 0, ascending).
+    """
+
+    layers: tuple = ()
+    maps: tuple = ()
+    vectors: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What was read, at N common boundaries; a tuple has one entry a tapped layer.
+
+    `last` `[B, L, D]`: hidden states after the final norm; `layers`: outputs `[N, D]`; `maps`: lists of the B windows' span
+    maps `[K, K]` (`attention.span_map`); `vectors`: `(q, k, v)` after position encoding, `[N, W]` each, heads side by
+    side; `below`: the states `[B, L, D]` that the lowest tapped attention's layer was given.
+    """
+
+    last: torch.Tensor
+    layers: tuple = ()
+    maps: tuple = ()
+    vectors: tuple = ()
+    below: torch.Tensor | None = None
+
+
+def read(model, ids, mask, rows, rows_by_window, taps):
+    """The `Features` of a forward pass at the flat positions `rows` `[N]`, `rows_by_window` of them in each window."""
+    with hooks.watch(model, taps.layers, sorted({*taps.maps, *taps.vectors})) as seen:
+        last = last_hidden(model, ids, mask)
+    layers = tuple(seen.layers[i].flatten(0, 1)[rows] for i in taps.layers)
+    maps = tuple(_span_maps(*seen.attention[i], rows, rows_by_window) for i in taps.maps)
+    vectors = tuple(
+        tuple(part.transpose(1, 2).flatten(2).flatten(0, 1)[rows] for part in seen.attention[i][:3])
+        for i in taps.vectors
+    )
+    return Features(last, layers, maps, vectors, seen.below)
+
+
+def _span_maps(query, key, _, scaling, rows, rows_by_window):
+    length, maps = query.shape[2], []
+    for window, places in enumerate(rows.split(rows_by_window)):
+        ends = places - window * length
+        maps.append(attention.span_map(query[window][:, ends], key[window], ends, scaling))
+    return maps
 
 
 @torch.no_grad()

@@ -1,138 +1,199 @@
-"""Which part of the objective is fed what. One row in PARTS is one part."""
+"""The student's objective: which part is fed what, and one number to call backward on."""
 
-import dataclasses
-
+import numpy as np
 import torch
 
-from kdlib import fused, losses, models
+from kdlib import fused, losses, models, schedule
 from kdlib.data import IGNORE
+from kdlib.parts import Match, Rows, parts_of
 
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """One chunk of rows as the parts see it.
-
-    `student` `[n, Vs]`: logits; `labels` `[n]`: columns of the logits, IGNORE where nothing is learned; `hidden` `[m, Dt]`:
-    the teacher's last hidden states of the first m rows, those with a teacher signal; `projected` `[m, Vs]`: those states
-    through projector and head, where there is a projector.
-    """
-
-    student: torch.Tensor
-    labels: torch.Tensor
-    hidden: torch.Tensor
-    projected: torch.Tensor | None
-
-    @property
-    def aligned(self):
-        return self.student[: len(self.hidden)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part: its values per position from the `Rows` of a chunk, its weight in a config, the positions it counts
-    (`labels` or `aligned`). Without `student` it trains only its own weights and stays out of the student's total.
-    """
-
-    values: object
-    weight: object
-    counts: str
-    student: bool = True
-
-
-def _lm(objective, rows):
-    return losses.cross_entropy(rows.student, rows.labels, objective.config.label_smoothing)
-
-
-def _kd_projector(objective, rows):
-    return objective.divergence(rows.aligned, rows.projected.detach())
-
-
-def _kd_buckets(objective, rows):
-    config, head = objective.config, objective.teacher_head
-    with torch.no_grad():
-        teacher = head.decode(rows.hidden.to(head.weight.device, head.weight.dtype)).to(rows.student.device)
-    buckets = objective.student_buckets, objective.teacher_buckets, objective.num_buckets
-    return losses.bucket_divergence(rows.aligned, teacher, *buckets, config.kd_divergence, config.kd_temperature)
-
-
-def _projector(objective, rows):
-    return losses.cross_entropy(rows.projected, rows.labels[: len(rows.hidden)])
-
-
-LM = {"lm": Part(_lm, lambda config: config.lm_weight, "labels")}
-KD = {
-    "none": {},
-    "shared_vocab": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "aligned")},
-    "shared_prefix": {"kd": Part(_kd_buckets, lambda config: config.kd_weight, "aligned")},
-    "projector": {
-        "kd": Part(_kd_projector, lambda config: config.kd_weight, "aligned"),
-        "projector": Part(_projector, lambda config: 1.0, "aligned", student=False),
-    },
-}
+LIFT = 2.0**12
+"""Gradients that are only measured are made this much larger first: under autocast some pass through float16."""
 
 
 class Objective(torch.nn.Module):
     """The student with everything that is trained beside it. `forward` gives the loss of one micro-batch.
 
-    The student learns through its logits only: what a part makes of the head or the projector by itself reaches the
-    projector's weight and nothing else. `projector` is None but for `kd_method` projector; `buckets` (`vocab.Buckets`)
-    and the teacher's live `teacher_head` are for `shared_vocab` and `shared_prefix`. An `nn.Module`, so that a
-    distributed wrapper sees all it has to sync.
+    Through its logits the student learns as `fused` says: what a part makes of the head or the projector by itself reaches
+    the projector's weight and nothing else. `beside` holds the modules that some parts train, by the part's name;
+    `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` are for `shared_vocab` and `shared_prefix`; `layers`
+    and `attention_layers` are pairs `(student's, teacher's)` of tapped layers. An `nn.Module`, so that a distributed wrapper
+    sees all it has to sync.
     """
 
-    def __init__(self, student, head, config, projector=None, teacher_head=None, buckets=None):
+    def __init__(
+        self,
+        student,
+        head,
+        config,
+        beside=None,
+        teacher_head=None,
+        buckets=None,
+        layers=((), ()),
+        attention_layers=((), ()),
+    ):
         super().__init__()
         self.student = student
         self.head = head
         self.config = config
-        self.projector = projector
+        self.beside = torch.nn.ModuleDict(beside or {})
         self.teacher_head = teacher_head
-        self.parts = {**LM, **KD[config.kd_method]}
+        self.parts = parts_of(config)
+        self.layers, self.attention_layers = layers, attention_layers
         if buckets is not None:
             self.num_buckets = buckets.num
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
             self.register_buffer("teacher_buckets", teacher_head.by_column(buckets.teacher), persistent=False)
 
-    def divergence(self, student, teacher):
-        return losses.distillation(student, teacher, self.config.kd_divergence, self.config.kd_temperature)
+    def weights(self, progress=1.0):
+        """The weight of each part at `progress` (fraction of the planned steps)."""
+        factors = {name: self.phase_factor(name, progress) for name in self.parts}
+        return {
+            name: factors[name] * (getattr(self.config, f"{name}_weight") if p.student else 1.0)
+            for name, p in self.parts.items()
+        }
 
-    def forward(self, batch, signal, counts):
-        """`(loss, parts)` of one micro-batch: `loss` to call backward on, `parts` unweighted `[]` tensors by name, for the
-        record only.
+    def phase_factor(self, name, progress):
+        return schedule.ramp(progress, self.parts[name].phase) if self.config.use_curriculum else 1.0
 
-        `counts` holds `labels` and `aligned`, the positions of the whole optimizer step: losses of its micro-batches add
-        up to those of the step.
+    def wants(self, weights):
+        """What the teacher is to be asked for, as keyword arguments of `Teacher`."""
+        return {
+            "taps": self._taps(weights, 1),
+            "spans": self.config.kd_method == "chunk_likelihood" and "kd" in self.parts,
+        }
+
+    def forward(self, batch, signal, counts, weights=None, measure=False):
+        """`(loss, parts, squares)` of one micro-batch: `loss` to call backward on; `parts` unweighted `[]` tensors by name,
+        with figures that are no losses, for the record only; with `measure`, `squares` holds for each part of the student's
+        loss the squared norm of its weighted gradient where it touches the student (last hidden states for parts on
+        logits and `state`; tapped layers' outputs; for attentions the states that go into the lowest of their layers).
+
+        `counts` holds `labels`, `aligned` and `spans`, the positions of the whole optimizer step: losses of its
+        micro-batches add up to those of the step. `weights` (default: the config's) may leave parts out by 0.
         """
-        hidden = models.last_hidden(self.student, batch.student_ids, batch.student_mask).flatten(0, 1)
-        labels = self.head.columns(batch.labels.flatten())
-        known = hidden.new_zeros(0, 1) if signal is None else signal.hidden
-        rows = self._rows(batch, labels, len(known))
-        labels = labels[rows]
-
-        def losses_of(logits, start):
-            states = known[start : start + len(logits)]
-            projected = self.head.decode(self.projector(states)) if self.projector is not None else None
-            chunk = Rows(logits, labels[start : start + len(logits)], states, projected)
-            values = [losses.token_mean(part.values(self, chunk), counts[part.counts]) for part in self.parts.values()]
-            return torch.stack(values).float()
-
-        weights = [part.weight(self.config) for part in self.parts.values()]
-        extra = () if self.projector is None else tuple(self.projector.parameters())
-        loss, parts = fused.head_losses(
-            hidden[rows], self.head.weight, self.head.bias, losses_of, weights, self.config.loss_chunk_size, extra
+        weights = self.weights() if weights is None else weights
+        by_window = batch.rows_by_window
+        seen = models.read(
+            self.student, batch.student_ids, batch.student_mask, batch.student_rows, by_window, self._taps(weights, 0)
         )
-        return loss, dict(zip(self.parts, parts, strict=True))
+        hidden = seen.last.flatten(0, 1)
+        loss, parts, squares = self._on_logits(batch, hidden, signal, counts, weights, measure)
+        if any(weights[name] > 0 and part.on != "logits" for name, part in self.parts.items()):
+            match = Match(seen, signal, hidden[batch.student_rows], by_window)
+            values, more = self._on_features(match, counts, weights, measure)
+            loss = loss + sum(weights[name] * value for name, value in values.items())
+            parts |= {name: value.detach() for name, value in values.items()}
+            parts |= {name: losses.token_mean(value, counts["aligned"]) for name, value in match.figures.items()}
+            squares |= more
+        return self._touch_idle(loss, weights), parts, squares
 
-    def _rows(self, batch, labels, num_known):
-        """Flat positions that take part: first those with a teacher signal, in its order, then those with a label only."""
-        if not num_known:
-            return (labels != IGNORE).nonzero().squeeze(1)
-        alone = labels != IGNORE
-        alone[batch.student_rows] = False
-        return torch.cat([batch.student_rows, alone.nonzero().squeeze(1)])
+    def _taps(self, weights, side):
+        on = {name for name, weight in weights.items() if weight > 0}
+        layers = on & ({"layerwise"} if side == 0 else {"layerwise", "routing_feature"})
+        of_attention = self.attention_layers[side]
+        return models.Taps(
+            self.layers[side] if layers else (),
+            of_attention if "attention" in on else (),
+            of_attention if "attention_alignment" in on else (),
+        )
 
-    def total(self, parts):
+    def _on_logits(self, batch, hidden, signal, counts, weights, measure):
+        """The parts on logits, in chunks of the head."""
+        live = {n: p for n, p in self.parts.items() if p.on == "logits" and weights[n] > 0}
+        order, span_of, chunks = self._lay_out(batch, signal, hidden.device)
+        labels = self.head.columns(batch.labels.flatten())[order]
+        figures = (
+            ["kd_covered"]
+            if self.config.kd_top_k and "kd" in live and self.config.kd_method != "chunk_likelihood"
+            else []
+        )
+
+        def losses_of(logits, other, block):
+            known = block.known.stop - block.known.start
+            local = torch.where(span_of[block.rows] < 0, -1, span_of[block.rows] - block.known.start)
+            spans = None if signal is None or signal.spans is None else signal.spans[block.known]
+            rows = Rows(logits, labels[block.rows], known, other, local, spans)
+            values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
+            values += [losses.token_mean(rows.figures[name], counts["aligned"]) for name in figures]
+            return torch.stack(values)
+
+        if not live:
+            return hidden.sum() * 0.0, {}, {}
+        extra = tuple(self.beside["projector"].parameters()) if "projector" in live else ()
+        row_weights = [weights[name] for name in live] + [0.0] * len(figures)
+        compared = self._compared(signal)
+        head = self.head.weight, self.head.bias
+        loss, parts = fused.head_losses(hidden[order], *head, chunks, losses_of, row_weights, compared, extra)
+        squares = {}
+        if measure:
+            fixed = tuple(None if tensor is None else tensor.detach() for tensor in head)
+            for i, name in enumerate(live):
+                if self.parts[name].student:
+                    rows = hidden[order].detach().requires_grad_()
+                    only = [weight * (i == j) for j, weight in enumerate(row_weights)]
+                    alone, _ = fused.head_losses(rows, *fixed, chunks, losses_of, only, compared)
+                    squares[name] = torch.autograd.grad(alone, rows)[0].float().square().sum()
+        return loss, dict(zip([*live, *figures], parts, strict=True)), squares
+
+    def _on_features(self, match, counts, weights, measure):
+        """The parts on features: their means, and the squared gradient norms where `measure`d."""
+        touched = {"state": (match.state,), "layers": match.student.layers, "below": (match.student.below,)}
+        values, squares = {}, {}
+        for name, part in self.parts.items():
+            if part.on != "logits" and weights[name] > 0:
+                values[name] = losses.token_mean(part.values(self, match), counts[part.counts])
+                if measure and values[name].requires_grad:
+                    lifted = LIFT * weights[name] * values[name]
+                    found = torch.autograd.grad(lifted, touched[part.on], retain_graph=True, allow_unused=True)
+                    squares[name] = sum((g.float() / LIFT).square().sum() for g in found if g is not None)
+        return values, squares
+
+    def _compared(self, signal):
+        """What a chunk's known rows are compared with, as `fused.head_losses` asks for it."""
+        if signal is None or self.config.kd_method in ("none", "chunk_likelihood"):
+            return None
+        if self.config.kd_method == "projector":
+            return lambda known: self.head.decode(self.beside["projector"](signal.hidden[known]))
+        head, device = self.teacher_head, signal.hidden.device
+
+        def teacher_logits(known):
+            with torch.no_grad():
+                return head.decode(signal.hidden[known].to(head.weight.device, head.weight.dtype)).to(device)
+
+        return teacher_logits
+
+    def _lay_out(self, batch, signal, device):
+        """`(order, span_of, chunks)`: the flat positions with a label, those of a span together, in the order in which
+        `fused` takes them; which aligned position starts the span of each, -1 for none; the chunks of blocks.
+        """
+        labels, firsts, stops = (
+            tensor.cpu().numpy() for tensor in (batch.labels.flatten(), batch.student_rows, batch.student_stops)
+        )
+        wanted = labels != IGNORE
+        if signal is None:
+            firsts, stops = firsts[:0], stops[:0]
+        wanted[firsts] = True
+        rows = np.flatnonzero(wanted)
+        before = np.searchsorted(firsts, rows, side="right") - 1  # the last aligned position up to each row
+        inside = (before >= 0) & (rows < np.append(stops, 0)[before])
+        known = np.isin(rows, firsts, assume_unique=True)
+        columns = self.head.num_rows + (
+            self.teacher_head.num_rows if self.teacher_head is not None else self.head.num_rows
+        )
+        sizes = fused.rows_at_once(columns, device, self.config.loss_chunk_size)
+        order, chunks = fused.lay_out(~inside | known, known, *sizes)
+        spans = torch.from_numpy(np.where(inside, before, -1)[order]).to(device)
+        return torch.from_numpy(rows[order]).to(device), spans, chunks
+
+    def _touch_idle(self, loss, weights):
+        """A distributed wrapper waits for every parameter's gradient: those of parts that are off get a zero."""
+        idle = [self.beside[name] for name in self.beside if not weights[name] > 0]
+        return loss + sum(0.0 * p.sum() for module in idle for p in module.parameters()) if idle else loss
+
+    def total(self, parts, weights=None):
         """The student's loss and each part's share of it, from unweighted parts (floats)."""
-        weighted = {n: p.weight(self.config) * parts[n] for n, p in self.parts.items() if p.student}
+        weights = self.weights() if weights is None else weights
+        weighted = {n: weights[n] * parts[n] for n, p in self.parts.items() if p.student and weights[n] > 0}
         loss = sum(weighted.values())
         return loss, {name: value / loss if loss else 0.0 for name, value in weighted.items()}

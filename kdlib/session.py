@@ -116,7 +116,7 @@ class Session:
             control = None
             if config.control != "off":
                 control = self._control_leg(distilled)
-                yield from self._train(control, _control_config(config.replace(seed=config.seed + repeat)))
+                yield from self._train(control, config.plain().replace(seed=config.seed + repeat))
             legs.append((distilled, control))
         yield from self._conclude(scores, legs)
 
@@ -156,7 +156,7 @@ class Session:
         other kind has filled, does not count. The ratio of the medians.
         """
         streams = []
-        for config in (self.config, _control_config(self.config)):
+        for config in (self.config, self.config.plain()):
             student = copy.deepcopy(self.pair.student)
             checkpoint.put_back(student, self.start_weights)
             streams.append(self._stream(inputs.make_objective(self.pair, config, student), config, 10**6))
@@ -170,7 +170,7 @@ class Session:
         return accelerate.utils.broadcast_object_list([distilled / max(plain, 1e-9)])[0]
 
     def _stream(self, objective, config, num_steps):
-        teacher = self.pair.teacher if config.kd_method != "none" else None
+        teacher = self.pair.teacher if config.needs_teacher else None
         return train(
             objective, teacher, self.inputs.train, num_steps, config, self.accelerator, self.clock, self.pair.pads
         )
@@ -296,10 +296,6 @@ class Session:
             self.folder.status(
                 state, reason=reason, step=self.step, max_steps=total, sessions=1, elapsed_s=round(elapsed, 3)
             )
-
-
-def _control_config(config):
-    return config.replace(kd_method="none", lm_weight=1.0)
 
 
 def _accelerator(amp_dtype):

@@ -7,7 +7,7 @@ from families import LINES, LOSSLESS, byte_level, reader, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import data, vocab
+from kdlib import batching, data, vocab
 from kdlib.corpus import Document
 
 
@@ -148,7 +148,7 @@ def test_a_template_that_changes_the_content_is_refused():
 
 def test_collate_pads_on_the_right_and_moves_the_rows():
     windows = windows_of(LINES[0], max_length=60) + windows_of("Return it, dog.", max_length=60)
-    batch = data.collate(windows, 7, 9)
+    batch = batching.collate(windows, 7, 9)
     long, short = windows
     assert batch.student_ids.shape == (2, len(long.student_ids))
     assert batch.student_ids[1, len(short.student_ids) :].unique().tolist() == [7]
@@ -165,12 +165,12 @@ def test_collate_pads_on_the_right_and_moves_the_rows():
 
 def test_the_order_of_an_epoch_is_a_permutation_fixed_by_its_seed():
     windows = [dataclasses.replace(w) for w in windows_of(" ".join(LINES), max_length=12)]
-    order = data.batch_order(windows, 4, seed=3, epoch=0)
+    order = batching.batch_order(windows, 4, seed=3, epoch=0)
     flat = [i for step in order for i in step]
     assert len(set(flat)) == len(flat) == len(windows) // 4 * 4
-    assert order == data.batch_order(windows, 4, seed=3, epoch=0)
-    assert order != data.batch_order(windows, 4, seed=3, epoch=1)
-    assert order != data.batch_order(windows, 4, seed=4, epoch=0)
+    assert order == batching.batch_order(windows, 4, seed=3, epoch=0)
+    assert order != batching.batch_order(windows, 4, seed=3, epoch=1)
+    assert order != batching.batch_order(windows, 4, seed=4, epoch=0)
 
 
 def test_windows_of_similar_length_go_together():
@@ -178,13 +178,15 @@ def test_windows_of_similar_length_go_together():
     window = windows_of("The cat.")[0]
     windows = [dataclasses.replace(window, student_ids=np.zeros(n, np.int64)) for n in chance.integers(20, 200, 640)]
     lengths = np.array([len(w.student_ids) for w in windows])
-    steps = np.array(data.batch_order(windows, 8, seed=0, epoch=0))
+    steps = np.array(batching.batch_order(windows, 8, seed=0, epoch=0))
     computed = sum(8 * lengths[step].max() for step in steps)
     assert computed < 1.1 * lengths[steps].sum()
 
 
 def test_batches_move_between_devices_whole():
-    batch = data.collate(windows_of("The cat."))
+    batch = batching.collate(windows_of("The cat."))
     moved = batch.to("meta")
-    assert all(getattr(moved, f.name).device.type == "meta" for f in dataclasses.fields(moved))
-    assert isinstance(moved.student_rows, torch.Tensor)
+    tensors = [value for f in dataclasses.fields(moved) if isinstance(value := getattr(moved, f.name), torch.Tensor)]
+    assert len(tensors) == len(dataclasses.fields(moved)) - 1
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert moved.rows_by_window == batch.rows_by_window == (moved.num_aligned,)

@@ -1,5 +1,8 @@
 """The chunked head, in float32 and half precision, against the whole matrix of logits and autograd in float64."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -16,14 +19,22 @@ def case(dtype=torch.float64, num_rows=23, width=5, vocabulary=11, bias=True):
     labels[::4] = -100
     teacher = torch.randn(num_rows, vocabulary, dtype=dtype)
 
-    def losses_of(logits, start):
-        rows = slice(start, start + len(logits))
-        ce = losses.cross_entropy(logits, labels[rows], 0.1)
-        kd = losses.forward_kl(logits, teacher[rows])
-        own = (other.float() * teacher[rows].float()).square().sum(-1)
+    def losses_of(logits, compared, block):
+        ce = losses.cross_entropy(losses.log_probs(logits), labels[block.rows], 0.1)
+        kd = losses.forward_kl(losses.log_probs(logits), losses.log_probs(teacher[block.rows]))
+        own = losses.cross_entropy(losses.log_probs(compared), labels[block.rows])
         return torch.stack([losses.token_mean(values, 17) for values in (ce, kd, own)]).float()
 
-    return hidden, weight, offset, other, losses_of
+    def compared(known):
+        return teacher[known].to(other.dtype) * other
+
+    return hidden, weight, offset, other, losses_of, compared
+
+
+def blocks(num_rows, chunk, block=3):
+    """Chunks of blocks over rows that may be cut anywhere, all of them known."""
+    every = np.ones(num_rows, dtype=bool)
+    return fused.lay_out(every, every, chunk, min(chunk, block))[1]
 
 
 WEIGHTS = [0.3, 0.7, 1.5]
@@ -32,15 +43,16 @@ WEIGHTS = [0.3, 0.7, 1.5]
 @pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
 @pytest.mark.parametrize("bias", [True, False])
 def test_value_and_gradients_are_those_of_the_whole_matrix(chunk, bias):
-    hidden, weight, offset, other, losses_of = case(torch.float64, bias=bias)
+    hidden, weight, offset, other, losses_of, compared = case(torch.float64, bias=bias)
     exact = [tensor for tensor in (hidden, weight, offset, other) if tensor is not None]
-    parts = losses_of(hidden @ weight.T + (0.0 if offset is None else offset), 0)
+    everything = fused.Block(slice(0, 23), slice(0, 23))
+    parts = losses_of(hidden @ weight.T + (0.0 if offset is None else offset), compared(everything.known), everything)
     whole = (parts * torch.tensor(WEIGHTS)).sum()
     expected = torch.autograd.grad(3.0 * whole, exact)
     single = [
         None if tensor is None else tensor.detach().float().requires_grad_() for tensor in (hidden, weight, offset)
     ]
-    total, found = fused.head_losses(*single, losses_of, WEIGHTS, chunk, (other,))
+    total, found = fused.head_losses(*single, blocks(23, chunk), losses_of, WEIGHTS, compared, (other,))
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(found, parts, rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad(3.0 * total, [*(tensor for tensor in single if tensor is not None), other])
@@ -49,28 +61,28 @@ def test_value_and_gradients_are_those_of_the_whole_matrix(chunk, bias):
 
 
 def test_a_tied_head_gets_both_its_gradients_once():
-    hidden, weight, _, _, losses_of = case(torch.float32, bias=False)
+    hidden, weight, _, _, losses_of, compared = case(torch.float32, bias=False)
     embedded = weight.square().sum() * 0.01
-    total, _ = fused.head_losses(hidden, weight, None, losses_of, WEIGHTS, 5)
+    total, _ = fused.head_losses(hidden, weight, None, blocks(23, 5), losses_of, WEIGHTS, compared)
     (total + embedded).backward()
     both, weight.grad = weight.grad, None
-    fused.head_losses(hidden, weight, None, losses_of, WEIGHTS, 5)[0].backward()
+    fused.head_losses(hidden, weight, None, blocks(23, 5), losses_of, WEIGHTS, compared)[0].backward()
     torch.testing.assert_close(both, weight.grad + 0.02 * weight)
 
 
 def test_without_gradients_only_the_value_is_made():
-    hidden, weight, offset, other, losses_of = case(torch.float32)
+    hidden, weight, offset, other, losses_of, compared = case(torch.float32)
     with torch.no_grad():
-        total, parts = fused.head_losses(hidden, weight, offset, losses_of, WEIGHTS, 5, (other,))
-    expected, _ = fused.head_losses(hidden, weight, offset, losses_of, WEIGHTS, 23, (other,))
+        total, parts = fused.head_losses(hidden, weight, offset, blocks(23, 5), losses_of, WEIGHTS, compared, (other,))
+    expected, _ = fused.head_losses(hidden, weight, offset, blocks(23, 23), losses_of, WEIGHTS, compared, (other,))
     assert not total.requires_grad
     torch.testing.assert_close(total, expected.detach())
     assert not parts.requires_grad
 
 
 def test_no_rows_give_zero():
-    hidden, weight, offset, other, losses_of = case(torch.float32, num_rows=0)
-    total, _ = fused.head_losses(hidden, weight, offset, losses_of, [1.0, 1.0, 0.0], 5, (other,))
+    hidden, weight, offset, other, losses_of, compared = case(torch.float32, num_rows=0)
+    total, _ = fused.head_losses(hidden, weight, offset, blocks(0, 5), losses_of, WEIGHTS, compared, (other,))
     total.backward()
     assert total.item() == 0.0
     assert not weight.grad.any()
@@ -79,24 +91,29 @@ def test_no_rows_give_zero():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_survive_although_the_scaler_comes_later(dtype):
     """Gradients of 1e-9 are far below float16's smallest number (6e-8); scaled by 2^16 afterwards they must be there."""
-    hidden, weight, _, _, losses_of = case(torch.float32, bias=False)
+    hidden, weight, _, other, losses_of, compared = case(torch.float32, bias=False)
     halves = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
     small = [1e-9 * w for w in WEIGHTS]
-    exact = torch.autograd.grad(
-        2.0**16 * fused.head_losses(hidden, weight, None, losses_of, small, 7)[0], [hidden, weight]
+    whole, _ = fused.head_losses(hidden, weight, None, blocks(23, 7), losses_of, small, compared, (other,))
+    exact = torch.autograd.grad(2.0**16 * whole, [hidden, weight, other])
+    half = other.detach().to(dtype).requires_grad_()
+    teacher = (compared(slice(0, 23)) / other).detach().to(dtype)
+    total, _ = fused.head_losses(
+        *halves, None, blocks(23, 7), losses_of, small, lambda known: teacher[known] * half, (half,)
     )
-    total, _ = fused.head_losses(*halves, None, losses_of, small, 7)
-    found = torch.autograd.grad(2.0**16 * total, halves)
+    found = torch.autograd.grad(2.0**16 * total, [*halves, half])
     for half, full in zip(found, exact, strict=True):
+        assert half.dtype == dtype
         error = (half.float() - full).norm() / full.norm()
         assert error < (0.01 if dtype == torch.float16 else 0.03)
 
 
 def test_under_autocast_the_products_run_in_its_precision_and_gradients_stay_float32():
-    hidden, weight, _, _, losses_of = case(torch.float32, bias=False)
-    exact = torch.autograd.grad(fused.head_losses(hidden, weight, None, losses_of, WEIGHTS, 7)[0], [hidden, weight])
+    hidden, weight, _, _, losses_of, compared = case(torch.float32, bias=False)
+    whole, _ = fused.head_losses(hidden, weight, None, blocks(23, 7), losses_of, WEIGHTS, compared)
+    exact = torch.autograd.grad(whole, [hidden, weight])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = fused.head_losses(hidden, weight, None, losses_of, WEIGHTS, 7)
+        total, _ = fused.head_losses(hidden, weight, None, blocks(23, 7), losses_of, WEIGHTS, compared)
     found = torch.autograd.grad(total, [hidden, weight])
     for half, full in zip(found, exact, strict=True):
         assert half.dtype == torch.float32
@@ -105,15 +122,39 @@ def test_under_autocast_the_products_run_in_its_precision_and_gradients_stay_flo
 
 def test_nothing_of_the_size_of_all_logits_is_kept():
     """What the graph holds after the forward pass: gradients of the inputs, and no chunk."""
-    hidden, weight, _, _, _ = case(torch.float32, num_rows=64, vocabulary=50, bias=False)
-    total, _ = fused.head_losses(hidden, weight, None, losses_of_free(50), [1.0], 8)
+    hidden, weight, *_ = case(torch.float32, num_rows=64, vocabulary=50, bias=False)
+    total, _ = fused.head_losses(hidden, weight, None, blocks(64, 8), losses_of_free(50), [1.0])
     kept = [g for g in total.grad_fn.gradients if g is not None]
     assert sorted(tuple(g.shape) for g in kept) == sorted([tuple(hidden.shape), tuple(weight.shape)])
     assert not total.grad_fn.saved_tensors
 
 
 def losses_of_free(vocabulary):
-    def losses_of(logits, _):
-        return losses.token_mean(losses.forward_kl(logits, torch.zeros(1, vocabulary)), 64).reshape(1)
+    def losses_of(logits, _, __):
+        even = torch.full((1, vocabulary), -math.log(vocabulary))
+        return losses.token_mean(losses.forward_kl(losses.log_probs(logits), even), 64).reshape(1)
 
     return losses_of
+
+
+def test_blocks_take_known_rows_first_and_never_cut_a_span():
+    """Twelve rows; spans of 1, 3, 1, 4 rows begin at the known ones, three rows belong to none."""
+    known = np.isin(np.arange(12), [1, 2, 5, 6])
+    inside = np.isin(np.arange(12), [3, 4, 7, 8, 9])
+    order, chunks = fused.lay_out(~inside, known, chunk_size=6, block_size=3)
+    blocks = [block for chunk in chunks for block in chunk]
+    assert [(block.rows.start, block.rows.stop) for block in blocks] == [(0, 2), (2, 5), (5, 6), (6, 10), (10, 12)]
+    assert [(block.known.start, block.known.stop) for block in blocks] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4)]
+    assert order.tolist() == [1, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [len(chunk) for chunk in chunks] == [3, 2]
+
+
+def test_auto_takes_what_free_memory_allows(monkeypatch):
+    monkeypatch.setattr(fused.memory, "free", lambda device: 10**12)
+    assert fused.rows_at_once(2 * 49_152, "cpu") == (128, 10)
+    assert fused.rows_at_once(2 * 49_152, "cuda") == (1365, 1365)
+    monkeypatch.setattr(fused.memory, "free", lambda device: 10**8)
+    assert fused.rows_at_once(2 * 49_152, "cpu") == (25, 10)
+    monkeypatch.setattr(fused.memory, "free", lambda device: 0)
+    assert fused.rows_at_once(2 * 49_152, "cuda") == (fused.MIN_ROWS, fused.MIN_ROWS)
+    assert fused.rows_at_once(3072, "cpu", 64) == (64, 64)

@@ -13,10 +13,12 @@ FLOORS = [
     "report inputs",
     "plots train verdict",
     "evaluate objective checkpoint",
-    "teacher projector",
-    "models",
+    "teacher parts router",
+    "models projector",
+    "batching hooks",
     "data corpus",
-    "align vocab losses fused",
+    "align vocab fused attention",
+    "losses",
     "memory schedule records env",
     "config budget",
 ]
@@ -33,6 +35,7 @@ ROOMS = [
     (r"os\.environ|/kaggle/", {"env"}),
     (r"\btime\.", {"budget"}),
     (r"inference_mode", {"teacher"}),
+    (r"Interface\.register|register_forward", {"hooks"}),
     (r"reduction=", {"losses"}),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlib import budget, data, inputs, losses, schedule, train
+from kdlib import batching, budget, inputs, losses, schedule, train
 from kdlib.config import Config
 
 METHODS = ("shared_vocab", "shared_prefix", "projector", "none")
@@ -60,10 +60,10 @@ def test_two_steps_equal_a_loop_in_plain_torch(loaded, settings, method):
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95)
     )
-    order = data.batch_order(loaded.train, 3, config.seed, 0)
+    order = batching.batch_order(loaded.train, 3, config.seed, 0)
     model.train()
     for step, record in enumerate(records):
-        batch = data.collate([loaded.train[i] for i in order[step]], *loaded.pair.pads)
+        batch = batching.collate([loaded.train[i] for i in order[step]], *loaded.pair.pads)
         logits = model(batch.student_ids, attention_mask=batch.student_mask).logits.flatten(0, 1)
         loss = 0.3 * F.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100)
         if method != "none":
@@ -106,9 +106,11 @@ def test_chunking_the_head_changes_neither_value_nor_gradient(loaded, settings, 
     for chunk in (10_000, 7):
         config = config_of(settings, kd_method=method, loss_chunk_size=chunk)
         objective = fresh(loaded, config)
-        batch = data.collate(loaded.train[:3], *loaded.pair.pads)
+        batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
         signal = None if method == "none" else loaded.pair.teacher(batch)
-        loss, _ = objective(batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned})
+        loss, _, _ = objective(
+            batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned, "spans": batch.num_spans}
+        )
         loss.backward()
         found.append((loss.detach(), [p.grad for p in objective.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -122,11 +124,11 @@ def test_padding_changes_nothing(loaded, settings):
     objective = fresh(loaded, config).eval()
     short, long = sorted(loaded.train, key=lambda w: len(w.student_ids))[:: len(loaded.train) - 1]
     assert len(short.student_ids) < len(long.student_ids)
-    counts = {"labels": 100, "aligned": 100}
+    counts = {"labels": 100, "aligned": 100, "spans": 100}
     total = 0.0
     for group in ([short], [long], [short, long]):
-        batch = data.collate(group, *loaded.pair.pads)
-        loss, _ = objective(batch, loaded.pair.teacher(batch), counts)
+        batch = batching.collate(group, *loaded.pair.pads)
+        loss, _, _ = objective(batch, loaded.pair.teacher(batch), counts)
         total += loss.item() if len(group) == 1 else -loss.item()
     assert total == pytest.approx(0.0, abs=1e-5)
 
@@ -146,7 +148,7 @@ def test_the_teacher_stays_in_evaluation_mode_and_gets_no_gradient(loaded, setti
 
 
 def test_the_teacher_reads_its_own_ids(loaded, settings):
-    batch = data.collate(loaded.train[:2], *loaded.pair.pads)
+    batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
     hidden = loaded.pair.teacher(batch).hidden
     model = loaded.pair.teacher.model
     states = model.model(batch.teacher_ids, attention_mask=batch.teacher_mask).last_hidden_state.flatten(0, 1)
@@ -157,10 +159,15 @@ def test_the_teacher_reads_its_own_ids(loaded, settings):
 def gradients(loaded, config):
     """Gradients of one batch: the projector's (None without one) and the student's."""
     objective = fresh(loaded, config).eval()
-    batch = data.collate(loaded.train[:2], *loaded.pair.pads)
-    loss, _ = objective(batch, loaded.pair.teacher(batch), {"labels": batch.num_labels, "aligned": batch.num_aligned})
+    batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
+    loss, _, _ = objective(
+        batch,
+        loaded.pair.teacher(batch),
+        {"labels": batch.num_labels, "aligned": batch.num_aligned, "spans": batch.num_spans},
+    )
     loss.backward()
-    return objective.projector and objective.projector.weight.grad, [p.grad for p in objective.student.parameters()]
+    beside = objective.beside["projector"].weight.grad if len(objective.beside) else None
+    return beside, [p.grad for p in objective.student.parameters()]
 
 
 def test_the_projector_learns_by_its_own_loss_and_the_student_is_not_touched_by_it(loaded, settings):
@@ -175,16 +182,20 @@ def test_the_projector_learns_by_its_own_loss_and_the_student_is_not_touched_by_
 def test_the_projectors_loss_is_cross_entropy_through_the_live_head(loaded, settings):
     config = config_of(settings, kd_method="projector", kd_divergence="forward_kl", kd_temperature=2.0)
     objective = fresh(loaded, config).eval()
-    batch = data.collate(loaded.train[:2], *loaded.pair.pads)
+    batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
     signal = loaded.pair.teacher(batch)
-    _, parts = objective(batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned})
+    _, parts, _ = objective(
+        batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned, "spans": batch.num_spans}
+    )
     head = objective.student.get_output_embeddings().weight.double()
-    projected = signal.hidden.double() @ objective.projector.weight.double().T @ head.T
+    projected = signal.hidden.double() @ objective.beside["projector"].weight.double().T @ head.T
     labels = batch.labels.flatten()[batch.student_rows]
     assert parts["projector"].item() == pytest.approx(F.cross_entropy(projected, labels).item(), rel=1e-5)
     states = objective.student.model(batch.student_ids, attention_mask=batch.student_mask).last_hidden_state
     student = states.flatten(0, 1)[batch.student_rows].double() @ head.T
-    expected = 4.0 * losses.forward_kl(student / 2.0, projected / 2.0).mean().item()
+    expected = (
+        4.0 * losses.forward_kl(*(losses.log_probs(logits, 2.0) for logits in (student, projected))).mean().item()
+    )
     assert parts["kd"].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -192,19 +203,21 @@ def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, se
     config = config_of(settings, kd_method="projector", projector_learning_rate=0.05, max_grad_norm=1e-3)
     objective = fresh(loaded, config)
     optimizer = train.make_optimizer(objective, config)
-    (group,) = [g for g in optimizer.param_groups if any(p is objective.projector.weight for p in g["params"])]
+    (group,) = [
+        g for g in optimizer.param_groups if any(p is objective.beside["projector"].weight for p in g["params"])
+    ]
     assert (group["lr"], len(group["params"])) == (0.05, 1)
-    before = objective.projector.weight.detach().clone()
+    before = objective.beside["projector"].weight.detach().clone()
     run(loaded, config, num_steps=1, objective=objective)
-    assert (objective.projector.weight - before).abs().max() > 1e-4
+    assert (objective.beside["projector"].weight - before).abs().max() > 1e-4
     norms = []
-    for p in (objective.projector, objective.student):
+    for p in (objective.beside, objective.student):
         for q in p.parameters():
             q.grad = torch.ones_like(q)
         norms.append(sum(q.numel() for q in p.parameters()) ** 0.5)
     found = train._clip(objective, 1.0, accelerate.Accelerator(cpu=True), optimizer)
     assert float(found) == pytest.approx(norms[1], rel=1e-5)
-    assert objective.projector.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
+    assert objective.beside["projector"].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_gradients_do_not_pile_up_over_steps(loaded, settings):

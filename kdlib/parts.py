@@ -1,0 +1,237 @@
+"""The parts of the objective: what each is, costs and is good for stands in the docstring of its function; one row of the
+plug board at the end says what it is fed with.
+"""
+
+import dataclasses
+
+import torch
+
+from kdlib import attention, losses
+
+CONTRAST = 0.1
+"""Temperature of the contrastive part's cosines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One block of rows as the parts on logits see it: n rows, the first m of which have a teacher signal.
+
+    `logits` `[n, Vs]`; `labels` `[n]`: columns of the logits, IGNORE where nothing is learned; `other` `[m, U]`: the logits
+    they are compared with (the teacher's in its own vocabulary, or projected into the student's), if any; `span_of` `[n]`:
+    which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods.
+    `figures` collects values worth a record, `[m]` each.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    num_known: int
+    other: torch.Tensor | None
+    span_of: torch.Tensor
+    spans: torch.Tensor | None
+    figures: dict = dataclasses.field(default_factory=dict)
+    made: dict = dataclasses.field(default_factory=dict)
+
+    def log_probs(self, temperature=1.0):
+        """Of all n rows; made once a temperature."""
+        if temperature not in self.made:
+            self.made[temperature] = losses.log_probs(self.logits, temperature)
+        return self.made[temperature]
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """One micro-batch as the parts on features see it: `student` (`models.Features`) and `teacher` (`TeacherSignal`) at its
+    N aligned positions, `state` `[N, Ds]` the student's last hidden states there, `by_window` how many lie in each window.
+    """
+
+    student: object
+    teacher: object
+    state: torch.Tensor
+    by_window: tuple
+    figures: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part: its values per position, the positions it counts (`labels`, `aligned` or `spans`), and what it reads: `Rows`
+    of `logits`, or a `Match` (then `on` says where it touches the student: `state`, `layers` or `below`, as in
+    `models.Features`). With the curriculum it begins at `phase`. Without `student` it trains only its own weights, at
+    weight 1, and stays out of the student's total.
+    """
+
+    values: object
+    counts: str
+    on: str = "logits"
+    phase: float = 0.0
+    student: bool = True
+
+
+def next_token(objective, rows):
+    """lm: next-token cross-entropy on the text itself, `-log p(label)`, smoothed by `label_smoothing` (Szegedy et al. 2015,
+    arXiv 1512.00567). Always on: it is the only part that knows the text, and the control trains on it alone. Cost: one
+    pass over logits that are there anyway. Start: 0.5 beside kd 0.5 (RESULTS.md, "Does it help?").
+    """
+    return losses.cross_entropy(rows.log_probs(), rows.labels, objective.config.label_smoothing)
+
+
+def shared_tokens(objective, rows):
+    """kd by `shared_prefix` or `shared_vocab`: `T^2 D(teacher || student)` over buckets of tokens that both vocabularies
+    can say (`vocab.Buckets`); whole softmax on both sides, so a lower bound of the divergence over bytes' tokens.
+
+    Helps where the vocabularies share much (84 % for GPT-2 and Qwen); `shared_prefix` also uses the rest. Cost: the
+    teacher's own head, `N Vt Dt` multiplications, the dearest way; no memory that stays. Start: 0.5 (RESULTS.md). With
+    `kd_top_k` the buckets are cut to the likeliest of either side and a tail.
+    """
+    buckets = objective.student_buckets, objective.teacher_buckets
+    made = rows.log_probs(objective.config.kd_temperature)[: rows.num_known]
+    with torch.no_grad():
+        theirs = losses.log_probs(rows.other, objective.config.kd_temperature)
+        theirs = losses.bucket_log_probs(theirs, buckets[1], objective.num_buckets)
+    return _divergence(objective, rows, losses.bucket_log_probs(made, buckets[0], objective.num_buckets), theirs)
+
+
+def projected(objective, rows):
+    """kd by `projector`: the teacher's last hidden state through a learned matrix and the student's own live head, then
+    `T^2 D(teacher || student)` over the whole student vocabulary (DSKD, Zhang et al. 2024, arXiv 2406.17328, section 3.1).
+
+    The only way that never needs the teacher's head (`N Vs Ds` instead of `N Vt Dt`). The target is only as good as the
+    projector: it loses with students from scratch (RESULTS.md) and fits students that can already read. Start: 0.5.
+    The target is detached: kd teaches the student, the projector learns from its own cross-entropy.
+    """
+    temperature = objective.config.kd_temperature
+    theirs = losses.log_probs(rows.other.detach(), temperature)
+    return _divergence(objective, rows, rows.log_probs(temperature)[: rows.num_known], theirs)
+
+
+def projector_cross_entropy(objective, rows):
+    """projector: next-token cross-entropy of the projected teacher, for the projector alone. No weight to choose."""
+    return losses.cross_entropy(losses.log_probs(rows.other), rows.labels[: rows.num_known])
+
+
+def chunk_likelihood(objective, rows):
+    """kd by `chunk_likelihood`: over a span that both tokenizations delimit, the likelihood of its text under both models,
+    matched as a coin that shows this text or any other (ALM, Minixhofer et al. 2025, arXiv 2503.20083, section 3).
+
+    Needs nothing of the vocabularies but a common text, so it is the way for pairs that share few tokens; learns from one
+    number a span where the others learn from a distribution. `kd_temperature` softens the likelihoods (`p^(1/T)`). Cost: the
+    teacher's head once. Start: 0.5 (RESULTS.md, "Each part by itself"). `kd_top_k` means nothing here.
+    """
+    config = objective.config
+    nats = losses.cross_entropy(rows.log_probs(), rows.labels)
+    ours = losses.span_log_probs(nats, rows.span_of, rows.num_known)
+    starts = torch.zeros_like(ours, dtype=torch.bool)
+    starts[rows.span_of[rows.span_of >= 0]] = True
+    values = losses.span_divergence(ours, rows.spans.to(ours.dtype), config.kd_divergence, config.kd_temperature)
+    return torch.where(starts, values, 0.0)
+
+
+def layerwise(objective, match):
+    """layerwise: `1 - cos` between the student's layer outputs, through a learned matrix, and those of the teacher layer at
+    the same relative depth; mean over `feature_layers` layers (FitNets, arXiv 1412.6550; PKD, arXiv 1908.09355).
+
+    Both sides are standardised dimension by dimension with numbers measured before training, so the few outlier dimensions
+    of a residual stream weigh as much as any others. About 1 at the start, never above 2. Cost: `N Ds Dt` multiplications
+    and two `[N, Dt]` matrices a layer. Start: 0.27 in the preset (RESULTS.md, "Each part by itself"). Says much the same
+    as routing_feature.
+    """
+    maps, ours, theirs = objective.beside["layerwise"], match.student.layers, match.teacher.layers
+    values = [losses.one_minus_cosine(*each(a, b)) for each, a, b in zip(maps, ours, theirs, strict=True)]
+    return torch.stack(values).mean(dim=0)
+
+
+def attention_maps(objective, match):
+    """attention: KL from the teacher's attention map to the student's over spans that both tokenizations delimit
+    (`attention.span_map`), mean over the last `attention_layers` layers (MiniLM, Wang et al. 2020, arXiv 2002.10957, eq. 3).
+
+    For tasks where it matters *what is looked at*. Cost: queries and keys of those layers only, `H K S` floats a layer
+    while it runs. Start: 0.007 in the preset. Only aligned, learned positions are rows; a
+    conversation's prompt is not seen.
+    """
+    values = [
+        torch.cat([losses.forward_kl(a, b) for a, b in zip(ours, theirs, strict=True)])
+        for ours, theirs in zip(match.student.maps, match.teacher.maps, strict=True)
+    ]
+    return torch.stack(values).mean(dim=0)
+
+
+def attention_alignment(objective, match):
+    """attention_alignment: KL between relations, which positions' queries (keys, values) are alike, mean over q, k, v and
+    the last `attention_layers` layers (MiniLMv2, Wang et al. 2021, arXiv 2012.15828). Any number of heads on either side,
+    grouped or not: relation heads are cut anew.
+
+    Carries structure between models of any shape without a learned map. Cost: `3 K^2 W` multiplications a window and layer.
+    Start: 0.04 in the preset. Relations look back only.
+    """
+    values = [
+        torch.stack([_relation_kl(a, b, match.by_window) for a, b in zip(ours, theirs, strict=True)]).mean(dim=0)
+        for ours, theirs in zip(match.student.vectors, match.teacher.vectors, strict=True)
+    ]
+    return torch.stack(values).mean(dim=0)
+
+
+def routing_feature(objective, match):
+    """routing_feature: `1 - cos` between the student's last state, through a learned matrix, and a mixture of the tapped
+    teacher layers that the student's state chooses (`router.LayerRouter`; the idea of choosing what to learn from by the
+    student's state follows Jang et al. 2019, arXiv 1905.05901). Its weights are recorded as `routing_0`, `routing_1`, ...
+
+    Where no fixed layer mapping fits. Cost: one map and K standardised `[N, Dt]` matrices. Start: 0.01 in the preset.
+    """
+    mapped, target, weights = objective.beside["routing_feature"](match.state, match.teacher.layers)
+    for layer, weight in enumerate(weights.detach().unbind(dim=1)):
+        match.figures[f"routing_{layer}"] = weight
+    return losses.one_minus_cosine(mapped, target)
+
+
+def contrastive(objective, match):
+    """contrastive: InfoNCE between the student's last state, through a learned matrix, and the teacher's at the same
+    position; the other spans of the same window are the negatives (CRD, Tian et al. 2020, arXiv 1910.10699; InfoNCE, arXiv
+    1807.03748). Negatives stay within the window so that splitting a step into micro-batches changes nothing.
+
+    Tells positions apart instead of matching directions; about ln K for K spans at the start. Cost: `K^2 Dt` a window.
+    Start: 0.007 in the preset.
+    """
+    mapped, target = objective.beside["contrastive"](match.state, match.teacher.hidden)
+    windows = zip(mapped.split(match.by_window), target.split(match.by_window), strict=True)
+    return torch.cat([losses.info_nce(ours, theirs, CONTRAST) for ours, theirs in windows])
+
+
+def _divergence(objective, rows, student, teacher):
+    """`T^2 D` of log-probabilities at the temperature T over one support, cut to `kd_top_k` and a tail where asked for."""
+    config = objective.config
+    if config.kd_top_k:
+        student, teacher, rows.figures["kd_covered"] = losses.top_k_with_tail(student, teacher, config.kd_top_k)
+    return losses.distillation(student, teacher, config.kd_divergence, config.kd_temperature)
+
+
+def _relation_kl(ours, theirs, by_window):
+    """KL of the relations of one kind of vector `[N, W]`, windows apart, relation heads averaged: `[N]`."""
+    heads = attention.relation_heads(ours.shape[1], theirs.shape[1], attention.RELATION_HEADS)
+    windows = zip(ours.split(by_window), theirs.split(by_window), strict=True)
+    related = [(attention.relations(a, heads), attention.relations(b, heads)) for a, b in windows]
+    return torch.cat([losses.forward_kl(a, b).mean(dim=0) for a, b in related])
+
+
+LM = {"lm": Part(next_token, "labels")}
+KD = {
+    "none": {},
+    "shared_vocab": {"kd": Part(shared_tokens, "aligned")},
+    "shared_prefix": {"kd": Part(shared_tokens, "aligned")},
+    "projector": {
+        "kd": Part(projected, "aligned"),
+        "projector": Part(projector_cross_entropy, "aligned", student=False),
+    },
+    "chunk_likelihood": {"kd": Part(chunk_likelihood, "spans")},
+}
+FEATURES = {
+    "layerwise": Part(layerwise, "aligned", on="layers", phase=0.3),
+    "attention": Part(attention_maps, "aligned", on="below", phase=0.3),
+    "attention_alignment": Part(attention_alignment, "aligned", on="below", phase=0.3),
+    "routing_feature": Part(routing_feature, "aligned", on="state", phase=0.3),
+    "contrastive": Part(contrastive, "aligned", on="state", phase=0.6),
+}
+
+
+def parts_of(config):
+    """The parts that a config asks for, by name."""
+    wanted = {**LM, **KD[config.kd_method], **FEATURES}
+    return {name: part for name, part in wanted.items() if not part.student or getattr(config, f"{name}_weight") > 0}
