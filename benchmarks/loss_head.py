@@ -1,93 +1,153 @@
-"""Time and peak memory of the head with its losses, KD and CE, value and gradients, beside what it could cost at least.
+"""Time and peak memory of the head with its losses, KD and CE, value and gradients, beside the least it could cost and
+beside other projects' released losses.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.loss_head [--rows 768] [--chunks 32,64,128,256,1024] [--repeats 5]
+    OMP_NUM_THREADS=1 python -m benchmarks.loss_head [--rows 768] [--ways ours,eager,...] [--repeats 7]
 
-N rows, student width 576, vocabulary 49,152 (SmolLM2-135M's shapes), float32, one core; the teacher's hidden states are
-already projected, so four products are needed: student logits, teacher logits, and the gradients of hidden states and
-head. `bare` is those four alone, chunk by chunk; `eager` is the plain way with everything kept. Every way runs in a process
-of its own; peak memory is the process's highest resident size over what it held before, ratios are of medians.
+N rows, student width 576, vocabulary 49,152 (SmolLM2-135M's shapes), float32, one core (or the card, where there is one);
+the teacher's hidden states are already projected, so four products are needed: student logits, teacher logits, and the
+gradients of hidden states and head. *bare* is those four alone, all rows at once (in thousands where there are more).
+
+Every way is timed in a process of its own, in turn with *bare*: the ratio is the median of the pairs' ratios. Peak memory
+is the highest resident size of another process that runs only this way, over what it held before (after a run on a few
+numbers, which loads what has to be loaded). Peers that are not
+installed are left out (`benchmarks/peers.py` says how to install them).
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from kdlib import fused, losses
 
 WIDTH, VOCABULARY = 576, 49_152
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("--rows", type=int, default=768)
-    options.add_argument("--chunks", default="32,64,128,256,1024")
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--ways", help="names separated by commas; default: all")
+    options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--one", help="run one way in this process and print its figures")
+    options.add_argument("--memory", action="store_true")
     options = options.parse_args()
     if options.one:
-        way, chunk = options.one.split(":")
-        print(json.dumps(measure(way, int(chunk), options.rows, options.repeats)))
+        measured = memory_of if options.memory else time_of
+        print(json.dumps(measured(options.one, options.rows, options.repeats)))
         return
-    chunks = [int(chunk) for chunk in options.chunks.split(",")]
-    ways = [f"{way}:{chunk}" for chunk in chunks for way in ("bare", "ours")] + ["eager:0"]
-    base = None
-    print(
-        "| way | rows a chunk | seconds | to bare | peak MB above the inputs | gradient error to float64 |\n"
-        "|---|---|---|---|---|---|"
+    ways = (
+        options.ways.split(",")
+        if options.ways
+        else ["bare", "ours", "ours 64", "ours 256", "eager", *peers.available()]
     )
+    print("| way | seconds | to bare | peak MB above the inputs | gradient error to float64 |\n|---|---|---|---|---|")
     for way in ways:
-        words = [sys.executable, "-m", "benchmarks.loss_head", "--one", way]
-        words += ["--rows", str(options.rows), "--repeats", str(options.repeats)]
-        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-        base = min(base or found["seconds"], found["seconds"]) if way.startswith("bare") else base
-        error = "" if found["error"] is None else f"{found['error']:.1e}"
-        name, chunk = way.split(":")
-        print(
-            f"| {name} | {chunk if name != 'eager' else 'all'} | {found['seconds']:.3f} | {found['seconds'] / base:.2f} "
-            f"| {found['peak_mb']:.0f} | {error} |",
-            flush=True,
+        told = {**in_own_process(way, options), **in_own_process(way, options, "--memory")}
+        error = "" if told["error"] is None else f"{told['error']:.1e}"
+        print(f"| {way} | {told['seconds']:.3f} | {told['ratio']:.3f} | {told['peak_mb']:.0f} | {error} |", flush=True)
+
+
+def in_own_process(way, options, *more):
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.loss_head", "--one", way, *more]
+    words += ["--rows", str(options.rows), "--repeats", str(options.repeats)]
+    out = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def tensors(num_rows):
+    """Hidden states, head, projected teacher states, labels; nothing larger than these is made on the way."""
+    chance = torch.Generator().manual_seed(0)
+    hidden, teacher = (torch.empty(num_rows, WIDTH).normal_(generator=chance).to(DEVICE) for _ in range(2))
+    weight = torch.empty(VOCABULARY, WIDTH).normal_(0.0, 0.05, generator=chance).to(DEVICE)
+    labels = torch.randint(0, VOCABULARY, (num_rows,), generator=chance).to(DEVICE)
+    return hidden.requires_grad_(), weight.requires_grad_(), teacher, labels
+
+
+def way_of(name):
+    if name.startswith("ours"):
+        size = name.partition(" ")[2]
+        return lambda *given: ours(*given, int(size) if size else "auto")
+    return {"bare": bare, "eager": eager, **peers.PEERS}[name]
+
+
+def time_of(name, num_rows, repeats):
+    """Median seconds of one way, and of its ratios to bare, run in turn."""
+    given = tensors(num_rows)
+    warm(name)
+    pairs = []
+    for _ in range(repeats + 1):
+        pairs.append((seconds(bare, given), seconds(way_of(name), given)))
+    ratios = [own / base for base, own in pairs[1:]]
+    return {"seconds": statistics.median(own for _, own in pairs[1:]), "ratio": statistics.median(ratios)}
+
+
+def memory_of(name, num_rows, _):
+    """Peak megabytes of one way over what was there before, and the relative error of its gradients to float64."""
+    given = tensors(num_rows)
+    warm(name)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for _ in range(2):
+        seconds(way_of(name), given)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if DEVICE == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return {"peak_mb": (peak - before) / 1e6, "error": None if name == "bare" else gradient_error(*given)}
+
+
+def warm(name):
+    if name in peers.PEERS:
+        peers.warm(name)
+    else:
+        few = torch.randn(32, 16), torch.randn(64, 16), torch.randn(32, 16), torch.arange(32)
+        way_of(name)(
+            few[0].to(DEVICE).requires_grad_(), few[1].to(DEVICE).requires_grad_(), *(t.to(DEVICE) for t in few[2:])
         )
 
 
-def measure(way, chunk, num_rows, repeats):
-    """Median seconds, peak megabytes and the relative error of the gradients of one way."""
-    torch.manual_seed(0)
-    hidden = torch.randn(num_rows, WIDTH, requires_grad=True)
-    weight = (0.05 * torch.randn(VOCABULARY, WIDTH)).requires_grad_()
-    teacher = torch.randn(num_rows, WIDTH)
-    labels = torch.randint(0, VOCABULARY, (num_rows,))
-    run = {"ours": ours, "eager": eager, "bare": bare}[way]
-    seconds = []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(repeats + 1):
-        hidden.grad = weight.grad = None
-        started = time.perf_counter()
-        run(hidden, weight, teacher, labels, chunk)
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    error = None if way == "bare" else gradient_error(hidden, weight, teacher, labels)
-    return {"seconds": statistics.median(seconds[1:]), "peak_mb": peak / 1024, "error": error}
+def seconds(run, given):
+    given[0].grad = given[1].grad = None
+    started = time.perf_counter()
+    run(*given)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-def ours(hidden, weight, teacher, labels, chunk):
-    def losses_of(logits, start):
-        rows = slice(start, start + len(logits))
-        with torch.no_grad():
-            target = F.linear(teacher[rows], weight)
-        values = losses.cross_entropy(logits, labels[rows]), losses.forward_kl(logits, target)
+def ours(hidden, weight, teacher, labels, chunk_size="auto"):
+    every = np.ones(len(hidden), dtype=bool)
+    _, chunks = fused.lay_out(every, every, *fused.rows_at_once(2 * len(weight), DEVICE, chunk_size))
+
+    def losses_of(logits, other, block):
+        made = losses.log_probs(logits)
+        values = losses.cross_entropy(made, labels[block.rows]), losses.forward_kl(made, losses.log_probs(other))
         return torch.stack([losses.token_mean(value, len(hidden)) for value in values])
 
-    fused.head_losses(hidden, weight, None, losses_of, [0.5, 0.5], chunk)[0].backward()
+    def compared(known):
+        with torch.no_grad():
+            return F.linear(teacher[known], weight)
+
+    fused.head_losses(hidden, weight, None, chunks, losses_of, [0.5, 0.5], compared)[0].backward()
 
 
-def eager(hidden, weight, teacher, labels, _):
+def eager(hidden, weight, teacher, labels):
+    """The plain way, with everything kept."""
     logits = F.linear(hidden, weight)
     with torch.no_grad():
         target = F.linear(teacher, weight)
@@ -96,11 +156,11 @@ def eager(hidden, weight, teacher, labels, _):
 
 
 @torch.no_grad()
-def bare(hidden, weight, teacher, labels, chunk):
+def bare(hidden, weight, teacher, labels):
     """The four products, with the logits standing in for their gradient."""
-    into_hidden, into_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, start + chunk)
+    into_hidden, into_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    for start in range(0, len(hidden), 1024):
+        rows = slice(start, start + 1024)
         logits = F.linear(hidden[rows], weight)
         F.linear(teacher[rows], weight)
         into_hidden[rows] = logits @ weight

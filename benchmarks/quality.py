@@ -1,6 +1,9 @@
 """Does it help? Every method against plain training, at equal steps and at equal wall-clock, over seeds.
 
-    python -m benchmarks.quality [--data FOLDER] [--seeds 3] [--steps 600] [--out benchmarks/out/quality.jsonl]
+    python -m benchmarks.quality [--study methods|parts] [--data FOLDER] [--seeds 3] [--steps 600] [--out FILE.jsonl]
+
+`methods` compares the ways of kd, at equal steps and at equal wall-clock; `parts` adds one part at a time to the default,
+at equal steps.
 
 Settings: `default` is the embedded default of `kdlib demo`. With `--data` (a folder with `texts/` and `models/`, as
 described in RESULTS.md) `stories` adds a real pretrained teacher with its own SentencePiece tokenizer. Every finished run
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 
 from kdlib import budget, cli, env, evaluate, inputs, records, tiny, verdict
+from kdlib.config import PRESETS, Config
 from kdlib.train import train
 
 EVALUATIONS = 10
@@ -29,6 +33,31 @@ METHODS = {
     "projector": {"kd_method": "projector"},
     "index pairs (the classic mistake)": {"kd_method": "shared_prefix"},
 }
+
+PARTS = {
+    "shared_prefix": {},
+    **{
+        f"+ {name} {weight}": {f"{name}_weight": weight}
+        for name, weight in (
+            ("layerwise", 0.27),
+            ("attention", 0.1),
+            ("attention_alignment", 0.1),
+            ("routing_feature", 0.1),
+            ("contrastive", 0.05),
+        )
+    },
+    "kd_top_k 64": {"kd_top_k": 64},
+    "kd_temperature 2": {"kd_temperature": 2.0},
+    "chunk_likelihood": {"kd_method": "chunk_likelihood"},
+    "preset documents": {"preset": "documents"},
+    "all parts, balance auto": {
+        "preset": "documents",
+        "balance": "auto",
+        "kd_temperature": 1.0,
+        "label_smoothing": 0.0,
+    },
+}
+STUDIES = {"methods": METHODS, "parts": PARTS}
 
 
 @dataclasses.dataclass
@@ -43,19 +72,20 @@ class Setting:
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--study", choices=STUDIES, default="methods")
     options.add_argument("--data")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--steps", type=int, default=600)
-    options.add_argument("--out", default="benchmarks/out/quality.jsonl")
+    options.add_argument("--out")
     options = options.parse_args()
     cli.quiet()
-    out = Path(options.out)
+    out = Path(options.out or f"benchmarks/out/quality_{options.study}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = records.read_records(out) if out.exists() else []
     for make in (default_setting, *([stories_setting] if options.data else [])):
         setting = make(options.data)
         known = [record for record in done if record["setting"] == setting.name and record["steps"] == options.steps]
-        for record in measure(setting, options.steps, range(options.seeds), known):
+        for record in measure(setting, options.steps, range(options.seeds), known, options.study):
             records.Records(out).append(record)
             known.append(record)
             print(json.dumps({k: v for k, v in record.items() if k not in ("bits", "num_bytes")}), flush=True)
@@ -94,30 +124,32 @@ def stories_setting(data):
     return Setting("stories", config, loaded, _fresh(loaded))
 
 
-def measure(setting, steps, seeds, known):
+def measure(setting, steps, seeds, known, study):
     """Every run of a setting that is not known yet; yields its record."""
+    methods = STUDIES[study]
     have = {(record["method"], record["seed"]) for record in known}
     runs = {record["method"]: record for record in known}
     for seed in seeds:
-        for name, changes in {"plain, equal steps": PLAIN, **METHODS}.items():
+        for name, changes in {"plain, equal steps": PLAIN, **methods}.items():
             if (name, seed) not in have:
                 runs[name] = run(setting, name, seed, steps, steps, changes)
                 yield runs[name]
-        if ("plain, equal wall-clock", seed) not in have:
+        if study == "methods" and ("plain, equal wall-clock", seed) not in have:
             # as many steps as the slowest method's time allows, by the medians of this machine
-            slowest = max(runs[name]["step_s"] for name in METHODS)
+            slowest = max(runs[name]["step_s"] for name in methods)
             longer = round(steps * slowest / runs["plain, equal steps"]["step_s"])
             yield run(setting, "plain, equal wall-clock", seed, steps, longer, PLAIN)
 
 
 def run(setting, name, seed, steps, num_steps, changes):
     """Train one student; its record holds the test score of its best weights by validation."""
-    config = setting.config.replace(seed=seed, **changes)
+    config = Config.from_dict({**_without(setting.config, changes), "seed": seed, **changes})
     loaded = setting.inputs
     windows = [by_index(window) for window in loaded.train] if name.startswith("index") else loaded.train
     student = setting.student(seed)
+    torch.manual_seed(seed)
     objective = inputs.make_objective(loaded.pair, config, student)
-    teacher = None if config.kd_method == "none" else loaded.pair.teacher
+    teacher = loaded.pair.teacher if config.needs_teacher else None
     machine = accelerate.Accelerator(cpu=True)
     best, score, best_step, seconds = float("inf"), None, 0, []
     for record in train(objective, teacher, windows, num_steps, config, machine, budget.Clock(), loaded.pair.pads):
@@ -132,6 +164,12 @@ def run(setting, name, seed, steps, num_steps, changes):
         "best_step": best_step, "step_s": statistics.median(seconds), "train_s": sum(seconds), **score.summary(),
         "bits": score.bits.tolist(), "num_bytes": score.num_bytes.tolist(),
     }  # fmt: skip
+
+
+def _without(config, changes):
+    """The config's values without those that a preset is to set."""
+    values = config.to_dict()
+    return {key: value for key, value in values.items() if key not in PRESETS.get(changes.get("preset"), ())}
 
 
 def by_index(window):

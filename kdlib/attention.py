@@ -19,17 +19,18 @@ def span_map(query_HKD, key_HSD, ends_K, scaling):
     `ends_K` are the positions (ascending) where both tokenizations end; column k sums over the tokens after `ends[k - 1]`
     up to `ends[k]`. What lies up to the first end (a beginning-of-text mark, which soaks up attention on one side only) is
     left out before the softmax, so each row from the second on is a distribution over the spans it can see; the first row
-    and column are empty (log 1e-30). Keys may have fewer heads than queries (grouped). In float32.
+    and column are empty (log 1e-30). Keys may have fewer heads than queries (grouped). At least in float32.
     """
     num_ends, num_tokens = len(ends_K), key_HSD.shape[1]
-    empty = query_HKD.new_full((min(1, num_ends), num_ends), math.log(losses.EMPTY), dtype=torch.float32)
+    query_HKD, key_HSD = losses.wide(query_HKD), losses.wide(key_HSD)
+    empty = query_HKD.new_full((min(1, num_ends), num_ends), math.log(losses.EMPTY))
     if num_ends < 2:
         return empty
     key_HSD = key_HSD.repeat_interleave(len(query_HKD) // len(key_HSD), dim=0)
     tokens = torch.arange(num_tokens, device=ends_K.device)
     span_of = torch.searchsorted(ends_K, tokens)
     seen = (span_of > 0) & (tokens <= ends_K[1:, None])
-    scores = (query_HKD[:, 1:].float() * scaling) @ key_HSD.float().transpose(1, 2)
+    scores = (query_HKD[:, 1:] * scaling) @ key_HSD.transpose(1, 2)
     probs = scores.masked_fill(~seen, NEVER).softmax(dim=-1).mean(dim=0)
     pooled = probs.new_zeros(num_ends - 1, num_ends + 1).index_add(1, span_of, probs)[:, :num_ends]
     return torch.cat([empty, (pooled + losses.EMPTY).log()])
@@ -41,7 +42,7 @@ def relations(vectors_KW, num_heads):
     nothing may be used that comes after it.
     """
     num_ends, width = vectors_KW.shape
-    heads = vectors_KW.float().view(num_ends, num_heads, width // num_heads).transpose(0, 1)
+    heads = losses.wide(vectors_KW).view(num_ends, num_heads, width // num_heads).transpose(0, 1)
     alike = heads @ heads.transpose(1, 2) / math.sqrt(width // num_heads)
     later = torch.ones(num_ends, num_ends, dtype=torch.bool, device=alike.device).triu(1)
     return losses.log_probs(alike.masked_fill(later, NEVER))

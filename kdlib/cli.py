@@ -149,6 +149,8 @@ def _drive(config, out, clock):
             bar.n = record["step"]
             bar.set_postfix_str(f"loss {record['loss']:.3f}, whole run {spoken(record['left_s'])} left", refresh=False)
             bar.update(0)
+        elif record["kind"] == "alert":
+            print(f"\n{record['run']}, step {record['step']}: {record['meaning']}. Try: {record['advice']}.")
         elif record["kind"] == "verdict":
             bar.close()
             _tell(record, out)

@@ -95,7 +95,7 @@ class Config:
     """`off`: weights as given. `auto`: weights follow the parts so that each keeps its share of the loss (kd .47, layerwise
     .27, lm .20, attention_alignment .04, routing_feature .01, attention .007, contrastive .007). Or shares of your own,
     `kd=0.5,lm=0.5`."""
-    share_steps: int = 50
+    share_steps: int = 100
     """Optimizer steps between measurements of what each part's gradient is; 0: never."""
     non_finite_steps: int = 20
     """Steps in a row with a loss or gradient that is no number, after which the run stops. Each is skipped and told."""

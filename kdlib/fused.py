@@ -16,9 +16,9 @@ from kdlib import memory
 
 TARGET = 2.0**4
 """Where float16 is used, the largest entry of a gradient before a product: hidden states of some thousands still fit."""
-CACHE_BYTES = 2 * 2**20
+CACHE_BYTES = 2**20
 """Size of a block's logits on a processor: a few such tensors fit its cache."""
-CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Logits of student and teacher that `auto` decodes at once, at most."""
 FREE_SHARE = 0.1
 """... and at most this share of the memory that is free."""
@@ -99,9 +99,11 @@ class _HeadLosses(torch.autograd.Function):
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         parts = hidden.new_zeros(len(weights), dtype=torch.float32)
+        most = max((chunk[-1].rows.stop - chunk[0].rows.start for chunk in chunks), default=0)
+        room = hidden.new_empty(most, len(weight)) if compute == torch.float32 else None  # one for all chunks
         for chunk in chunks:
             with torch.enable_grad():
-                logits, others = _decode(hidden, weight, bias, chunk, compared)
+                logits, others = _decode(hidden, weight, bias, chunk, compared, room)
                 for block in chunk:
                     parts += _losses_to_gradients(logits, others, chunk, block, losses_of, weights, bool(extra))
                 if extra:
@@ -110,6 +112,7 @@ class _HeadLosses(torch.autograd.Function):
                     for total, gradient in zip(into[3:], found, strict=True):
                         total += gradient.float() / lift
             _add_products(logits, hidden, weight, chunk, into, compute)
+            del others  # before the next chunk's come
         ctx.gradients = into
         ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in (hidden, weight, bias, *extra)]
         ctx.mark_non_differentiable(parts)
@@ -118,15 +121,29 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, _):
         gradients, ctx.gradients = ctx.gradients, None
+        if (
+            scale.device.type == "cpu" and scale == 1.0
+        ):  # spares a pass over the head; a card would have to be waited for
+            return (
+                None,
+                None,
+                None,
+                None,
+                *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)),
+            )
         scaled = [g if g is None else g.mul_(scale).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, None, None, *scaled
 
 
-def _decode(hidden, weight, bias, chunk, compared):
+def _decode(hidden, weight, bias, chunk, compared, room=None):
     """A chunk's logits in float32, without gradient, and what its known rows are compared with."""
     rows = slice(chunk[0].rows.start, chunk[-1].rows.stop)
     with torch.no_grad():
-        logits = F.linear(hidden[rows], weight, bias).float()
+        if room is None:
+            logits = F.linear(hidden[rows], weight, bias).float()
+        else:
+            logits = torch.mm(hidden[rows], weight.T, out=room[: rows.stop - rows.start])
+            logits = logits if bias is None else logits.add_(bias)
     others = compared(slice(chunk[0].known.start, chunk[-1].known.stop)) if compared is not None else None
     return logits, others if others is None else others.float()
 

@@ -17,10 +17,15 @@ SURE = -1e-6
 """Log-probability above which an outcome counts as certain: closer to 0 float32 can't tell its opposite from nothing."""
 
 
+def wide(tensor):
+    """The tensor in float32, or in float64 where it comes in that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def log_probs(logits_NV, temperature=1.0):
     """Log-softmax of `logits / temperature` over the last dimension, at least in float32."""
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.log_softmax(wide if temperature == 1.0 else wide / temperature, dim=-1)
+    logits_NV = wide(logits_NV)
+    return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
 
 
 def forward_kl(student_NV, teacher_NV):
@@ -137,7 +142,7 @@ def info_nce(student_ND, teacher_ND, temperature):
     """`-log` of the share that a student vector gives to the teacher vector of its own row among all N, by cosine over
     `temperature`; per position, nats: ln N where all look alike. van den Oord et al. 2018, arXiv 1807.03748, eq. 4.
     """
-    alike = F.normalize(student_ND, dim=-1) @ F.normalize(teacher_ND, dim=-1).T
+    alike = F.normalize(wide(student_ND), dim=-1) @ F.normalize(wide(teacher_ND), dim=-1).T
     return -log_probs(alike, temperature).diagonal()
 
 

@@ -160,9 +160,10 @@ def read(model, ids, mask, rows, rows_by_window, taps):
 
 def _span_maps(query, key, _, scaling, rows, rows_by_window):
     length, maps = query.shape[2], []
-    for window, places in enumerate(rows.split(rows_by_window)):
-        ends = places - window * length
-        maps.append(attention.span_map(query[window][:, ends], key[window], ends, scaling))
+    with torch.autocast(query.device.type, enabled=False):
+        for window, places in enumerate(rows.split(rows_by_window)):
+            ends = places - window * length
+            maps.append(attention.span_map(query[window][:, ends], key[window], ends, scaling))
     return maps
 
 

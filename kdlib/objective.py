@@ -142,7 +142,8 @@ class Objective(torch.nn.Module):
         values, squares = {}, {}
         for name, part in self.parts.items():
             if part.on != "logits" and weights[name] > 0:
-                values[name] = losses.token_mean(part.values(self, match), counts[part.counts])
+                with torch.autocast(match.state.device.type, enabled=False):  # in float32, as the formulas make it
+                    values[name] = losses.token_mean(part.values(self, match), counts[part.counts])
                 if measure and values[name].requires_grad:
                     lifted = LIFT * weights[name] * values[name]
                     found = torch.autograd.grad(lifted, touched[part.on], retain_graph=True, allow_unused=True)

@@ -76,27 +76,33 @@ def next_token(objective, rows):
 
 def shared_tokens(objective, rows):
     """kd by `shared_prefix` or `shared_vocab`: `T^2 D(teacher || student)` over buckets of tokens that both vocabularies
-    can say (`vocab.Buckets`); whole softmax on both sides, so a lower bound of the divergence over bytes' tokens.
+    can say (`vocab.Buckets`); whole softmax on both sides, so at T = 1 a lower bound of the divergence over all that either
+    can say next (data-processing inequality; Cover and Thomas 2006, section 2.8). T softens the buckets and not the tokens:
+    a bucket of many tokens would swell with T (LOG.md has what that costs).
 
     Helps where the vocabularies share much (84 % for GPT-2 and Qwen); `shared_prefix` also uses the rest. Cost: the
     teacher's own head, `N Vt Dt` multiplications, the dearest way; no memory that stays. Start: 0.5 (RESULTS.md). With
     `kd_top_k` the buckets are cut to the likeliest of either side and a tail.
     """
-    buckets = objective.student_buckets, objective.teacher_buckets
-    made = rows.log_probs(objective.config.kd_temperature)[: rows.num_known]
-    with torch.no_grad():
-        theirs = losses.log_probs(rows.other, objective.config.kd_temperature)
-        theirs = losses.bucket_log_probs(theirs, buckets[1], objective.num_buckets)
-    return _divergence(objective, rows, losses.bucket_log_probs(made, buckets[0], objective.num_buckets), theirs)
+    told = []
+    for log_probs, buckets in (
+        (rows.log_probs()[: rows.num_known], objective.student_buckets),
+        (losses.log_probs(rows.other), objective.teacher_buckets),
+    ):
+        told.append(losses.bucket_log_probs(log_probs, buckets, objective.num_buckets))
+    if objective.config.kd_temperature != 1.0:
+        told = [losses.log_probs(each, objective.config.kd_temperature) for each in told]
+    return _divergence(objective, rows, *told)
 
 
 def projected(objective, rows):
     """kd by `projector`: the teacher's last hidden state through a learned matrix and the student's own live head, then
     `T^2 D(teacher || student)` over the whole student vocabulary (DSKD, Zhang et al. 2024, arXiv 2406.17328, section 3.1).
 
-    The only way that never needs the teacher's head (`N Vs Ds` instead of `N Vt Dt`). The target is only as good as the
-    projector: it loses with students from scratch (RESULTS.md) and fits students that can already read. Start: 0.5.
-    The target is detached: kd teaches the student, the projector learns from its own cross-entropy.
+    Cost: the only way that never needs the teacher's head (`N Vs Ds` multiplications instead of `N Vt Dt`). Start: 0.5. The
+    target is only as good as the projector: with students from scratch it loses on one pair and gains on another
+    (RESULTS.md); trained students were not measured yet. The target is detached: kd teaches the student, the projector
+    learns from its own cross-entropy.
     """
     temperature = objective.config.kd_temperature
     theirs = losses.log_probs(rows.other.detach(), temperature)

@@ -13,7 +13,16 @@ NAMES = {
     "teacher": "teacher",
     "student_before": "student before",
 }
-PART_NAMES = {"lm": "next token (lm)", "kd": "distillation (kd)"}
+PARTS = ("lm", "kd", "layerwise", "attention_alignment", "attention", "routing_feature", "contrastive")
+PART_NAMES = {
+    "lm": "next token (lm)",
+    "kd": "distillation (kd)",
+    "layerwise": "layers (layerwise)",
+    "attention_alignment": "attention relations",
+    "attention": "attention maps",
+    "routing_feature": "routed layers",
+    "contrastive": "contrastive",
+}
 THEMES = {
     "light": {"text": "#1a1a1a", "back": "#ffffff", "grid": "#d9d9d9"},
     "dark": {"text": "#e8e8e8", "back": "#14171a", "grid": "#3a3f44"},
@@ -46,19 +55,16 @@ def learning_curves(records, theme="light"):
 
 def loss_shares(records, theme="light"):
     """Parts of the distilled run's loss over its steps: what each adds in nats, and its share of the whole."""
-    rows = [r for r in records if r["kind"] == "train" and r["run"] == "distilled" and r["repeat"] == 0]
+    rows = [r for r in _distilled(records) if r["loss"] is not None and not r["skipped"]]
     with _figure(theme, height=4.6, rows=2) as (figure, (above, below)):
         if rows:
-            names = list(rows[0]["shares"])
+            names = _parts([r["shares"] for r in rows])
             steps = [r["step"] for r in rows]
             smooth = _smoother(len(rows))
-            shares = [smooth([r["shares"][name] for r in rows]) for name in names]
-            loss = smooth([r["loss"] for r in rows])
-            added = [[share * whole for share, whole in zip(line, loss, strict=True)] for line in shares]
-            colours = [PART_COLOURS[i % len(PART_COLOURS)] for i in range(len(names))]
-            labels = [PART_NAMES.get(name, name) for name in names]
-            above.stackplot(steps, added, labels=labels, colors=colours, alpha=0.9)
-            below.stackplot(steps, [[100 * x for x in line] for line in shares], colors=colours, alpha=0.9)
+            shares = [smooth([r["shares"].get(name, 0.0) for r in rows]) for name in names]
+            added = [smooth([r["shares"].get(name, 0.0) * r["loss"] for r in rows]) for name in names]
+            above.stackplot(steps, added, labels=[PART_NAMES[n] for n in names], colors=_colours(names), alpha=0.9)
+            below.stackplot(steps, [[100 * x for x in line] for line in shares], colors=_colours(names), alpha=0.9)
             above.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
             above.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         above.set_ylabel("weighted loss (nats)")
@@ -67,6 +73,58 @@ def loss_shares(records, theme="light"):
         below.set_xlabel("optimizer step")
         above.sharex(below)
     return figure
+
+
+def gradient_shares(records, theme="light"):
+    """Each part's share of the gradient where it touches the student, as often as it was measured."""
+    rows = [r for r in _distilled(records) if r["grad_shares"]]
+    with _figure(theme, height=2.8) as (figure, axes):
+        names = _parts([r["grad_shares"] for r in rows])
+        for name, colour in zip(names, _colours(names), strict=True):
+            points = [(r["step"], 100 * r["grad_shares"][name]) for r in rows if name in r["grad_shares"]]
+            axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, marker="o", ms=3, label=PART_NAMES[name])
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("share of the gradient (%)")
+        if names:
+            axes.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+    return figure
+
+
+def routing(records, theme="light"):
+    """Mean weight of each tapped teacher layer in the mixture that the student's states choose."""
+    rows = [r for r in _distilled(records) if "routing_0" in r["figures"]]
+    with _figure(theme, height=2.6) as (figure, axes):
+        layers = sorted(rows[0]["figures"].keys() & {f"routing_{i}" for i in range(1000)}) if rows else []
+        smooth = _smoother(len(rows))
+        for i, layer in enumerate(layers):
+            line = [100 * x for x in smooth([r["figures"][layer] for r in rows])]
+            label = f"tapped layer {i + 1} of {len(layers)}"
+            axes.plot([r["step"] for r in rows], line, color=PART_COLOURS[i % len(PART_COLOURS)], lw=1.8, label=label)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("mean weight (%)")
+        if layers:
+            axes.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+    return figure
+
+
+def measured(records, field, name=None):
+    """Whether the distilled run's train records hold this field (with this name in it)."""
+    return any(r[field] and (name is None or name in r[field]) for r in _distilled(records))
+
+
+def _distilled(records):
+    return [r for r in records if r["kind"] == "train" and r["run"] == "distilled" and r["repeat"] == 0]
+
+
+def _parts(shares):
+    """The parts that occur in some records' shares, always in the same order."""
+    return [name for name in PARTS if any(name in row for row in shares)]
+
+
+def _colours(names):
+    return [PART_COLOURS[PARTS.index(name)] for name in names]
 
 
 def gain(verdict, theme="light"):

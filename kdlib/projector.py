@@ -56,7 +56,7 @@ class Standard(torch.nn.Module):
         self.spread.copy_(wide.std(dim=0, correction=0).clamp_min(1e-6))
 
     def forward(self, vectors_ND):
-        return (vectors_ND.float() - self.mean) / self.spread
+        return (vectors_ND.to(self.mean.dtype) - self.mean) / self.spread
 
 
 class FeatureMap(torch.nn.Module):
@@ -77,5 +77,4 @@ class FeatureMap(torch.nn.Module):
         self.teacher.measure(teacher_NE)
 
     def forward(self, student_ND, teacher_NE):
-        with torch.autocast(student_ND.device.type, enabled=False):
-            return F.linear(self.student(student_ND), self.weight), self.teacher(teacher_NE)
+        return F.linear(self.student(student_ND), self.weight), self.teacher(teacher_NE)

@@ -41,6 +41,10 @@ def write_report(path):
     status = records.read_json(path / "status.json")
     verdict = records.read_json(path / "verdict.json") if (path / "verdict.json").exists() else None
     pictures = {"learning_curves": (plots.learning_curves, found), "loss_shares": (plots.loss_shares, found)}
+    if plots.measured(found, "grad_shares"):
+        pictures["gradient_shares"] = plots.gradient_shares, found
+    if plots.measured(found, "figures", "routing_0"):
+        pictures["routing"] = plots.routing, found
     if verdict:
         pictures |= {"gain": (plots.gain, verdict), "bits_per_byte": (plots.bits_per_byte, verdict)}
     drawn = {name: _draw(path / "figures", name, *picture) for name, picture in pictures.items()}
@@ -79,6 +83,11 @@ def _page(status, verdict, config, env, drawn, found):
         "<h2>What the student learned from</h2>",
         _figure(drawn["loss_shares"], "Above: what each part adds to the loss. Below: its share of the whole."),
     ]
+    captions = {
+        "gradient_shares": "What really competes: how hard each part pulls where it touches the student.",
+        "routing": "Which teacher layers the student's states chose to learn from.",
+    }
+    parts += [_figure(drawn[name], caption) for name, caption in captions.items() if name in drawn]
     if verdict:
         parts += ["<h2>What they write</h2>", *_samples(verdict["samples"])]
         parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, found)]
@@ -159,9 +168,9 @@ def _trust(verdict, found):
                 f"The {side}'s tokenizer changes the text: only {told[f'faithful_{side}']:.1%} of its tokens are the bytes "
                 "that stand there; the others give and take no signal."
             )
-    alerts = sum(record["kind"] == "alert" for record in found)
-    if alerts:
-        lines.append(f"{alerts} alerts were raised while training; see records.jsonl.")
+    for alert in (record for record in found if record["kind"] == "alert"):
+        name = plots.NAMES[alert["run"]]
+        lines.append(f"Alert, {name}, step {alert['step']}: {alert['meaning']}. What to try: {alert['advice']}.")
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 

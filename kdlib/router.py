@@ -31,12 +31,9 @@ class LayerRouter(torch.nn.Module):
             standard.measure(vectors)
 
     def forward(self, student_ND, layers):
-        with torch.autocast(student_ND.device.type, enabled=False):
-            state = self.map.student(student_ND)
-            free = F.linear(state.detach(), self.gate).softmax(dim=-1)
-            weights = FLOOR / len(layers) + (1.0 - FLOOR) * free
-            told = torch.stack(
-                [standard(vectors) for standard, vectors in zip(self.layers, layers, strict=True)], dim=1
-            )
-            target = (weights.unsqueeze(-1) * told).sum(dim=1)
-            return F.linear(state, self.map.weight), target, weights
+        state = self.map.student(student_ND)
+        free = F.linear(state.detach(), self.gate).softmax(dim=-1)
+        weights = FLOOR / len(layers) + (1.0 - FLOOR) * free
+        told = torch.stack([standard(vectors) for standard, vectors in zip(self.layers, layers, strict=True)], dim=1)
+        target = (weights.unsqueeze(-1) * told).sum(dim=1)
+        return F.linear(state, self.map.weight), target, weights

@@ -11,7 +11,7 @@ import statistics
 import accelerate
 import torch
 
-from kdlib import budget, checkpoint, env, evaluate, inputs, memory, records, report, verdict
+from kdlib import alerts, budget, checkpoint, env, evaluate, inputs, memory, records, report, verdict
 from kdlib.train import train
 
 SHORT = 0.1
@@ -42,6 +42,7 @@ class Leg:
     compare_s: float = 0.0
     at_compare: evaluate.Score | None = None
     at_end: evaluate.Score | None = None
+    watch: alerts.Watch = dataclasses.field(default_factory=alerts.Watch)
 
 
 def distill(config, out, clock=None):
@@ -153,10 +154,11 @@ class Session:
     def _step_cost_ratio(self):
         """Seconds of a distilled step over seconds of a plain one, on copies that are thrown away: short blocks of both
         kinds in turn, so that a machine whose speed drifts favours neither; the first step of a block, whose caches the
-        other kind has filled, does not count. The ratio of the medians.
+        other kind has filled, does not count. The ratio of the medians. With a curriculum all parts are on: the
+        control rather gets a little more time than it is due.
         """
         streams = []
-        for config in (self.config, self.config.plain()):
+        for config in (self.config.replace(use_curriculum=False), self.config.plain()):
             student = copy.deepcopy(self.pair.student)
             checkpoint.put_back(student, self.start_weights)
             streams.append(self._stream(inputs.make_objective(self.pair, config, student), config, 10**6))
@@ -180,15 +182,15 @@ class Session:
         model = self.pair.student
         checkpoint.put_back(model, self.start_weights)
         torch.manual_seed(config.seed)
-        yield self._evaluate(leg, 0)
+        yield from self._told(leg, self._evaluate(leg, 0))
         for step in self._stream(inputs.make_objective(self.pair, config), config, leg.num_steps):
             leg.train_s += step.step_s
             self.step += leg.name == DISTILLED
             last = step.step == leg.last_step
-            if step.step % config.log_steps == 0 or last:
-                yield self._record(self._train_record(leg, step))
+            if step.step % config.log_steps == 0 or last or step.skipped:
+                yield from self._told(leg, self._record(self._train_record(leg, step)))
             if step.step % leg.eval_steps == 0 or step.step == leg.compare_step or last:
-                yield self._evaluate(leg, step.step)
+                yield from self._told(leg, self._evaluate(leg, step.step))
             if 0 < config.early_stopping_patience <= leg.since_best:
                 leg.last_step, leg.compare_step = step.step, min(step.step, leg.compare_step)
             if step.step == leg.compare_step:
@@ -200,6 +202,12 @@ class Session:
         if leg.at_end is not leg.at_compare:
             yield self._test_record(leg, leg.at_end, step.step)
         self._free()
+
+    def _told(self, leg, record):
+        """The record, and the alerts it raises."""
+        yield record
+        for alert in leg.watch.see(record):
+            yield self._record(alert)
 
     def _free(self):
         """Let go of a leg's objective and optimizer before the next one's come."""
@@ -220,6 +228,7 @@ class Session:
                 self._save_best(step)
         self.eval_s += self.clock.now() - started
         facts = {"run": leg.name, "repeat": leg.repeat, "split": "validation", "step": step, "elapsed_s": leg.train_s}
+        facts["progress"] = step / leg.last_step
         return self._record({"kind": "eval", **facts, **score.summary()})
 
     def _save_best(self, step):

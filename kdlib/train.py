@@ -111,8 +111,9 @@ def train(objective, teacher, windows, num_steps, config, accelerator, clock, pa
         figures = {name: value for name, value in values.items() if name not in parts}
         total, shares = objective.total(parts, weights)
         skipped = _no_number(parts, norm, accelerator.scaler)
-        if not skipped or accelerator.scaler is not None:
-            optimizer.step()  # a loss scaler leaves the step out by itself, and lowers its factor
+        if skipped and accelerator.scaler is None:
+            optimizer.zero_grad()  # without gradients the step changes nothing; a loss scaler sees to it by itself
+        optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         if balance and not skipped:

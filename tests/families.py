@@ -120,3 +120,35 @@ def tiny_model(tokenizer, width=16, layers=2, seed=0, **changes):
         "eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": True,
     }  # fmt: skip
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).eval()
+
+
+def qwen3(tokenizer, seed=1):
+    torch.manual_seed(seed)
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.2, tie_word_embeddings=True,
+    )).eval()  # fmt: skip
+
+
+def gpt2(tokenizer, seed=2):
+    torch.manual_seed(seed)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=20, n_layer=4, n_head=5, n_positions=256, initializer_range=0.2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )).eval()  # fmt: skip
+
+
+def gpt_neox(tokenizer, seed=3):
+    torch.manual_seed(seed)
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=5, num_attention_heads=3,
+        max_position_embeddings=256, initializer_range=0.2, rotary_pct=0.5,
+    )).eval()  # fmt: skip
+
+
+ARCHITECTURES = {
+    "llama": lambda tokenizer: tiny_model(tokenizer, 16, 3, num_attention_heads=4, num_key_value_heads=2),
+    "qwen3": qwen3,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+}

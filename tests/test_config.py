@@ -4,7 +4,7 @@ import json
 import pytest
 
 from kdlib import budget, config, records
-from kdlib.config import Config
+from kdlib.config import Config, parse_flag
 
 SPEC_KEYS = {
     "teacher", "student", "dataset", "text_field", "max_length",
@@ -107,3 +107,52 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"kind": 1}\nnonsense\n{"kind": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         records.read_records(tmp_path / "records.jsonl")
+
+
+def test_a_preset_stands_for_its_values_and_those_beside_it_win():
+    found = Config.from_dict({"preset": "documents", "kd-temperature": 2.0})
+    assert (found.kd_temperature, found.label_smoothing, found.use_curriculum, found.kd_weight) == (
+        2.0,
+        0.1,
+        True,
+        0.47,
+    )
+    assert Config.from_dict(found.to_dict()) == found
+    with pytest.raises(ValueError, match="unknown preset 'document'; have documents; did you mean 'documents'"):
+        Config.from_dict({"preset": "document"})
+
+
+def test_balance_takes_off_auto_or_shares():
+    assert Config().target_shares() is None
+    assert sum(Config(balance="auto").target_shares().values()) == pytest.approx(1.004)
+    assert Config(balance="kd=0.5, lm=0.25").target_shares() == {"kd": 0.5, "lm": 0.25}
+    with pytest.raises(ValueError, match="expected off, auto, or shares like"):
+        Config(balance="on")
+    with pytest.raises(ValueError, match="balance names 'kdd'; did you mean 'kd'"):
+        Config(balance="kdd=1")
+    with pytest.raises(ValueError, match="a share is above 0"):
+        Config(balance="kd=-1")
+
+
+def test_plain_is_the_run_without_its_teacher():
+    plain = Config.from_dict({"preset": "documents", "balance": "auto", "kd_top_k": 5}).plain()
+    assert not plain.needs_teacher
+    assert (plain.lm_weight, plain.label_smoothing, plain.use_curriculum, plain.balance) == (1.0, 0.1, False, "off")
+    assert Config(kd_method="none", layerwise_weight=0.1).needs_teacher
+
+
+def test_the_chunk_size_is_a_number_or_auto():
+    assert Config().loss_chunk_size == parse_flag("loss_chunk_size", "auto") == "auto"
+    assert parse_flag("loss_chunk_size", "64") == 64
+    for wrong in ("some", 2.5, True):
+        with pytest.raises(ValueError, match="loss_chunk_size takes a whole number or auto"):
+            Config(loss_chunk_size=wrong)
+    with pytest.raises(ValueError, match="must lie between 1"):
+        Config(loss_chunk_size=0)
+    with pytest.raises(ValueError, match="takes a whole number or auto"):
+        parse_flag("loss_chunk_size", "much")
+
+
+def test_top_k_of_likelihoods_is_refused():
+    with pytest.raises(ValueError, match="compares none"):
+        Config(kd_method="chunk_likelihood", kd_top_k=8)

@@ -19,11 +19,11 @@ FLOORS = [
     "data corpus",
     "align vocab fused attention",
     "losses",
-    "memory schedule records env",
+    "memory schedule records env alerts",
     "config budget",
 ]
 FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
-STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env"}
+STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env", "alerts"}
 ROOMS = [
     (r"\blog_softmax\b", {"losses"}),
     (r"\bplt\.|matplotlib", {"plots"}),

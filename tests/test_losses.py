@@ -179,3 +179,109 @@ def test_a_mean_divergence_does_not_grow_with_length(length):
     student, teacher = rows(STUDENT).expand(length, -1), rows(TEACHER).expand(length, -1)
     found = losses.token_mean(divergence("forward_kl", student, teacher), length)
     assert found.item() == pytest.approx(kl(softmax(TEACHER), softmax(STUDENT)), rel=1e-9)
+
+
+def top_k_by_hand(student, teacher, k):
+    """Probabilities of the kept ids and of all others, each once."""
+    best = [sorted(range(len(p)), key=lambda i, p=p: -p[i])[:k] for p in (student, teacher)]
+    kept = sorted({*best[0], *best[1]})
+    return [[*(p[i] for i in kept), sum(x for i, x in enumerate(p) if i not in kept)] for p in (student, teacher)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top_k_keeps_each_likely_token_once_and_a_tail(name, k):
+    made = [losses.log_probs(rows(values)) for values in (STUDENT, TEACHER)]
+    student, teacher, covered = losses.top_k_with_tail(*made, k)
+    expected = top_k_by_hand(softmax(STUDENT), softmax(TEACHER), k)
+    kept, tail = sum(expected[1][:-1]), [p for p in expected if p[-1] > 0]
+    assert covered.item() == pytest.approx(kept, rel=1e-12)
+    assert student.exp().sum().item() == pytest.approx(1.0, rel=1e-12)
+    assert teacher.exp().sum().item() == pytest.approx(1.0, rel=1e-12)
+    if len(tail) == 2:
+        assert losses.DIVERGENCES[name](student, teacher).item() == pytest.approx(ORACLES[name](*expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_top_k_with_tail_is_a_lower_bound_in_a_thousand_cases_and_equal_at_all(name):
+    made = [losses.log_probs(3 * torch.randn(1000, 12, dtype=torch.float64)) for _ in range(2)]
+    full = losses.DIVERGENCES[name](*made)
+    before = torch.zeros(1000, dtype=torch.float64)
+    for k in (1, 3, 6):
+        student, teacher, _ = losses.top_k_with_tail(*made, k)
+        bound = losses.DIVERGENCES[name](student, teacher)
+        assert (bound <= full + 1e-12).all()
+        assert (bound >= before - 1e-12).all()  # more tokens can only tell more
+        before = bound
+    for k in (12, 500):
+        student, teacher, covered = losses.top_k_with_tail(*made, k)
+        torch.testing.assert_close(losses.DIVERGENCES[name](student, teacher), full, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(covered, torch.ones(1000, dtype=torch.float64))
+
+
+def test_top_k_gradient_passes_gradcheck():
+    teacher = losses.log_probs(torch.randn(3, 7, dtype=torch.float64))
+
+    def divergence(logits):
+        student, other, _ = losses.top_k_with_tail(losses.log_probs(logits), teacher, 2)
+        return losses.forward_kl(student, other)
+
+    assert torch.autograd.gradcheck(divergence, torch.randn(3, 7, dtype=torch.float64, requires_grad=True))
+
+
+def test_spans_add_up_their_tokens():
+    nats = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
+    found = losses.span_log_probs(nats, torch.tensor([0, -1, 2, 2, 0]), 3)
+    assert found.tolist() == [-8.5, 0.0, -6.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_span_divergence_is_that_of_two_coins_times_temperature(name, temperature):
+    ours, theirs = [-0.3, -7.0, -2.5], [-0.4, -3.0, -2.5]
+    found = losses.span_divergence(*(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs)), name, temperature)
+    for value, a, b in zip(found.tolist(), ours, theirs, strict=True):
+        p, q = math.exp(a / temperature), math.exp(b / temperature)
+        assert value == pytest.approx(temperature * ORACLES[name]([p, 1 - p], [q, 1 - q]), rel=1e-6, abs=1e-12)
+    assert found[2].item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_span_divergence_keeps_its_size_as_the_temperature_grows():
+    """For large T the coins become rates: a log(a / b) - a + b with the nats a of the teacher and b of the student."""
+    ours, theirs = torch.tensor([-7.0], dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
+    found = losses.span_divergence(ours, theirs, "forward_kl", 1e4).item()
+    assert found == pytest.approx(3.0 * math.log(3.0 / 7.0) - 3.0 + 7.0, rel=1e-3)
+
+
+def test_span_divergence_of_certain_and_impossible_spans_is_finite_and_passes_gradcheck():
+    ours = torch.tensor([0.0, -200.0, -1e-9, -0.5], requires_grad=True)
+    found = losses.span_divergence(ours, torch.tensor([-200.0, 0.0, 0.0, -0.7]))
+    found.sum().backward()
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(ours.grad).all()
+    wide = torch.tensor([-0.1, -0.6, -0.8, -9.0], dtype=torch.float64, requires_grad=True)
+    theirs = torch.tensor([-0.9, -0.2, -0.8, -3.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: losses.span_divergence(x, theirs, "forward_kl", 2.0), wide)
+
+
+def test_one_minus_cosine_is_written_out_and_blind_to_length():
+    ours, theirs = [1.0, 2.0, -1.0], [0.5, -1.0, 3.0]
+    dot = sum(a * b for a, b in zip(ours, theirs, strict=True))
+    lengths = math.sqrt(sum(a * a for a in ours)) * math.sqrt(sum(b * b for b in theirs))
+    found = losses.one_minus_cosine(rows(ours), 7.0 * rows(theirs)).item()
+    assert found == pytest.approx(1.0 - dot / lengths, rel=1e-12)
+    assert losses.one_minus_cosine(rows(ours), 3.0 * rows(ours)).item() == pytest.approx(0.0, abs=1e-12)
+    assert losses.one_minus_cosine(rows(ours), -rows(ours)).item() == pytest.approx(2.0, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: losses.one_minus_cosine(x, rows(theirs)), rows(ours, requires_grad=True))
+
+
+def test_info_nce_is_written_out_and_ln_n_where_nothing_differs():
+    ours, theirs = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    found = losses.info_nce(ours, theirs, 0.5)
+    for i in range(4):
+        cosines = [1.0 - losses.one_minus_cosine(ours[i : i + 1], theirs[j : j + 1]).item() for j in range(4)]
+        weights = [math.exp(c / 0.5) for c in cosines]
+        assert found[i].item() == pytest.approx(-math.log(weights[i] / sum(weights)), rel=1e-9)
+    assert losses.info_nce(ours, theirs[:1].expand(4, 3), 0.5).tolist() == pytest.approx([math.log(4)] * 4)
+    assert (losses.info_nce(10 * torch.eye(4), torch.eye(4), 0.01) < 1e-4).all()
+    assert torch.autograd.gradcheck(lambda x: losses.info_nce(x, theirs, 0.5), ours.requires_grad_())

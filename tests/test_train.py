@@ -263,3 +263,105 @@ def test_buckets_of_a_pair_are_made_once_for_each_method(loaded):
     first = {method: inputs._buckets(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
     assert first["shared_vocab"].student.tolist() != first["shared_prefix"].student.tolist()
     assert all(inputs._buckets(loaded.pair, method) is found for method, found in first.items())
+
+
+def test_a_part_comes_in_smoothly_at_its_time():
+    assert [schedule.ramp(progress, 0.0) for progress in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert [schedule.ramp(progress, 0.3) for progress in (0.0, 0.3, 0.35, 1.0)] == [0.0, 0.0, 1.0, 1.0]
+    assert schedule.ramp(0.325, 0.3) == pytest.approx(0.5)
+    rising = [schedule.ramp(0.3 + 0.0005 * i, 0.3) for i in range(101)]
+    assert all(0.0 <= b - a < 0.02 for a, b in itertools.pairwise(rising))
+
+
+def test_the_curriculum_has_three_phases(loaded, settings):
+    config = config_of(settings, preset="documents")
+    objective = fresh(loaded, config)
+    on = {p: {n for n, w in objective.weights(p).items() if w > 0} for p in (0.0, 0.29, 0.31, 0.59, 0.61, 1.0)}
+    features = {"layerwise", "attention", "attention_alignment", "routing_feature"}
+    assert on[0.0] == on[0.29] == {"lm", "kd"}
+    assert on[0.31] == on[0.59] == {"lm", "kd"} | features
+    assert on[0.61] == on[1.0] == {"lm", "kd", "contrastive"} | features
+    assert objective.weights(1.0) == {name: getattr(config, f"{name}_weight") for name in objective.parts}
+
+
+def test_balance_gives_each_part_its_share_of_the_loss():
+    balance = schedule.Balance({"kd": 0.6, "lm": 0.2, "layerwise": 0.2})
+    given, whole = (
+        {"lm": 0.5, "kd": 0.5, "layerwise": 0.1, "projector": 1.0},
+        dict.fromkeys(("lm", "kd", "layerwise"), 1.0),
+    )
+    assert balance.weights(given, whole) == given
+    values = {"lm": 4.0, "kd": 1.0, "layerwise": 0.25, "projector": 3.0}
+    balance.update(values)
+    found = balance.weights(given, whole)
+    assert found["lm"] == pytest.approx(0.5)
+    assert found["projector"] == 1.0
+    total = sum(found[name] * values[name] for name in whole)
+    assert [found[n] * values[n] / total for n in ("kd", "lm", "layerwise")] == pytest.approx([0.6, 0.2, 0.2])
+    half = balance.weights({**given, "layerwise": 0.05}, {**whole, "layerwise": 0.5})
+    assert half["layerwise"] == pytest.approx(found["layerwise"] / 2)
+    balance.update({**values, "kd": 3.0})
+    assert balance.values["kd"] == pytest.approx(0.95 * 1.0 + 0.05 * 3.0)
+
+
+def test_balance_in_the_loop_holds_the_shares(loaded, settings):
+    config = config_of(settings, balance="kd=0.7,lm=0.3", batch_size=4)
+    records, _ = run(loaded, config, num_steps=30)
+    late = [record.shares["kd"] for record in records[10:]]
+    assert sum(late) / len(late) == pytest.approx(0.7, abs=0.03)
+    assert abs(records[0].shares["kd"] - 0.7) > 0.05
+    assert records[-1].weights["lm"] == pytest.approx(config.lm_weight)
+
+
+class Broken(torch.nn.Module):
+    """An objective whose loss is no number at some steps."""
+
+    def __init__(self, objective, steps, how):
+        super().__init__()
+        self.inner, self.bad, self.how, self.calls = objective, steps, how, 0
+
+    def __getattr__(self, name):
+        if name in ("inner", "bad", "how", "calls"):
+            return super().__getattr__(name)
+        return getattr(self.inner, name)
+
+    def forward(self, batch, signal, counts, weights, measure):
+        self.calls += 1
+        loss, values, squares = self.inner(batch, signal, counts, weights, measure)
+        if self.calls in self.bad and self.how == "loss":
+            return loss * float("nan"), {**values, "kd": values["kd"] * float("nan")}, squares
+        if self.calls in self.bad:  # the loss is fine, its gradient is not
+            weight = next(self.inner.student.parameters())
+            loss = loss + 0.0 * torch.sqrt((weight - weight.detach()).abs().sum())
+        return loss, values, squares
+
+
+@pytest.mark.parametrize(("how", "said"), [("loss", "kd not finite"), ("gradient", "gradient not finite")])
+def test_a_step_that_is_no_number_changes_no_weight_and_is_told(loaded, settings, how, said):
+    config = config_of(settings, kd_method="shared_prefix", batch_size=4)
+    objective = Broken(fresh(loaded, config), {2}, how)
+    machine = accelerate.Accelerator(cpu=True)
+    weights, records = [], []
+    for record in train.train(
+        objective, loaded.pair.teacher, loaded.train, 3, config, machine, budget.Clock(), loaded.pair.pads
+    ):
+        records.append(record)
+        weights.append([p.detach().clone() for p in objective.inner.student.parameters()])
+    assert [record.skipped.partition(" (")[0] for record in records] == ["", said, ""]
+    assert "documents" in records[1].skipped
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[1], weights[2], strict=True))
+    assert all(torch.isfinite(p).all() for p in objective.inner.student.parameters())
+    assert records[2].lr == pytest.approx(1e-3 * schedule.learning_rate_factor(2, 3, config.warmup))
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, settings):
+    config = config_of(settings, non_finite_steps=3)
+    objective = Broken(fresh(loaded, config), {1, 3, 4, 5}, "loss")
+    machine, told = accelerate.Accelerator(cpu=True), []
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* kd not finite .*lower learning_rate"):
+        for record in train.train(
+            objective, loaded.pair.teacher, loaded.train, 9, config, machine, budget.Clock(), loaded.pair.pads
+        ):
+            told.append(record.step)
+    assert told == [1, 2, 3, 4, 5]
