@@ -132,7 +132,8 @@ def _samples(samples):
     yield f'<div class="sample"><b>held-out text begins</b>{html.escape(samples["opening"])}</div>'
     for name in ("teacher", "student_before", "ce_only", "distilled"):
         if name in samples:
-            yield f'<div class="sample"><b>{plots.NAMES[name]}</b>{html.escape(samples[name])}</div>'
+            text = samples[name] if samples[name].strip() else "(white space only)"
+            yield f'<div class="sample"><b>{plots.NAMES[name]}</b>{html.escape(text)}</div>'
 
 
 def _trust(verdict, found):

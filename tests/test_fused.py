@@ -158,3 +158,19 @@ def test_auto_takes_what_free_memory_allows(monkeypatch):
     monkeypatch.setattr(fused.memory, "free", lambda device: 0)
     assert fused.rows_at_once(2 * 49_152, "cuda") == (fused.MIN_ROWS, fused.MIN_ROWS)
     assert fused.rows_at_once(3072, "cpu", 64) == (64, 64)
+
+
+def test_a_loss_scaler_changes_nothing_but_the_way_there():
+    """torch's own GradScaler around float16 products: unscaled, the gradients are those without it."""
+    hidden, weight, _, _, losses_of, compared = case(torch.float32, bias=False)
+    small = [1e-6 * w for w in WEIGHTS]
+    total, _ = fused.head_losses(hidden, weight, None, blocks(23, 7), losses_of, small, compared)
+    exact = torch.autograd.grad(total, [hidden, weight])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer = torch.optim.SGD([hidden, weight], lr=0.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        total, _ = fused.head_losses(hidden, weight, None, blocks(23, 7), losses_of, small, compared)
+    scaler.scale(total).backward()
+    scaler.unscale_(optimizer)
+    for found, expected in zip((hidden.grad, weight.grad), exact, strict=True):
+        assert 1e-6 < (found - expected).norm() / expected.norm() < 0.01

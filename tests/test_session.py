@@ -248,9 +248,10 @@ class Fake:
         return 0.0
 
 
-def test_two_processes_do_what_one_does(settings, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"preset": "documents", "balance": "auto", "share_steps": 2}], ids=["kd", "all"])
+def test_two_processes_do_what_one_does(settings, tmp_path, more):
     """Real processes: the same effective batch gives the same losses, gradient norms and student."""
-    plan = {**settings, "control": "off", "max_steps": 3}
+    plan = {**settings, "control": "off", "max_steps": 3, **more}
     words = {name: str(value) for name, value in plan.items()}
     flags = [word for name, value in words.items() for word in (f"--{name}", value)]
     launched = subprocess.run(
@@ -268,3 +269,7 @@ def test_two_processes_do_what_one_does(settings, tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert b["num_tokens"] == a["num_tokens"]
+        assert b["parts"] == pytest.approx(a["parts"], rel=1e-4)
+        assert b["grad_shares"] == (a["grad_shares"] and pytest.approx(a["grad_shares"], rel=1e-3))
+        assert b["figures"] == pytest.approx(a["figures"], rel=1e-4)
+    assert any(a["grad_shares"] for a in one) == bool(more)
