@@ -40,6 +40,7 @@ class Objective(torch.nn.Module):
         self.teacher_head = teacher_head
         self.parts = parts_of(config)
         self.layers, self.attention_layers = layers, attention_layers
+        self.rows_at_once = None
         if buckets is not None:
             self.num_buckets = buckets.num
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
@@ -179,11 +180,10 @@ class Objective(torch.nn.Module):
         before = np.searchsorted(firsts, rows, side="right") - 1  # the last aligned position up to each row
         inside = (before >= 0) & (rows < np.append(stops, 0)[before])
         known = np.isin(rows, firsts, assume_unique=True)
-        columns = self.head.num_rows + (
-            self.teacher_head.num_rows if self.teacher_head is not None else self.head.num_rows
-        )
-        sizes = fused.rows_at_once(columns, device, self.config.loss_chunk_size)
-        order, chunks = fused.lay_out(~inside | known, known, *sizes)
+        if self.rows_at_once is None:  # once: sums keep their order however free memory changes
+            columns = self.head.num_rows + (self.teacher_head or self.head).num_rows
+            self.rows_at_once = fused.rows_at_once(columns, device, self.config.loss_chunk_size)
+        order, chunks = fused.lay_out(~inside | known, known, *self.rows_at_once)
         spans = torch.from_numpy(np.where(inside, before, -1)[order]).to(device)
         return torch.from_numpy(rows[order]).to(device), spans, chunks
 

@@ -154,7 +154,7 @@ MUTANTS = {
     "first layers' attention": ("inputs.py", "tuple(range(ours - last, ours))", "tuple(range(last))", [PARTS]),
     "spans over changed tokens": ("data.py", "told = student.faithful & student.is_text & student.learn", "told = student.is_text & student.learn", [PARTS]),
     "spans off by one": ("data.py", "np.diff(n[end + 1]) == 0", "np.diff(n[end]) == 0", [PARTS]),
-    "spans cut by a chunk": ("objective.py", "fused.lay_out(~inside | known, known, *sizes)", "fused.lay_out(known | True, known, *sizes)", [PARTS]),
+    "spans cut by a chunk": ("objective.py", "fused.lay_out(~inside | known, known,", "fused.lay_out(known | True, known,", [PARTS]),
     "teacher's spans a token late": ("teacher.py", "rows = batch.teacher_rows[span_of] + torch", "rows = 1 + batch.teacher_rows[span_of] + torch", [PARTS]),
     "spans averaged over all positions": ("parts.py", 'Part(chunk_likelihood, "spans")', 'Part(chunk_likelihood, "aligned")', [PARTS]),
     "temperature on tokens, not on buckets": ("parts.py", "if objective.config.kd_temperature != 1.0:", "if False:", [PARTS]),

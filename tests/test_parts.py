@@ -1,9 +1,11 @@
 """Each part of the objective: against values written out, and against the laws they all obey."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
+import types
 
 import accelerate
 import numpy as np
@@ -114,6 +116,34 @@ def test_everything_is_finite_and_near_under_autocast(loaded, dtype):
         assert value.item() == pytest.approx(expected[name].item(), rel=0.1, abs=0.05), name
 
 
+def test_features_are_fed_from_the_aligned_positions_of_both_models(loaded):
+    """States and layers gathered window by window from what transformers itself returns."""
+    objective = made(loaded)
+    batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
+    _, found, _ = told(loaded, objective, batch)
+    sides = []
+    for model, ids, mask, rows, layers in (
+        (objective.student, batch.student_ids, batch.student_mask, batch.student_rows, objective.layers[0]),
+        (loaded.pair.teacher.model, batch.teacher_ids, batch.teacher_mask, batch.teacher_rows, objective.layers[1]),
+    ):
+        with torch.no_grad(), hooks.watch(model, layers) as seen:
+            last = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        places = [divmod(row, ids.shape[1]) for row in rows.tolist()]
+        sides.append(
+            [torch.stack([states[b, t] for b, t in places]) for states in (last, *(seen.layers[i] for i in layers))]
+        )
+    (state, *ours), (last, *theirs) = sides
+    match = parts.Match(
+        types.SimpleNamespace(layers=ours),
+        types.SimpleNamespace(layers=theirs, hidden=last),
+        state,
+        batch.rows_by_window,
+    )
+    for name in ("layerwise", "routing_feature", "contrastive"):
+        expected = parts.FEATURES[name].values(objective, match).mean().item()
+        assert found[name].item() == pytest.approx(expected, rel=1e-4), name
+
+
 def test_gradient_norms_are_those_of_each_part_alone(loaded):
     """Measured in one pass, against a backward pass of each part to the states where it touches the student."""
     objective = made(loaded)
@@ -188,6 +218,24 @@ def test_the_loop_trains_everything_together(loaded):
     assert sum(routed) == pytest.approx(1.0, abs=1e-5)
     assert late.loss == pytest.approx(sum(late.weights[n] * late.parts[n] for n in late.shares), rel=1e-6)
     assert max(step.parts.get("layerwise", 0.0) for step in steps) <= 2.0
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_windows_that_hardly_meet_add_nothing_and_break_nothing(loaded, kept):
+    """A window with that many aligned positions beside an ordinary one, and alone."""
+    objective = made(loaded, kd_top_k=5)
+    few = loaded.train[0]
+    names = [f"{side}_{what}" for side in ("student", "teacher") for what in ("rows", "stops")]
+    few = dataclasses.replace(few, **{name: getattr(few, name)[:kept] for name in names})
+    for group in ([few, loaded.train[1]], [few]):
+        batch = batching.collate(group, *loaded.pair.pads)
+        loss, found, squares = told(loaded, objective, batch, measure=True)
+        loss.backward()
+        assert math.isfinite(loss.item())
+        assert all(math.isfinite(value.item()) for value in (*found.values(), *squares.values()))
+    if kept == 0:
+        assert all(found[name].item() == 0.0 for name in ("kd", *FEATURES))
+        assert found["lm"].item() > 1.0
 
 
 def twins(tmp_path, texts, **changes):
