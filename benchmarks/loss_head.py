@@ -1,7 +1,7 @@
 """Time and peak memory of the head with its losses, KD and CE, value and gradients, beside the least it could cost and
 beside other projects' released losses.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.loss_head [--rows 768] [--ways ours,eager,...] [--repeats 7]
+    OMP_NUM_THREADS=1 python -m benchmarks.loss_head [--rows 768] [--ways "ours;eager;..."] [--repeats 7]
 
 N rows, student width 576, vocabulary 49,152 (SmolLM2-135M's shapes), float32, one core (or the card, where there is one);
 the teacher's hidden states are already projected, so four products are needed: student logits, teacher logits, and the
@@ -37,7 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("--rows", type=int, default=768)
-    options.add_argument("--ways", help="names separated by commas; default: all")
+    options.add_argument("--ways", help="names separated by ; (default: all but those that take minutes)")
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--one", help="run one way in this process and print its figures")
     options.add_argument("--memory", action="store_true")
@@ -46,11 +46,8 @@ def main():
         measured = memory_of if options.memory else time_of
         print(json.dumps(measured(options.one, options.rows, options.repeats)))
         return
-    ways = (
-        options.ways.split(",")
-        if options.ways
-        else ["bare", "ours", "ours 64", "ours 256", "eager", *peers.available()]
-    )
+    others = [name for name in peers.available() if "by bytes" not in name]
+    ways = options.ways.split(";") if options.ways else ["bare", "ours", "ours 64", "ours 256", "eager", *others]
     print("| way | seconds | to bare | peak MB above the inputs | gradient error to float64 |\n|---|---|---|---|---|")
     for way in ways:
         told = {**in_own_process(way, options), **in_own_process(way, options, "--memory")}

@@ -168,6 +168,17 @@ def test_distill_writes_exactly_the_files_of_the_contract(capsys, settings, tmp_
     assert "left" in said.err
 
 
+def test_a_preset_is_a_flag_and_keys_beside_it_win(capsys, settings, tmp_path):
+    words = flags(settings, preset="documents", kd_temperature=2, control="off", max_steps=2)
+    assert cli.main(["distill", *words, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["kd_temperature"], config["use_curriculum"], config["layerwise_weight"]) == (2.0, True, 0.27)
+    refused(
+        capsys, ["distill", *flags(settings, preset="paper")], "unknown preset 'paper'; have documents", tmp_path / "no"
+    )
+
+
 def test_a_tokenizer_that_changes_the_text_is_told(capsys, settings, tmp_path):
     tokenizer = word_piece()
     tiny.save(tiny_model(tokenizer), tokenizer, tmp_path / "lower")

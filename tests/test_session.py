@@ -1,5 +1,6 @@
 """A whole run, small: its records, its verdict, its student, its report."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import sys
 import pytest
 import transformers
 
-from kdlib import evaluate, inputs, records, report, session
+from kdlib import evaluate, inputs, parts, records, report, session
 from kdlib.config import Config
 
 
@@ -273,3 +274,57 @@ def test_two_processes_do_what_one_does(settings, tmp_path, more):
         assert b["grad_shares"] == (a["grad_shares"] and pytest.approx(a["grad_shares"], rel=1e-3))
         assert b["figures"] == pytest.approx(a["figures"], rel=1e-4)
     assert any(a["grad_shares"] for a in one) == bool(more)
+
+
+def test_a_run_with_every_part_tells_what_drove_it(settings, tmp_path):
+    """The preset, three phases long, with a control: records, figures, the report, and a control that knows no teacher."""
+    found = drive({**settings, "preset": "documents", "share_steps": 4, "kd_top_k": 30}, tmp_path / "run", max_steps=24)
+    trained = [r for r in found if r["kind"] == "train" and r["run"] == "distilled"]
+    assert set(trained[0]["shares"]) == {"lm", "kd"}
+    everything = {"lm", "kd", "layerwise", "attention", "attention_alignment", "routing_feature", "contrastive"}
+    assert set(trained[-1]["shares"]) == set(trained[-1]["weights"]) == everything
+    assert [r["step"] for r in trained if r["grad_shares"]] == [4, 8, 12, 16, 20, 24]
+    assert {"kd_covered", "routing_0", "routing_1"} <= set(trained[-1]["figures"])
+    assert all(r["skipped"] == "" for r in trained)
+    control = [r for r in found if r["kind"] == "train" and r["run"] == "ce_only"]
+    assert all(set(r["parts"]) == {"lm"} and r["weights"] == {"lm": 1.0} for r in control)
+    drawn = {path.name for path in (tmp_path / "run" / "figures").glob("*.png")}
+    assert {"gradient_shares.png", "routing.png"} <= drawn
+
+
+def test_an_alert_is_a_record_on_disk_and_a_line_of_the_report(settings, tmp_path):
+    changes = {"kd_weight": 50.0, "lm_weight": 0.01, "batch_size": 4, "control": "off"}
+    found = drive(settings, tmp_path / "run", max_steps=30, **changes)
+    alerts = [r for r in found if r["kind"] == "alert"]
+    assert [(r["sign"], r["part"], r["run"]) for r in alerts if r["sign"] == "dominance"] == [
+        ("dominance", "kd", "distilled")
+    ]
+    assert [r for r in records.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "alert"] == alerts
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f"step {r['step']}: " in page for r in alerts)
+    assert "kd makes up" in page
+
+
+def test_too_many_steps_without_a_number_fail_the_run_and_keep_its_best_student(settings, tmp_path, monkeypatch):
+    calls = itertools.count(1)
+
+    def broken(objective, rows):
+        return parts.next_token(objective, rows) * (float("nan") if next(calls) > 4 else 1.0)
+
+    monkeypatch.setitem(parts.LM, "lm", dataclasses.replace(parts.LM["lm"], values=broken))
+    plan = Config.from_dict({**settings, "non_finite_steps": 3, "max_steps": 20, "control": "off", "eval_steps": 2})
+    told = []
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        for record in session.distill(plan, tmp_path / "run"):
+            told.append(record)
+    status = records.read_json(tmp_path / "run" / "status.json")
+    assert (status["state"], "3 steps in a row" in status["reason"]) == ("failed", True)
+    assert [(r["step"], r["sign"]) for r in told if r["kind"] == "alert"] == [(5, "non_finite")]
+    assert [r["step"] for r in told if r["kind"] == "train" and r["skipped"]] == [5, 6, 7]
+    assert [r["loss"] for r in records.read_records(tmp_path / "run" / "records.jsonl") if r.get("skipped")] == [
+        None
+    ] * 3
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    model = transformers.AutoModelForCausalLM.from_pretrained(kept)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert "The run is failed" in report.write_report(tmp_path / "run").read_text()
