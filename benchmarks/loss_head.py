@@ -14,6 +14,7 @@ installed are left out (`benchmarks/peers.py` says how to install them).
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import peers
-from kdlib import fused, losses
+from kdlib import fused, losses, models
 
 WIDTH, VOCABULARY = 576, 49_152
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,11 +138,20 @@ def ours(hidden, weight, teacher, labels, chunk_size="auto"):
         values = losses.cross_entropy(made, labels[block.rows]), losses.forward_kl(made, losses.log_probs(other))
         return torch.stack([losses.token_mean(value, len(hidden)) for value in values])
 
-    def compared(known):
-        with torch.no_grad():
-            return F.linear(teacher[known], weight)
+    decode = models.Head(Bare(weight), types.SimpleNamespace(num_rows=len(weight), gaps=())).decoder()
+    fused.head_losses(hidden, weight, None, chunks, losses_of, [0.5, 0.5], lambda known: decode(teacher[known]))[
+        0
+    ].backward()
 
-    fused.head_losses(hidden, weight, None, chunks, losses_of, [0.5, 0.5], compared)[0].backward()
+
+@dataclasses.dataclass
+class Bare:
+    """A model that is nothing but its head."""
+
+    weight: torch.Tensor
+
+    def get_output_embeddings(self):
+        return self
 
 
 def eager(hidden, weight, teacher, labels):

@@ -16,9 +16,9 @@ from kdlib import memory
 
 TARGET = 2.0**4
 """Where float16 is used, the largest entry of a gradient before a product: hidden states of some thousands still fit."""
-CACHE_BYTES = 2**20
+CACHE_BYTES = 3 * 2**18
 """Size of a block's logits on a processor: a few such tensors fit its cache."""
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 512 * 2**20}
 """Logits of student and teacher that `auto` decodes at once, at most."""
 FREE_SHARE = 0.1
 """... and at most this share of the memory that is free."""

@@ -101,6 +101,24 @@ class Head:
         """Logits `[N, V]` of last hidden states."""
         return F.linear(hidden_ND, self.weight, self.bias)
 
+    def decoder(self):
+        """A `decode` without gradient that writes every result to the same place: one is good until the next is made.
+        Spares a processor's allocator, which keeps what it gave once; a card's knows how to reuse it.
+        """
+        rooms = {}
+
+        @torch.no_grad()
+        def decode(hidden_ND):
+            if hidden_ND.device.type != "cpu" or hidden_ND.dtype != torch.float32 or not len(hidden_ND):
+                return self.decode(hidden_ND)
+            weight = self.weight
+            if len(rooms.get("logits", ())) < len(hidden_ND):
+                rooms["logits"] = hidden_ND.new_empty(len(hidden_ND), len(weight))
+            logits = torch.mm(hidden_ND, weight.T, out=rooms["logits"][: len(hidden_ND)])
+            return logits if self.bias is None else logits.add_(self.bias)
+
+        return decode
+
     def columns(self, ids):
         """Columns of the logits for token ids (a LongTensor; -100 stays)."""
         if self.kept is None:

@@ -157,13 +157,8 @@ class Objective(torch.nn.Module):
             return None
         if self.config.kd_method == "projector":
             return lambda known: self.head.decode(self.beside["projector"](signal.hidden[known]))
-        head, device = self.teacher_head, signal.hidden.device
-
-        def teacher_logits(known):
-            with torch.no_grad():
-                return head.decode(signal.hidden[known].to(head.weight.device, head.weight.dtype)).to(device)
-
-        return teacher_logits
+        weight, device, decode = self.teacher_head.weight, signal.hidden.device, self.teacher_head.decoder()
+        return lambda known: decode(signal.hidden[known].to(weight.device, weight.dtype)).to(device)
 
     def _lay_out(self, batch, signal, device):
         """`(order, span_of, chunks)`: the flat positions with a label, those of a span together, in the order in which
