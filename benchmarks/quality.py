@@ -89,7 +89,7 @@ def main():
             records.Records(out).append(record)
             known.append(record)
             print(json.dumps({k: v for k, v in record.items() if k not in ("bits", "num_bytes")}), flush=True)
-        print(table(setting, known), flush=True)
+        print(table(setting, known, options.study), flush=True)
 
 
 def default_setting(_):
@@ -178,16 +178,22 @@ def by_index(window):
     return dataclasses.replace(window, student_rows=rows, teacher_rows=rows, student_stops=rows, teacher_stops=rows)
 
 
-def table(setting, known):
+def table(setting, known, study):
     """The setting's rows for RESULTS.md: means over seeds, and the gain over each control with its interval."""
     by_method = {}
+    controls = {"plain, equal steps": "gain at equal steps"}
+    controls |= (
+        {"plain, equal wall-clock": "at equal wall-clock"}
+        if study == "methods"
+        else {"shared_prefix": "over shared_prefix"}
+    )
     for record in sorted(known, key=lambda r: r["seed"]):
         by_method.setdefault(record["method"], []).append(record)
     teacher = evaluate.evaluate_teacher(setting.inputs.pair.teacher, setting.inputs.test)
     lines = [
         f"\n### {setting.name}: teacher at {teacher.bits_per_byte:.4f} bits per byte, "
         f"coverage {setting.inputs.alignment['coverage']:.1%}\n",
-        "| method | steps | ms a step | bits per byte | KL to teacher | top-1 | gain at equal steps | at equal wall-clock |",
+        f"| method | steps | ms a step | bits per byte | KL to teacher | top-1 | {' | '.join(controls.values())} |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method, runs in by_method.items():
@@ -195,9 +201,8 @@ def table(setting, known):
             k: np.mean([r[k] for r in runs]) for k in ("bits_per_byte", "kl_to_teacher", "top1_agreement", "step_s")
         }
         gains = [
-            "" if method.startswith("plain") else gain(runs, by_method[control])
-            for control in ("plain, equal steps", "plain, equal wall-clock")
-            if control in by_method
+            "" if method.startswith("plain") or method == control else gain(runs, by_method[control])
+            for control in controls
         ]
         lines.append(
             f"| {method} | {np.mean([r['num_steps'] for r in runs]):.0f} | {1e3 * figure['step_s']:.0f} "
