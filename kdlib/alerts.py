@@ -59,8 +59,9 @@ class Watch:
             share = sum(r["shares"].get(name, 0.0) for r in self.recent) / RECENT
             if share > DOMINANT:
                 yield (
-                    "dominance", name, f"{name} makes up {share:.0%} of the loss; the other parts hardly count",
-                    f"lower {name}_weight, or set balance auto",
+                    "dominance", name, f"{name} makes up {share:.0%} of the loss",
+                    "look at its share of the gradient, which is what competes; where that is as high, lower "
+                    f"{name}_weight, raise another or set balance auto",
                 )  # fmt: skip
         loss = sum(r["loss"] for r in self.recent) / RECENT
         if progress > 0.2 and loss > 15:

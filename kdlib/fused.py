@@ -92,12 +92,15 @@ def head_losses(hidden_ND, weight_VD, bias_V, chunks, losses_of, weights, compar
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunks, losses_of, weights, compared, hidden, weight, bias, *extra):
-        into = [
-            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and tensor.requires_grad else None
-            for tensor in (hidden, weight, bias, *extra)
-        ]
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        into = [
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and tensor.requires_grad else None
+            for tensor in (hidden, None, bias, *extra)
+        ]
+        if weight.requires_grad:  # in float32 the first chunk overwrites it
+            make = torch.empty_like if chunks and compute == torch.float32 else torch.zeros_like
+            into[1] = make(weight, dtype=torch.float32)
         parts = hidden.new_zeros(len(weights), dtype=torch.float32)
         most = max((chunk[-1].rows.stop - chunk[0].rows.start for chunk in chunks), default=0)
         room = hidden.new_empty(most, len(weight)) if compute == torch.float32 else None  # one for all chunks
@@ -182,7 +185,7 @@ def _add_products(gradient, hidden, weight, chunk, into, compute):
         if into_hidden is not None:
             into_hidden[rows] = (gradient @ weight.to(compute)).float() / lift
         if into_weight is not None and compute == torch.float32:
-            into_weight.addmm_(gradient.T, states)
+            into_weight.addmm_(gradient.T, states, beta=float(rows.start > 0))
         elif into_weight is not None:
             into_weight += (gradient.T @ states).float() / lift
 

@@ -70,7 +70,7 @@ MUTANTS = {
     "prefix buckets without the way on": ("vocab.py", "own[index] = other[first[index]]", "pass", [VOCAB]),
     "padding rows keep their mass": ("models.py", "if len(weight) > self.num_rows:", "if False:",
                                      ["test_models.py", "test_projector.py"]),
-    "only the last chunk's head gradient": ("fused.py", "into_weight.addmm_(gradient.T, states)",
+    "only the last chunk's head gradient": ("fused.py", "into_weight.addmm_(gradient.T, states, beta=float(rows.start > 0))",
                                             "into_weight.copy_(gradient.T @ states)", ["test_fused.py"]),
     "the scaler's factor ignored": ("fused.py", "g.mul_(scale).to(d)", "g.to(d)", ["test_fused.py"]),
     "half precision gradients not lifted": ("fused.py", "if compute != torch.float16:", "if True:", ["test_fused.py"]),
