@@ -123,7 +123,7 @@ class Objective(torch.nn.Module):
             return hidden.sum() * 0.0, {}, {}
         extra = tuple(self.beside["projector"].parameters()) if "projector" in live else ()
         row_weights = [weights[name] for name in live] + [0.0] * len(figures)
-        compared = self._compared(signal)
+        compared = self._compared(signal) if {"kd", "projector"} & live.keys() else None
         head = self.head.weight, self.head.bias
         loss, parts = fused.head_losses(hidden[order], *head, chunks, losses_of, row_weights, compared, extra)
         squares = {}

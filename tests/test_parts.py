@@ -74,6 +74,14 @@ def test_every_part_is_finite_and_teaches_the_student(loaded):
         assert all(p.grad is not None and p.grad.any() for p in objective.beside.parameters()), name
 
 
+def test_the_teachers_head_is_not_decoded_for_nothing(loaded, monkeypatch):
+    batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
+    monkeypatch.setattr(loaded.pair.teacher.head, "decoder", lambda: pytest.fail("decoded"))
+    _, found, _ = told(loaded, made(loaded, kd_weight=0.0), batch)
+    assert set(found) >= {"lm", *FEATURES}
+    assert "kd" not in found
+
+
 def test_layers_are_mapped_by_relative_depth(loaded):
     objective = made(loaded, feature_layers=3)
     ours, theirs = (model.config.num_hidden_layers for model in (loaded.pair.student, loaded.pair.teacher.model))
