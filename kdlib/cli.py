@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -39,6 +40,9 @@ def main(arguments=None):
     except ValueError as error:
         print(f"kdlib: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our lines has seen enough, as in `kdlib --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("kdlib: stopped", file=sys.stderr)
         return 1

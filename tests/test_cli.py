@@ -219,3 +219,10 @@ def test_the_command_runs_as_a_process(tmp_path):
     wrong = run("distill", "--kd-metod", "x", "--out", "y")
     assert wrong.returncode == 2
     assert wrong.stderr == "kdlib: unknown key '--kd-metod'; did you mean '--kd_method'?\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    command = f"{sys.executable} -m kdlib.cli --help | head -n 1"
+    ran = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("kdlib distils")
