@@ -83,11 +83,7 @@ def gradient_shares(records, theme="light"):
         for name, colour in zip(names, _colours(names), strict=True):
             points = [(r["step"], 100 * r["grad_shares"][name]) for r in rows if name in r["grad_shares"]]
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, marker="o", ms=3, label=PART_NAMES[name])
-        axes.set_ylim(0, 100)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("share of the gradient (%)")
-        if names:
-            axes.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+        _percent_over_steps(axes, "share of the gradient (%)", theme)
     return figure
 
 
@@ -95,23 +91,27 @@ def routing(records, theme="light"):
     """Mean weight of each tapped teacher layer in the mixture that the student's states choose."""
     rows = [r for r in _distilled(records) if "routing_0" in r["figures"]]
     with _figure(theme, height=2.6) as (figure, axes):
-        layers = sorted(rows[0]["figures"].keys() & {f"routing_{i}" for i in range(1000)}) if rows else []
+        layers = [name for name in rows[0]["figures"] if name.startswith("routing_")] if rows else []
         smooth = _smoother(len(rows))
         for i, layer in enumerate(layers):
             line = [100 * x for x in smooth([r["figures"][layer] for r in rows])]
             label = f"tapped layer {i + 1} of {len(layers)}"
             axes.plot([r["step"] for r in rows], line, color=PART_COLOURS[i % len(PART_COLOURS)], lw=1.8, label=label)
-        axes.set_ylim(0, 100)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("mean weight (%)")
-        if layers:
-            axes.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+        _percent_over_steps(axes, "mean weight (%)", theme)
     return figure
 
 
 def measured(records, field, name=None):
     """Whether the distilled run's train records hold this field (with this name in it)."""
     return any(r[field] and (name is None or name in r[field]) for r in _distilled(records))
+
+
+def _percent_over_steps(axes, label, theme):
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
 
 
 def _distilled(records):
