@@ -78,7 +78,8 @@ class Watch:
         self.parts.append((record["step"], record["parts"]))
         while self.parts[0][0] <= record["step"] - 2 * width:
             self.parts.popleft()
-        if 0.3 < progress < 0.9 and record["step"] > 2 * width and len(self.parts) > RECENT:
+        now_and_then = record["step"] % max(1, width // 10) == 0 and ("plateau", None) not in self.raised
+        if now_and_then and 0.3 < progress < 0.9 and record["step"] > 2 * width and len(self.parts) > RECENT:
             middle = record["step"] - width
             weights = {
                 name: w
