@@ -124,17 +124,12 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, _):
         gradients, ctx.gradients = ctx.gradients, None
-        if (
-            scale.device.type == "cpu" and scale == 1.0
-        ):  # spares a pass over the head; a card would have to be waited for
-            return (
-                None,
-                None,
-                None,
-                None,
-                *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)),
-            )
-        scaled = [g if g is None else g.mul_(scale).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
+        # times 1 would be a pass over the head; a card would have to be waited for to know
+        whole = scale.device.type == "cpu" and scale == 1.0
+        scaled = [
+            g if g is None else (g if whole else g.mul_(scale)).to(d)
+            for g, d in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return None, None, None, None, *scaled
 
 
