@@ -23,7 +23,7 @@ import torch
 
 from kdlib import budget, cli, env, evaluate, inputs, records, tiny, verdict
 from kdlib.config import PRESETS, Config
-from kdlib.train import train
+from kdlib.train import Training
 
 EVALUATIONS = 10
 PLAIN = {"kd_method": "none", "lm_weight": 1.0}
@@ -152,7 +152,7 @@ def run(setting, name, seed, steps, num_steps, changes):
     teacher = loaded.pair.teacher if config.needs_teacher else None
     machine = accelerate.Accelerator(cpu=True)
     best, score, best_step, seconds = float("inf"), None, 0, []
-    for record in train(objective, teacher, windows, num_steps, config, machine, budget.Clock(), loaded.pair.pads):
+    for record in Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), loaded.pair.pads):
         seconds.append(record.step_s)
         if record.step % max(1, num_steps // EVALUATIONS) == 0 or record.step == num_steps:
             found = evaluate.evaluate_student(student, objective.head, loaded.validation).bits_per_byte

@@ -17,7 +17,8 @@ class Watch:
     A sign that comes from steps without a number is told at the first such step and at every tenth after it.
     """
 
-    def __init__(self):
+    def __init__(self, micro_batch=None):
+        self.micro_batch = micro_batch
         self.raised = set()
         self.recent = collections.deque(maxlen=RECENT)
         self.parts = collections.deque()
@@ -37,6 +38,14 @@ class Watch:
         return told
 
     def _of_training(self, record):
+        if record["micro_batch"] < (self.micro_batch or 0):
+            yield (
+                "memory", str(record["micro_batch"]),
+                f"memory ran out: {record['micro_batch']} windows at once instead of {self.micro_batch}, with as many more "
+                "forward passes; a step stays what it was",
+                "lower batch_size and raise grad_accumulation by as much, to be spared the search",
+            )  # fmt: skip
+        self.micro_batch = record["micro_batch"]
         if record["skipped"]:
             yield from self._skipped(record)
             return

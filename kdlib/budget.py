@@ -1,13 +1,29 @@
-"""Time: a clock that tests replace, and durations for people."""
+"""Time: a clock that tests replace, durations for people, what still fits into a session, and being asked to stop."""
 
+import math
+import re
+import signal
+import threading
 import time
+
+MARGIN = 0.02
+"""Share of a session that is left over for what nobody foresaw."""
+SAFETY = 1.25
+"""Factor on every cost that was measured."""
+FORGET = 0.97
+"""A cost that was once high counts this much less with every cheaper one."""
 
 
 class Clock:
-    """Seconds that never run backwards. Tests pass an object with the same `now`."""
+    """Seconds that never run backwards, whatever is done to the machine's date. Tests pass an object with the same `now`."""
 
     def now(self):
         return time.monotonic()
+
+
+def date(seconds_from_now=0.0):
+    """The date and time of day in so many seconds, by the machine's own clock and zone: for people only."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds_from_now))
 
 
 def spoken(seconds):
@@ -18,3 +34,83 @@ def spoken(seconds):
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def seconds_of(duration):
+    """Seconds of `"11h"`, `"40m"`, `"90s"`, `"1h30m"` or a number of hours; infinity for an empty text. ValueError for
+    anything else.
+    """
+    if duration == "":
+        return math.inf
+    units = re.fullmatch(r"\s*(?:([\d.]+)\s*h)?\s*(?:([\d.]+)\s*m(?:in)?)?\s*(?:([\d.]+)\s*s)?\s*", str(duration))
+    try:
+        if units and any(units.groups()):
+            hours, minutes, seconds = (float(part or 0.0) for part in units.groups())
+        else:
+            hours, minutes, seconds = float(duration), 0.0, 0.0
+        total = 3600.0 * hours + 60.0 * minutes + seconds
+    except ValueError:
+        total = math.nan
+    if not 0.0 < total < math.inf:
+        raise ValueError(f"time_budget takes hours or a duration like 11h, 40m, 1h30m or 90s; got {duration!r}")
+    return total
+
+
+class Budget:
+    """A session of so many seconds, counted from `started`, and what each kind of task was seen to cost in it."""
+
+    def __init__(self, seconds, clock, started, costs=()):
+        self.seconds, self.clock, self.started = seconds, clock, started
+        self.costs = dict(costs)
+
+    def took(self, task, seconds):
+        """Note what a task took. A cost is the highest of late."""
+        self.costs[task] = max(seconds, FORGET * self.costs.get(task, 0.0))
+
+    def used(self):
+        return self.clock.now() - self.started
+
+    def left(self):
+        return self.seconds - self.used()
+
+    def margin(self):
+        """Seconds that are planned for nothing: a share of the session, and two steps of the longest kind."""
+        return 0.0 if math.isinf(self.seconds) else MARGIN * self.seconds + 2.0 * self.costs.get("step", 0.0)
+
+    def cost(self, *tasks):
+        return SAFETY * sum(self.costs.get(task, 0.0) for task in tasks)
+
+    def allows(self, *tasks):
+        """Whether these tasks, one after the other, are done before the session ends, with the margin left over."""
+        return self.left() >= self.cost(*tasks) + self.margin()
+
+    def per_session(self):
+        """Seconds of a session that go into training and its evaluations: not into the start, the end or the margin."""
+        return self.seconds - self.cost("start", "save", "evaluate", "export") - self.margin()
+
+
+class Interrupts:
+    """From `listen` to `ignore`, SIGTERM and SIGINT are a wish to stop, granted where it is safe; a second SIGINT raises
+    KeyboardInterrupt at once. In a thread other than the main one nothing is changed.
+    """
+
+    def __init__(self):
+        self.asked = ""
+        self.former = {}
+        self.num_sigint = 0
+
+    def listen(self):
+        if threading.current_thread() is threading.main_thread():
+            self.former = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ignore(self):
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.former.items():
+                signal.signal(number, handler)
+            self.former = {}
+
+    def _hear(self, number, frame):
+        self.num_sigint += number == signal.SIGINT
+        if self.num_sigint > 1:
+            raise KeyboardInterrupt
+        self.asked = self.asked or f"asked to stop ({signal.Signals(number).name})"

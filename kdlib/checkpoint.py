@@ -1,75 +1,235 @@
-"""Students on disk, in Hugging Face's own format, whole or not at all."""
+"""Checkpoints: all that a run needs to go on, whole or not at all.
 
+`step-00000400/` holds groups of tensors as `.safetensors`, everything else in `state.json`, and in `manifest.json` the
+size and SHA-256 of each. A folder is made beside, flushed to the disk and renamed; one whose files do not agree with its
+manifest is broken. Nothing here can run code while it is read.
+"""
+
+import concurrent.futures
+import errno
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 
-import torch
-import transformers
+import safetensors.torch
 
-from kdlib import records
+from kdlib import memory, records
+
+FORMAT = 1
+"""Goes up when a checkpoint of before can no longer be gone on with."""
+MANIFEST, STATE = "manifest.json", "state.json"
+OVERHEAD_BYTES = 2**20
 
 
-def save_student(model, tokenizer, path, card=""):
-    """Write weights, tokenizer, generation config and a model card, so that
-    `AutoModelForCausalLM.from_pretrained(path)` loads it. Made beside and renamed; an older `path` is replaced.
+class Broken(Exception):
+    """A checkpoint that is not whole; the text says which file and how."""
+
+
+def folder_name(step):
+    return f"step-{step:08d}"
+
+
+def write(folder, step, groups, facts, keep=1, reserve_bytes=0):
+    """Write a checkpoint of `step` below `folder` and remove all but the newest `keep`; its path.
+
+    `groups` maps names to `{name: tensor}`, `facts` is a plain value. A checkpoint of this step that is there already stays:
+    nothing whole is ever taken away before something newer is whole. Raises OSError (ENOSPC) before anything is written
+    where the disk has not room for it and `reserve_bytes` more, after older checkpoints but the newest one were given up.
     """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / folder_name(step)).exists():
+        return folder / folder_name(step)
+    beside = folder / (folder_name(step) + ".tmp")
+    clean(folder)
+    _make_room(folder, sum(size_of(tensors) for tensors in groups.values()) + OVERHEAD_BYTES, reserve_bytes)
+    try:
+        beside.mkdir()
+        for name, tensors in groups.items():
+            safetensors.torch.save_file(tensors, beside / f"{name}.safetensors")
+            _flush(beside / f"{name}.safetensors")
+        records.write_text(beside / STATE, json.dumps(facts))
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(beside.iterdir())}
+        listed = {"format": FORMAT, "step": step, "files": files}
+        records.write_json(beside / MANIFEST, {**listed, "sha256": _hash_of(listed)})
+        _flush(beside)
+        os.replace(beside, folder / folder_name(step))
+        _flush(folder)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, safetensors.SafetensorError) and _is_full(folder):
+            raise OSError(errno.ENOSPC, f"no room for checkpoint {folder_name(step)}", str(folder)) from error
+        raise
+    keep_last(folder, keep)
+    return folder / folder_name(step)
+
+
+def read(path):
+    """`(groups, facts)` of a checkpoint; `Broken` where any file is not as it was written."""
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    listed = _checked_manifest(path)
+    groups = {}
+    for name, told in listed["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise Broken(f"{name} is missing")
+        if file.stat().st_size != told["bytes"]:
+            raise Broken(f"{name} has {file.stat().st_size} bytes, not {told['bytes']}")
+        if _hash(file) != told["sha256"]:
+            raise Broken(f"{name} was changed after it was written")
+        if file.suffix == ".safetensors":
+            try:
+                groups[file.stem] = safetensors.torch.load_file(file)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise Broken(f"{name} can't be read: {error}") from None
+    if listed["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint {path.name} has format {listed['format']}, this kdlib reads {FORMAT}; go on with the kdlib that "
+            "wrote it, or start a new --out"
+        )
+    try:
+        return groups, records.read_json(path / STATE)
+    except (OSError, ValueError) as error:
+        raise Broken(f"{STATE} can't be read: {error}") from None
+
+
+def newest(folder):
+    """`(path, groups, facts, broken)` of the newest whole checkpoint below `folder`, all None where there is none; `broken`
+    tells of newer ones that are not whole, `{path: what is wrong}`.
+    """
+    broken = {}
+    for path in sorted(Path(folder).glob("step-????????"), reverse=True):
+        try:
+            return path, *read(path), broken
+        except Broken as error:
+            broken[path] = str(error)
+    return None, None, None, broken
+
+
+def newest_name(folder):
+    """Name of the newest checkpoint there is, whole as far as its name tells; None where there is none."""
+    return max((path.name for path in Path(folder).glob("step-????????")), default=None)
+
+
+def set_aside(path):
+    """Rename a broken checkpoint, so that it is not taken for one again; it goes with the next one that is written."""
+    shutil.rmtree(path.with_name(path.name + ".broken"), ignore_errors=True)
+    os.replace(path, path.with_name(path.name + ".broken"))
+
+
+def bring(path, folder):
+    """Copy a checkpoint into another folder of checkpoints, whole or not at all."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    beside = Path(folder) / (path.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(beside)
-    records.write_text(beside / "README.md", card)
-    if path.exists():
-        old = path.with_name(path.name + ".old")
-        os.replace(path, old)
-        os.replace(beside, path)
-        shutil.rmtree(old)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(beside, path)
+    shutil.copytree(path, beside)
+    os.replace(beside, Path(folder) / path.name)
 
 
 def keep_last(folder, count):
-    """Remove all but the newest `count` of the `step-*` folders in `folder`."""
-    steps = sorted(Path(folder).glob("step-????????"))
-    for old in steps[:-count]:
+    """Remove all but the newest `count` checkpoints in `folder`, and what is left of broken ones."""
+    for old in sorted(Path(folder).glob("step-????????"))[:-count]:
         shutil.rmtree(old)
+    for broken in Path(folder).glob("step-????????.broken"):
+        shutil.rmtree(broken)
 
 
-def copy_of(model):
-    """The model's weights on the CPU, as they are now."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+def clean(folder):
+    """Remove what a kill left half-written."""
+    for beside in Path(folder).glob("step-????????.tmp"):
+        shutil.rmtree(beside)
 
 
-def put_back(model, weights):
-    with torch.no_grad():
-        model.load_state_dict(weights)
+def size_of(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def model_card(config, verdict):
-    """A card in Markdown: what it is, from whom, on what, and what was measured."""
-    figures = "\n".join(
-        f"| {name} | {value:.4f} |" for name, value in verdict["bits_per_byte"].items() if value is not None
+class Writer:
+    """Writes checkpoints behind the training, one at a time."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdlib-checkpoint")
+        self.pending = None
+        self.write_s = 0.0
+
+    def begin(self, folder, step, groups, *more):
+        """Begin to `write`, once the one before is whole. Where the host's memory is short it is waited for: training goes
+        on in the room that the copies take.
+        """
+        self.wait()
+        try:
+            self.pending = self.pool.submit(self._write, (folder, step, groups, *more))
+        except RuntimeError:  # the interpreter is shutting down and begins no more threads
+            self._write((folder, step, groups, *more))
+        if memory.free("cpu") < 2 * sum(map(size_of, groups.values())):
+            self.wait()
+
+    def wait(self):
+        """Wait until nothing is being written; raises what went wrong with it."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def close(self):
+        self.pool.shutdown(wait=True)
+
+    def _write(self, arguments):
+        started = self.clock.now()
+        write(*arguments)
+        self.write_s = self.clock.now() - started
+
+
+def _make_room(folder, num_bytes, reserve_bytes):
+    for keep in (None, 1):
+        if keep:
+            keep_last(folder, keep)
+        free = shutil.disk_usage(folder).free
+        if free >= num_bytes + reserve_bytes:
+            return
+    raise OSError(
+        errno.ENOSPC,
+        f"a checkpoint takes {num_bytes / 2**20:.0f} MB and {reserve_bytes / 2**20:.0f} MB are kept in reserve, but only "
+        f"{free / 2**20:.0f} MB are free",
+        str(folder),
     )
-    return f"""---
-library_name: transformers
-tags: [knowledge-distillation, kdlib]
----
 
-# Student distilled with kdlib
 
-Teacher `{Path(config.teacher).name}`, student `{Path(config.student).name}`, text `{Path(config.dataset).name}`;
-`kd_method` {config.kd_method}, {config.kd_divergence}, temperature {config.kd_temperature}, weight {config.kd_weight}
-beside {config.lm_weight} for the next-token loss. Made with transformers {transformers.__version__}.
+def _checked_manifest(path):
+    try:
+        listed = json.loads((path / MANIFEST).read_bytes())
+        written = listed.pop("sha256")
+        whole = written == _hash_of(listed) and path.name == folder_name(listed["step"])
+    except FileNotFoundError:
+        raise Broken(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Broken(f"{MANIFEST} can't be read") from None
+    if not whole:
+        raise Broken(f"{MANIFEST} was changed after it was written, or belongs to another checkpoint")
+    return listed
 
-{verdict["sentence"]}
 
-| model | bits per byte, held-out text |
-|---|---|
-{figures}
+def _hash_of(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-Load it with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` on this folder.
-"""
+
+def _hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_full(folder):
+    return shutil.disk_usage(folder).free < OVERHEAD_BYTES

@@ -16,13 +16,15 @@ from kdlib.config import Config
 USAGE = """kdlib distils a large language model into a small one that has another tokenizer.
 
   kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
-  kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict
+  kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict; or the next session of it
   kdlib evaluate --teacher T --student S --dataset D [--json] compare any two models on a text
   kdlib report DIR                                            draw the figures and report.html of a run again
 
-T, S and D are Hugging Face ids or local paths. Keys of distill and demo, with their defaults:
+T, S and D are Hugging Face ids or local paths. A run that was paused or cut off goes on when the same command is given
+again (--resume auto); --resume never wants a new folder, --resume DIR goes on with the run or checkpoint in DIR.
+Keys of distill and demo, with their defaults:
 """
-PLAIN = ("out", "json", "help")
+PLAIN = ("out", "json", "help", "resume")
 
 
 def main(arguments=None):
@@ -44,8 +46,8 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("kdlib: stopped", file=sys.stderr)
-        return 1
+        print("kdlib: stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 0
     except Exception:  # noqa: BLE001 - the run is over; its status.json says so
         traceback.print_exc()
         print("kdlib: the run failed; the lines above say where, status.json says why", file=sys.stderr)
@@ -57,11 +59,11 @@ def demo(positional, flags):
 
     from kdlib import env, tiny
 
-    out = _out(positional, flags)
+    out, wanted = _out(positional, flags)
     torch.set_num_threads(1)  # at this size more threads only wait for each other, badly where a core is busy
     cache = env.cache_folder()
     config = tiny.config(cache, **flags)
-    _check_out(out)
+    _check_out(out, wanted)
     quiet()
     clock = Clock()
     if not tiny.is_ready(cache):
@@ -71,19 +73,19 @@ def demo(positional, flags):
                 bar.total, bar.n = total, done
                 bar.set_description(what)
                 bar.update(0)
-    return _drive(config, out, clock)
+    return _drive(config, out, clock, wanted)
 
 
 def distill(positional, flags):
     if len(positional) > 1:
         raise ValueError(f"distill takes one CONFIG.json, got {' '.join(positional)}")
-    out = _out([], flags)
+    out, wanted = _out([], flags)
     base = Config.from_json(positional[0]).to_dict() if positional else {}
     config = Config.from_dict({**base, **flags})
     config.require_inputs()
-    _check_out(out)
+    _check_out(out, wanted)
     quiet()
-    return _drive(config, out, Clock())
+    return _drive(config, out, Clock(), wanted)
 
 
 def evaluate(positional, flags):
@@ -132,13 +134,13 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
-def _drive(config, out, clock):
+def _drive(config, out, clock, wanted):
     """Run the session and show it: a bar a leg with the time left of the whole run, then the verdict."""
     from kdlib.env import is_main_process
     from kdlib.session import distill
 
     bar, leg = None, None
-    for record in distill(config, out, clock):
+    for record in distill(config, out, clock, wanted):
         if not is_main_process():
             continue
         if record["kind"] == "start":
@@ -155,14 +157,21 @@ def _drive(config, out, clock):
             bar.update(0)
         elif record["kind"] == "alert":
             print(f"\n{record['run']}, step {record['step']}: {record['meaning']}. Try: {record['advice']}.")
-        elif record["kind"] == "verdict":
-            bar.close()
-            _tell(record, out)
+        elif record["kind"] == "plan":
+            _tell_plan(record)
+        elif record["kind"] in ("verdict", "paused"):
+            if bar is not None:
+                bar.close()
+            _tell(record, out) if record["kind"] == "verdict" else print(f"\nPaused: {record['reason']}.")
     return 0
 
 
 def _tell_start(start):
     told = start["alignment"]
+    if start["resumed"]:
+        print(f"Session {start['session']} goes on from {start['resumed']}.")
+    for note in start["notes"]:
+        print(f"Not as before: {note}. The run goes on, but not to the last bit as it would have.")
     print(
         f"{start['num_windows']} windows of text, {start['max_steps']} steps. {told['coverage']:.0%} of the student's "
         f"tokens get signal from the teacher; {told['shared_student']:.0%} of its vocabulary is the teacher's too."
@@ -173,6 +182,16 @@ def _tell_start(start):
                 f"The {side}'s tokenizer changes the text: {told[f'faithful_{side}']:.1%} of its tokens are the bytes that "
                 "stand there, and only those give and take signal."
             )
+
+
+def _tell_plan(plan):
+    sessions = plan["sessions_needed"]
+    over = "this session" if sessions == plan["session"] else f"{sessions} sessions in all"
+    over = "more sessions than can be told: one is over before anything is done" if sessions is None else over
+    print(
+        f"\nPlan: {plan['steps_per_s']:.2f} steps a second, {plan['tokens_left']:,} tokens and "
+        f"{spoken(plan['left_s'])} to go, {over}; done on {plan['finish']} at the earliest."
+    )
 
 
 def _tell(verdict, out):
@@ -223,13 +242,13 @@ def _out(positional, flags):
     if "out" not in flags:
         raise ValueError("--out DIR is missing: the folder of the run")
     flags.pop("json", None)
-    return Path(flags.pop("out"))
+    return Path(flags.pop("out")), flags.pop("resume", "auto")
 
 
-def _check_out(out):
+def _check_out(out, wanted):
     from kdlib.records import RunFolder
 
-    RunFolder(out).refuse_foreign()
+    RunFolder(out).refuse_foreign(may_hold_run=wanted == "auto")
 
 
 def _keys():

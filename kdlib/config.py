@@ -5,6 +5,8 @@ import difflib
 import json
 from pathlib import Path
 
+from kdlib import budget
+
 KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "chunk_likelihood", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 CONTROLS = ("full", "short", "off")
@@ -99,6 +101,10 @@ class Config:
     """Optimizer steps between measurements of what each part's gradient is; 0: never."""
     non_finite_steps: int = 20
     """Steps in a row with a loss or gradient that is no number, after which the run stops. Each is skipped and told."""
+    use_ema: bool = False
+    """Keep a running average of the student's weights, score both at every evaluation and keep the better."""
+    ema_decay: float = 0.9999
+    """Decay of that average for each optimizer step, at most; in the beginning it is `(1 + n) / (10 + n)`."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over the vocabulary in the training loss (never in a perplexity)."""
     loss_chunk_size: int | str = "auto"
@@ -113,6 +119,14 @@ class Config:
     """Optimizer steps between two `train` records."""
     early_stopping_patience: int = 0
     """Evaluations without a better score after which a run ends; 0: never."""
+    save_steps: int = 0
+    """Optimizer steps between checkpoints: never more than these are lost. 0: by the clock, written behind the training,
+    every two minutes or as seldom as keeps saving below 2 % of the time."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones; each holds the best weights so far too."""
+    time_budget: float | str = ""
+    """Length of a session, counted from its start: hours, or `11h`, `40m`, `1h30m`, `90s`. Before it is over the run saves
+    itself and ends `paused`; the same command goes on with it. Empty: no end."""
     control: str = "short"
     """The cross-entropy-only control: `full` (the whole wall-clock of the distilled run), `short` (a tenth of it, both
     compared there), `off` (the verdict then can't tell)."""
@@ -154,6 +168,11 @@ class Config:
         """This run without its teacher: next-token cross-entropy and nothing else. What the control trains on."""
         off = {f"{name}_weight": 0.0 for name in FEATURES}
         return self.replace(kd_method="none", kd_top_k=0, lm_weight=1.0, use_curriculum=False, balance="off", **off)
+
+    @property
+    def effective_batch(self):
+        """Windows of one process in one optimizer step."""
+        return self.batch_size * self.grad_accumulation
 
     def target_shares(self):
         """Shares of the loss that `balance` asks for, `{part: share}`; None where it is off."""
@@ -225,7 +244,7 @@ class Config:
 
 _CHOICES = {"kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES}
 
-AUTO = int | str
+AUTO, DURATION = int | str, float | str
 _HUGE = 10**12
 _RANGES = {
     "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
@@ -235,7 +254,7 @@ _RANGES = {
     "label_smoothing": (0.0, 0.99), "loss_chunk_size": (1, 10**9), "kd_top_k": (0, 10**9),
     **{f"{name}_weight": (0.0, 10.0**6) for name in FEATURES}, "feature_layers": (1, 10**4), "attention_layers": (1, 10**4),
     "share_steps": (0, _HUGE), "non_finite_steps": (1, _HUGE),
-    "eval_steps": (0, _HUGE),
+    "eval_steps": (0, _HUGE), "save_steps": (0, _HUGE), "keep_checkpoints": (1, 10**6), "ema_decay": (0.0, 1.0),
     "eval_tokens": (16, _HUGE), "log_steps": (1, _HUGE), "early_stopping_patience": (0, _HUGE), "repeats": (1, 1000),
     "seed": (0, 2**31 - 1),
 }  # fmt: skip
@@ -253,6 +272,8 @@ def parse_flag(name, text):
     field = {f.name: f for f in dataclasses.fields(Config)}[name]
     if field.type == AUTO:
         return text if text == "auto" else int(text) if text.lstrip("-").isdigit() else _checked(field, text)
+    if field.type == DURATION:
+        return text
     if field.type is bool:
         words = {
             "true": True,
@@ -282,6 +303,9 @@ def _checked(field, value):
         if value == "auto" or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         raise ValueError(f"{field.name} takes a whole number or auto, got {value!r}")
+    if kind == DURATION and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        budget.seconds_of(value)
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)) or value != value:
@@ -290,7 +314,8 @@ def _checked(field, value):
 
 
 def _noun(kind):
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", DURATION: "a duration"}
+    return names[kind]
 
 
 def nearest(name, choices, mark=""):

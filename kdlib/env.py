@@ -21,6 +21,23 @@ def is_main_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def on_kaggle():
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def session_age_s(processes=Path("/proc")):
+    """Seconds since the session began: on Kaggle since the machine's first process, elsewhere 0 (it begins with the run)."""
+    if not on_kaggle():
+        return 0.0
+    started = int((processes / "1" / "stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, float((processes / "uptime").read_text().split()[0]) - started)
+
+
+def disk_reserve_bytes():
+    """What a checkpoint leaves free on the disk: on Kaggle room for the notebook and its report, which are written last."""
+    return (1024 if on_kaggle() else 16) * 2**20
+
+
 def describe(devices=()):
     """Versions and machine of this run, for `env.json`. `devices` are the names of the accelerators in use."""
     versions = {}

@@ -28,6 +28,14 @@ class Score:
     bits: np.ndarray
     num_bytes: np.ndarray
 
+    def to_dict(self):
+        """Plain values that `from_dict` makes the same score of."""
+        return {**dataclasses.asdict(self), "bits": self.bits.tolist(), "num_bytes": self.num_bytes.tolist()}
+
+    @classmethod
+    def from_dict(cls, values):
+        return cls(**{**values, "bits": np.array(values["bits"]), "num_bytes": np.array(values["num_bytes"])})
+
     def summary(self):
         """The four figures of an `eval` record."""
         names = ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")
@@ -49,6 +57,20 @@ class HeldOut:
     teacher_buckets: torch.Tensor
     num_buckets: int
     same: torch.Tensor
+    pads: tuple
+
+    def halved(self):
+        """The same text in batches half as large; None where each holds one window already."""
+        if max(map(len, self.windows)) == 1:
+            return None
+        groups, hidden = [], []
+        for windows, states in zip(self.windows, self.hidden, strict=True):
+            middle = (len(windows) + 1) // 2
+            halves = [half for half in (windows[:middle], windows[middle:]) if half]
+            groups += halves
+            hidden += states.split([sum(len(w.student_rows) for w in half) for half in halves])
+        batches = [batching.collate(group, *self.pads) for group in groups]
+        return dataclasses.replace(self, batches=batches, windows=groups, hidden=hidden)
 
 
 def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
@@ -62,34 +84,40 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
     same = np.full(vocabularies[1].num_rows, -1, dtype=np.int64)
     same[shared.teacher_ids] = student_head.columns(torch.from_numpy(shared.student_ids)).numpy()
     ours, theirs = student_head.by_column(buckets.student), teacher.head.by_column(buckets.teacher)
-    return HeldOut(batches, groups, hidden, teacher.head, ours, theirs, buckets.num, teacher.head.by_column(same))
+    return HeldOut(batches, groups, hidden, teacher.head, ours, theirs, buckets.num, teacher.head.by_column(same), pads)
 
 
 @torch.no_grad()
-def evaluate_student(model, head, held_out, chunk_size="auto"):
-    """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`."""
+def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None):
+    """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`. `tick` is called before every
+    batch; what it raises ends the evaluation.
+    """
     columns = head.num_rows + held_out.teacher_head.num_rows
     chunk_size, _ = fused.rows_at_once(columns, model.device, chunk_size)
     was_training = model.training
     model.eval()
     tally = _Tally(held_out.windows)
-    for batch, windows, hidden in zip(held_out.batches, held_out.windows, held_out.hidden, strict=True):
-        moved = batch.to(model.device)
-        states = models.last_hidden(model, moved.student_ids, moved.student_mask).flatten(0, 1)
-        scored = _stack([w.student_scored for w in windows], batch.student_ids.shape)
-        tally.add_text(head, states, moved.labels.flatten(), scored, windows, chunk_size)
-        for rows, theirs in zip(moved.student_rows.split(chunk_size), hidden.split(chunk_size), strict=True):
-            tally.add_pairs(head.decode(states[rows]), theirs, held_out)
-    model.train(was_training)
+    try:
+        for batch, windows, hidden in zip(held_out.batches, held_out.windows, held_out.hidden, strict=True):
+            tick()
+            moved = batch.to(model.device)
+            states = models.last_hidden(model, moved.student_ids, moved.student_mask).flatten(0, 1)
+            scored = _stack([w.student_scored for w in windows], batch.student_ids.shape)
+            tally.add_text(head, states, moved.labels.flatten(), scored, windows, chunk_size)
+            for rows, theirs in zip(moved.student_rows.split(chunk_size), hidden.split(chunk_size), strict=True):
+                tally.add_pairs(head.decode(states[rows]), theirs, held_out)
+    finally:
+        model.train(was_training)
     return tally.score()
 
 
 @torch.no_grad()
-def evaluate_teacher(teacher, held_out, chunk_size="auto"):
+def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
     """The `Score` of the teacher on the same bytes, in its own tokens; it agrees with itself."""
     chunk_size, _ = fused.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
     tally = _Tally(held_out.windows)
     for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
+        tick()
         ids, mask = batch.teacher_ids.to(teacher.model.device), batch.teacher_mask.to(teacher.model.device)
         states = models.last_hidden(teacher.model, ids, mask).flatten(0, 1)
         labels = _stack([w.teacher_labels for w in windows], batch.teacher_ids.shape, IGNORE).to(states.device)

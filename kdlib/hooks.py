@@ -35,11 +35,14 @@ def decoder_layers(model):
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers; its layers can't be watched")
 
 
-def watch_attention(model):
-    """Route the model's attention through the watched SDPA; ValueError where its class can't be set to another function."""
-    if model.config._attn_implementation != WATCHED_SDPA:
-        model.set_attn_implementation(WATCHED_SDPA)
-    if model.config._attn_implementation != WATCHED_SDPA:
+def watch_attention(model, on=True):
+    """Route the model's attention through the watched SDPA, or back to torch's own; ValueError where its class can't be set
+    to another function.
+    """
+    if (model.config._attn_implementation == WATCHED_SDPA) == on:
+        return
+    model.set_attn_implementation(WATCHED_SDPA if on else "sdpa")
+    if on and model.config._attn_implementation != WATCHED_SDPA:
         raise ValueError(
             f"{type(model).__name__} does not take another attention function; set attention_weight and "
             "attention_alignment_weight to 0"

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from kdlib import batching, corpus, data, evaluate, hooks, models, vocab
+from kdlib import batching, corpus, data, evaluate, hooks, identity, models, vocab
 from kdlib.objective import Objective
 from kdlib.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.router import LayerRouter
@@ -40,7 +40,8 @@ class Pair:
 class Inputs:
     """What a run starts from: the pair, windows to train on, `evaluate.HeldOut` text to choose and to judge by.
 
-    `alignment` reports how the pair of tokenizers fits this text: fractions in [0, 1].
+    `alignment` reports how the pair of tokenizers fits this text: fractions in [0, 1]. `identity` names what a run starts
+    from (`identity.of_inputs`).
     """
 
     pair: Pair
@@ -48,6 +49,7 @@ class Inputs:
     validation: evaluate.HeldOut
     test: evaluate.HeldOut
     alignment: dict
+    identity: dict
 
 
 def load(config, device="cpu", teacher_dtype=torch.float32):
@@ -69,7 +71,9 @@ def load(config, device="cpu", teacher_dtype=torch.float32):
     held_out = [_hold_out(sample, pair, config) for sample in samples]
     if config.check_teacher:
         check_teacher(pair.teacher, train, held_out[0])
-    return Inputs(pair, train, *held_out, alignment)
+    known = identity.of_inputs(pair.teacher.model, pair.student, pair.teacher.reader, pair.student_reader, documents,
+                               (train, validation, test))  # fmt: skip
+    return Inputs(pair, train, *held_out, alignment, known)
 
 
 def load_for_evaluation(config, device="cpu"):
@@ -101,9 +105,12 @@ def make_objective(pair, config, student=None):
     model can't be watched for a part that needs it.
     """
     student = pair.student if student is None else student
+    watched = config.attention_weight > 0 or config.attention_alignment_weight > 0
+    hooks.watch_attention(student, watched)
     head = models.Head(student, pair.student_reader.vocabulary)
     if not config.needs_teacher:
         return Objective(student, head, config)
+    hooks.watch_attention(pair.teacher.model, watched)
     beside, more = {}, {}
     if config.kd_method == "projector":
         beside["projector"] = TeacherToStudentProjector(pair.teacher.head.width, head.width)
@@ -122,9 +129,6 @@ def _tapped(student, teacher, config):
     ours, theirs = (model.config.num_hidden_layers for model in (student, teacher))
     layers = sorted({round((i + 1) * ours / config.feature_layers) - 1 for i in range(config.feature_layers)} - {-1})
     last = min(config.attention_layers, ours, theirs)
-    if config.attention_weight > 0 or config.attention_alignment_weight > 0:
-        hooks.watch_attention(student)
-        hooks.watch_attention(teacher)
     return (
         (tuple(layers), tuple(max(0, round((i + 1) * theirs / ours) - 1) for i in layers)),
         (tuple(range(ours - last, ours)), tuple(range(theirs - last, theirs))),

@@ -205,3 +205,28 @@ def _probe(model, name):
 def _first_line(error):
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+def copy_of(model):
+    """A module's weights and buffers on the CPU, as they are now, tied ones once: `{name: tensor}`."""
+    seen, kept = set(), {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() == 0 or place not in seen:
+            seen.add(place)
+            kept[name] = tensor.detach().to("cpu", copy=True)
+    return kept
+
+
+@torch.no_grad()
+def put_back(model, weights):
+    """Set a module to what `copy_of` gave; ValueError where they do not fit together."""
+    own = model.state_dict()
+    missing = {name for name in own.keys() - weights.keys() if own[name].data_ptr() not in
+               {own[other].data_ptr() for other in weights if other in own}}  # fmt: skip
+    odd = sorted(missing | (weights.keys() - own.keys()))
+    odd += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+    if odd:
+        raise ValueError(f"these weights are another model's: {', '.join(odd[:3])} do not fit")
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)

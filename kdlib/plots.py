@@ -37,11 +37,17 @@ def learning_curves(records, theme="light"):
         for run in ("ce_only", "distilled"):
             repeats = sorted({r["repeat"] for r in points if r["run"] == run})
             for repeat in repeats:
-                line = [r for r in points if r["run"] == run and r["repeat"] == repeat]
-                xs, ys = [r["elapsed_s"] / seconds for r in line], [r["bits_per_byte"] for r in line]
-                label = NAMES[run] + (f", {len(repeats)} runs" if len(repeats) > 1 else "")
-                label = label if repeat == repeats[0] else None
-                axes.plot(xs, ys, color=COLOURS[run], lw=1.8, marker="o", ms=2.5, alpha=0.85, label=label)
+                for averaged, style in ((False, "-"), (True, ":")):
+                    line = [
+                        r
+                        for r in points
+                        if (r["run"], r["repeat"], r.get("averaged", False)) == (run, repeat, averaged)
+                    ]
+                    xs, ys = [r["elapsed_s"] / seconds for r in line], [r["bits_per_byte"] for r in line]
+                    label = NAMES[run] + (", averaged weights" if averaged else "")
+                    label += f", {len(repeats)} runs" if len(repeats) > 1 else ""
+                    label = label if line and repeat == repeats[0] else None
+                    axes.plot(xs, ys, style, color=COLOURS[run], lw=1.8, marker="o", ms=2.5, alpha=0.85, label=label)
         _zoom(axes, [r["bits_per_byte"] for r in points if r["step"] or r["run"] == "teacher"])
         for r in points:
             if r["run"] == "teacher":

@@ -1,5 +1,8 @@
 """Files of a run folder that other tools read: JSON written beside and renamed, records appended a line each."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -26,6 +29,12 @@ def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+LEFT_BY_A_KILL = {".lock", "config.json.tmp"}
+"""All that there may be of a run that was killed before its `config.json` was whole."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say a disk is full."""
+
+
 class Records:
     """The file `records.jsonl`: one JSON object a line, in the order they happened."""
 
@@ -35,6 +44,19 @@ class Records:
     def append(self, record):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+    def position(self):
+        """Bytes written so far, now safe on the disk: where a checkpoint stands among the records."""
+        if not self.path.exists():
+            return 0
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut(self, position):
+        """Forget what was written after `position`: steps that were lost, and will be taken again."""
+        if self.path.exists() and self.path.stat().st_size > position:
+            os.truncate(self.path, position)
 
 
 def read_records(path):
@@ -65,28 +87,81 @@ class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
         self.records = Records(self.path / "records.jsonl")
+        self.checkpoints = self.path / "checkpoints"
+        self.lock = None
 
-    def refuse_foreign(self):
-        """Raise ValueError where this folder can't take a new run: it holds one, holds other files, or can't be written."""
+    def holds_run(self):
+        """Whether a run was begun here: its `config.json` is one of ours (a model's folder has one too)."""
+        try:
+            return "kd_method" in read_json(self.path / "config.json")
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def refuse_foreign(self, may_hold_run=False):
+        """Raise ValueError where this folder can't take a run: it holds one, holds other files, or can't be written."""
         path = self.path
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {path} is a file; give a folder")
-        if path.exists() and any(path.iterdir()):
-            held = "another run" if (path / "config.json").exists() else "other files"
+        filled = path.exists() and {file.name for file in path.iterdir()} - LEFT_BY_A_KILL
+        if filled and not (may_hold_run and self.holds_run()):
+            held = "another run" if self.holds_run() else "other files"
             raise ValueError(f"--out {path} holds {held}; give a new folder (nothing was changed)")
         parent = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
         if not os.access(parent, os.W_OK):
             raise ValueError(f"--out {path} can't be written: {parent} is read-only")
 
-    def open(self, config, env):
-        """Create the folder with `config.json` and `env.json`."""
+    def acquire(self):
+        """Make this process the only one that works on the folder; ValueError where another does. The lock goes with its
+        owner, however that ends.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            while self.lock is None:
+                with contextlib.ExitStack() as stack:
+                    file = stack.enter_context(open(self._lock_path, "a"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if self._lock_path.exists() and os.path.samestat(os.fstat(file.fileno()), self._lock_path.stat()):
+                        self.lock = file  # else its owner has just removed it: the next to come would not see ours
+                        stack.pop_all()
+        except BlockingIOError:
+            raise ValueError(f"another process works on --out {self.path}; wait for it, or give a new folder") from None
+        except OSError as error:
+            raise ValueError(f"--out {self.path} can't be written: {error.strerror or error}") from None
+
+    def release(self):
+        """Let other processes have the folder."""
+        if self.lock is not None:
+            self._lock_path.unlink(missing_ok=True)
+            self.lock.close()
+            self.lock = None
+
+    @property
+    def _lock_path(self):
+        return self.path / ".lock"
+
+    def open(self, config, env):
+        """Write `config.json` and `env.json` of the session that begins."""
+        try:
             write_json(self.path / "config.json", config)
             write_json(self.path / "env.json", env)
         except OSError as error:
             raise ValueError(f"--out {self.path} can't be written: {error.strerror or error}") from None
 
     def status(self, state, **facts):
-        """Write `status.json`: `state` is running, paused, complete or failed."""
-        write_json(self.path / "status.json", {"state": state, **facts})
+        """Write `status.json`: `state` is running, paused, complete or failed. On a full disk, over the old one."""
+        path = self.path / "status.json"
+        value = {"state": state, **facts}
+        try:
+            write_json(path, value)
+        except OSError as error:
+            if error.errno not in FULL or not path.exists():
+                raise
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            path.write_text(json.dumps(_plain(value)), encoding="utf-8")
+
+    def last_status(self):
+        """What `status.json` says, empty where there is none that can be read."""
+        try:
+            return read_json(self.path / "status.json")
+        except (OSError, ValueError):
+            return {}

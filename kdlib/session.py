@@ -1,322 +1,349 @@
-"""A run from its inputs to its verdict: the distilled student, the control, their scores; every record on disk and to
-whoever drives the generator.
+"""One session of a run: what was begun is gone on with, every record goes to the disk and to whoever drives the generator,
+and a checkpoint is whole wherever it ends.
 """
 
-import copy
-import dataclasses
-import gc
-import itertools
-import statistics
+import atexit
+import contextlib
+import weakref
 
-import accelerate
 import torch
 
-from kdlib import alerts, budget, checkpoint, env, evaluate, inputs, memory, records, report, verdict
-from kdlib.train import train
+from kdlib import budget, checkpoint, conclusion, env, fused, inputs, plan, precision, records, resume
+from kdlib.course import Course
+from kdlib.leg import DISTILLED, Scorer
 
-SHORT = 0.1
-"""Fraction of the plan at which a short control is compared."""
-CALIBRATION_BLOCKS, CALIBRATION_STEPS = 6, 5
-DISTILLED, CONTROL = "distilled", "ce_only"
+SAVE_EVERY_S, SAVE_SHARE = 120.0, 0.02
+"""Seconds between checkpoints where `save_steps` is 0, and the share of the time they may take."""
+PLAN_AFTER_S = 60.0
+LIVE = weakref.WeakValueDictionary()
+"""Sessions of this process that are not over, by folder: one that nobody drives any more gives way to the next."""
 
 
-@dataclasses.dataclass
-class Leg:
-    """One student in training: which it is, how far it goes, and what it came to.
+class Paused(Exception):
+    """The session ends here, with nothing half-done; the text says why."""
 
-    `num_steps` is the plan its learning rate is fitted to, `last_step` where it stops, `compare_step` where it is set
-    against the other leg. `at_compare` and `at_end` are test scores of the best weights (by validation) up to there.
+
+def distill(config, out, clock=None, resume="auto"):
+    """Run `config` in the folder `out`, or go on with the run that it holds: a generator of records (dicts, as in
+    `records.jsonl`; besides, one of kind `start` with what was loaded, one of kind `plan` after the first minute, and at
+    the end one of kind `verdict` or `paused`).
+
+    `resume`: `auto` goes on where `out` holds this run; `never` wants a new folder; a run folder or checkpoint elsewhere is
+    gone on with in `out`. Raises ValueError before anything is written where the config, the models, the text or the folder
+    won't do. Whatever fails later leaves `status.json` at `failed` with the reason, and is raised. The caller may break off
+    at any record, and the machine may ask to stop (SIGTERM, SIGINT): then all is saved and the state is `paused`.
     """
-
-    name: str
-    repeat: int
-    num_steps: int
-    last_step: int
-    compare_step: int
-    eval_steps: int
-    best: float = float("inf")
-    best_step: int = 0
-    best_weights: dict | None = None
-    since_best: int = 0
-    train_s: float = 0.0
-    compare_s: float = 0.0
-    at_compare: evaluate.Score | None = None
-    at_end: evaluate.Score | None = None
-    watch: alerts.Watch = dataclasses.field(default_factory=alerts.Watch)
-
-
-def distill(config, out, clock=None):
-    """Run `config` into the folder `out`: a generator of records (dicts, as in `records.jsonl`; before them one of kind
-    `start` with what was loaded, after them one of kind `verdict`).
-
-    Raises ValueError before anything is written where the config, the models, the text or the folder won't do. Whatever
-    fails later leaves `status.json` at `failed` with the reason, and is raised. The caller may break off at any record.
-    """
-    session = Session(config, out, clock or budget.Clock())
+    session = Session(config, out, clock or budget.Clock(), resume)
     yield from session.run()
 
 
 class Session:
     """The state of `distill`."""
 
-    def __init__(self, config, out, clock):
-        self.folder = records.RunFolder(out)
-        self.folder.refuse_foreign()
-        self.config = config
+    def __init__(self, config, out, clock, wanted="auto"):
         self.clock = clock
-        self.started = clock.now()
-        self.accelerator = _accelerator(config.amp_dtype)
+        self.started = clock.now() - env.session_age_s()
+        self.interrupts = budget.Interrupts()
+        self.folder = records.RunFolder(out)
+        if former := LIVE.pop(str(self.folder.path.resolve()), None):
+            former.leave("given up for a new session")
+        self.folder.refuse_foreign(may_hold_run=wanted == "auto")
+        self.accelerator = precision.accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
-        self.inputs = inputs.load(config, self.accelerator.device, _teacher_dtype(self.accelerator))
-        per_step = config.batch_size * config.grad_accumulation * self.accelerator.num_processes
-        planned = round(config.epochs * len(self.inputs.train) / per_step)
+        self.course, self.over = None, False
+        try:
+            if self.writes and self.folder.holds_run():
+                self.folder.acquire()
+            self.found = resume.find(self.folder, wanted)
+            if self.found and self.found.verdict is not None:
+                resume.refuse_another_run(self.found, {"config": config.to_dict()})
+            else:
+                self._load(config)
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def _load(self, config):
+        """The inputs, and what an earlier session left."""
+        loaded = inputs.load(config, self.accelerator.device, precision.teacher_dtype(self.accelerator))
+        per_step = config.effective_batch * self.accelerator.num_processes
+        planned = round(config.epochs * len(loaded.train) / per_step)
         self.config = config.replace(max_steps=config.max_steps or max(1, planned))
-        self.eval_steps = config.eval_steps or max(1, round(self.config.max_steps / 20))
-        self.pair = self.inputs.pair
-        self.start_weights = checkpoint.copy_of(self.pair.student)
-        self.eval_s = 0.0
-        self.step = 0
+        self.who = {
+            "config": self.config.to_dict(),
+            "identity": loaded.identity,
+            "windows_per_step": per_step,
+            "versions": env.describe()["versions"],
+        }
+        self.notes = resume.refuse_another_run(self.found, self.who) if self.found else []
+        facts = (self.found and self.found.facts) or {}
+        status = self.found.status if self.found else {}
+        self.num_sessions, self.elapsed_before_s = status.get("sessions", 0) + 1, status.get("elapsed_s", 0.0)
+        if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
+            facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
+        columns = loaded.pair.head.num_rows + loaded.pair.teacher.head.num_rows
+        chunk = facts.get("chunk") or fused.rows_at_once(columns, self.accelerator.device, config.loss_chunk_size)[0]
+        weight_bytes = sum(p.numel() * p.element_size() for p in loaded.pair.student.parameters())
+        costs = {**plan.guessed_costs(weight_bytes), **status.get("costs", {})}
+        self.budget = budget.Budget(budget.seconds_of(config.time_budget), self.clock, self.started, costs)
+        scorer = Scorer(loaded, chunk, self.budget, facts.get("halvings", 0), self._tick)
+        self.writer = checkpoint.Writer(self.clock)
+        self.course = Course(self.config, loaded, self.accelerator, self.clock, self.budget, scorer)
+        self.was_saved, self.saved_step, self.saved_at, self.saving_s = bool(facts), None, self.clock.now(), 0.0
+        self.trained_from, self.outlook = None, None
 
     def run(self):
-        """All legs, then the verdict. Keeps `status.json` true whatever happens."""
-        if self.writes:
-            devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-            self.folder.open(self.config.to_dict(), env.describe(devices))
-        self._status("running", "")
+        """All that is left of the run, or of the session's time. Keeps `status.json` true whatever happens."""
+        if self.found and self.found.verdict is not None:
+            self.folder.release()
+            yield {"kind": "verdict", **self.found.verdict}
+            return
+        self._open()
         try:
             yield from self._run()
+        except Paused as pause:
+            yield from self._pause(str(pause))
         except GeneratorExit:
-            self._status("failed", "broken off by its caller before the end")
+            self.leave("broken off by its caller")
             raise
-        except BaseException as error:
-            self._status("failed", f"{type(error).__name__}: {error}".splitlines()[0])
-            if isinstance(error, ValueError):  # the caller's mistakes were all found before: this one is ours
-                raise RuntimeError(f"the run failed: {error}") from error
+        except KeyboardInterrupt:
+            self._end("paused", f"interrupted at once; {self._kept()}")
             raise
-        self._status("complete", "")
+        except BaseException as error:  # noqa: BLE001
+            yield from self._fail(error)
+        finally:
+            self._close()
+
+    def _open(self):
+        """Lock, files and signals of a session that really begins. ValueError where the folder won't do."""
+        try:
+            self._take_folder()
+        except BaseException:
+            self.folder.release()
+            raise
+        self.accelerator.wait_for_everyone()
+        self.interrupts.listen()
+        self._status("running", "")
+
+    def _take_folder(self):
+        if self.writes:
+            if self.folder.lock is None:
+                self.folder.acquire()
+                if self.folder.holds_run():  # another process was faster
+                    self.folder.release()
+                    self.folder.refuse_foreign()
+            devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            self.folder.open(self.config.to_dict(), env.describe(devices))
+            if self.found:
+                resume.take_over(self.found, self.folder)
+            LIVE[str(self.folder.path.resolve())] = self
+            atexit.register(self.leave, "its process ended")
 
     def _run(self):
-        config = self.config
-        counts = {"num_windows": len(self.inputs.train), "max_steps": config.max_steps}
-        yield {"kind": "start", **counts, "alignment": self.inputs.alignment}
-        known = evaluate.evaluate_teacher(self.pair.teacher, self.inputs.validation).summary()
-        yield self._record(
-            {"kind": "eval", "run": "teacher", "repeat": 0, "split": "validation", "step": 0, "elapsed_s": 0.0, **known}
+        course, facts = self.course, (self.found and self.found.facts) or None
+        if facts:
+            path = self.folder.records.path
+            course.restore(self.found.groups, facts["course"], records.read_records(path) if path.exists() else [])
+            self.found.groups, self.saved_step = None, course.step
+        yield {
+            "kind": "start",
+            "num_windows": len(course.inputs.train),
+            "max_steps": self.config.max_steps,
+            "alignment": course.inputs.alignment,
+            "session": self.num_sessions,
+            "step": course.step,
+            "resumed": self.found.path.name if facts else None,
+            "notes": self.notes,
+        }
+        if facts:
+            yield from self._written(self.found.alerts(course.place()))
+        for found in course.run():
+            yield from self._written(found)
+            yield from self._look_ahead()
+        self._save_whole()
+        if not self.budget.allows("conclude") and self.trained_from is not None:
+            raise Paused("no time is left for the verdict in this session")
+        started = self.clock.now()
+        folder = self.folder if self.writes else None
+        answer = conclusion.conclude(
+            self.config, course.inputs, folder, course.scores, course.pairs(), course.start_weights
         )
-        scores = {"teacher": evaluate.evaluate_teacher(self.pair.teacher, self.inputs.test)}
-        scores["student_before"] = self._test(self.pair.student)
-        for name, score in scores.items():
-            facts = {"run": name, "repeat": 0, "split": "test", "step": 0, "elapsed_s": 0.0}
-            yield self._record({"kind": "eval", **facts, **score.summary()})
-        legs = []
-        for repeat in range(config.repeats):
-            steps = config.max_steps
-            compare = steps if config.control != "short" else max(1, round(SHORT * steps))
-            distilled = Leg(DISTILLED, repeat, steps, steps, compare, self.eval_steps)
-            yield from self._train(distilled, config.replace(seed=config.seed + repeat))
-            control = None
-            if config.control != "off":
-                control = self._control_leg(distilled)
-                yield from self._train(control, config.plain().replace(seed=config.seed + repeat))
-            legs.append((distilled, control))
-        yield from self._conclude(scores, legs)
-
-    def _conclude(self, scores, legs):
-        """Verdict, student, report."""
-        config = self.config
-        pairs = [(control.at_compare, distilled.at_compare) for distilled, control in legs if control]
-        chosen = min((distilled for distilled, _ in legs), key=lambda leg: leg.best)
-        scores["ce_only"] = verdict.mean_score([ce for ce, _ in pairs]) if pairs else None
-        scores["distilled"] = verdict.mean_score([distilled.at_end for distilled, _ in legs])
-        answer = verdict.make_verdict(config.control, scores, pairs)
-        answer["alignment"] = self.inputs.alignment
-        answer["train_s"] = {leg.name: leg.compare_s for leg in legs[0] if leg}
-        answer["steps"] = {leg.name: leg.compare_step for leg in legs[0] if leg}
-        answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step}
-        checkpoint.put_back(self.pair.student, chosen.best_weights)
-        answer["samples"] = self._samples(legs, chosen)
-        checkpoint.put_back(self.pair.student, chosen.best_weights)
-        if self.writes:
-            card = checkpoint.model_card(config, answer)
-            tokenizer = self.pair.student_reader.tokenizer
-            checkpoint.save_student(self.pair.student, tokenizer, self.folder.path / "student", card)
-            records.write_json(self.folder.path / "verdict.json", answer)
-            report.write_report(self.folder.path)
+        self.budget.took("conclude", self.clock.now() - started)
+        self._end("complete", "")
         yield {"kind": "verdict", **answer}
 
-    def _control_leg(self, distilled):
-        """The control of a leg: as many plain steps as fit into the same wall-clock, by a paired measurement."""
-        ratio = self._step_cost_ratio()
-        steps = max(1, round(distilled.num_steps * ratio))
-        compare = max(1, round(distilled.compare_step * ratio))
-        return Leg(CONTROL, distilled.repeat, steps, compare, compare, max(1, round(self.eval_steps * ratio)))
-
-    def _step_cost_ratio(self):
-        """Seconds of a distilled step over seconds of a plain one, on copies that are thrown away: short blocks of both
-        kinds in turn, so that a machine whose speed drifts favours neither; the first step of a block, whose caches the
-        other kind has filled, does not count. The ratio of the medians. With a curriculum all parts are on: the
-        control rather gets a little more time than it is due.
-        """
-        streams = []
-        for config in (self.config.replace(use_curriculum=False), self.config.plain()):
-            student = copy.deepcopy(self.pair.student)
-            checkpoint.put_back(student, self.start_weights)
-            streams.append(self._stream(inputs.make_objective(self.pair, config, student), config, 10**6))
-        seconds = [[], []]
-        for _ in range(CALIBRATION_BLOCKS):
-            for kind, stream in enumerate(streams):
-                block = [step.step_s for step in itertools.islice(stream, CALIBRATION_STEPS)]
-                seconds[kind] += block[1:]
-        self._free()
-        distilled, plain = map(statistics.median, seconds)
-        return accelerate.utils.broadcast_object_list([distilled / max(plain, 1e-9)])[0]
-
-    def _stream(self, objective, config, num_steps):
-        teacher = self.pair.teacher if config.needs_teacher else None
-        return train(
-            objective, teacher, self.inputs.train, num_steps, config, self.accelerator, self.clock, self.pair.pads
-        )
-
-    def _train(self, leg, config):
-        """Train one leg from the start weights; yields its records and leaves its scores in `leg`."""
-        model = self.pair.student
-        checkpoint.put_back(model, self.start_weights)
-        torch.manual_seed(config.seed)
-        yield from self._told(leg, self._evaluate(leg, 0))
-        for step in self._stream(inputs.make_objective(self.pair, config), config, leg.num_steps):
-            leg.train_s += step.step_s
-            self.step += leg.name == DISTILLED
-            last = step.step == leg.last_step
-            if step.step % config.log_steps == 0 or last or step.skipped:
-                yield from self._told(leg, self._record(self._train_record(leg, step)))
-            if step.step % leg.eval_steps == 0 or step.step == leg.compare_step or last:
-                yield from self._told(leg, self._evaluate(leg, step.step))
-            if 0 < config.early_stopping_patience <= leg.since_best:
-                leg.last_step, leg.compare_step = step.step, min(step.step, leg.compare_step)
-            if step.step == leg.compare_step:
-                leg.at_compare, leg.compare_s = self._best_test_score(leg), leg.train_s
-                yield self._test_record(leg, leg.at_compare, step.step)
-            if step.step == leg.last_step:
-                break
-        leg.at_end = leg.at_compare if leg.compare_step == leg.last_step else self._best_test_score(leg)
-        if leg.at_end is not leg.at_compare:
-            yield self._test_record(leg, leg.at_end, step.step)
-        self._free()
-
-    def _told(self, leg, record):
-        """The record, and the alerts it raises."""
-        yield record
-        for alert in leg.watch.see(record):
-            yield self._record(alert)
-
-    def _free(self):
-        """Let go of a leg's objective and optimizer before the next one's come."""
-        self.accelerator.free_memory()
-        gc.collect()
-
-    def _evaluate(self, leg, step):
-        """The validation record of the weights as they are; keeps them where they are the best so far."""
-        started = self.clock.now()
-        score = evaluate.evaluate_student(
-            self.pair.student, self.pair.head, self.inputs.validation, self.config.loss_chunk_size
-        )
-        leg.since_best += 1
-        if score.bits_per_byte < leg.best:
-            leg.best, leg.best_step, leg.since_best = score.bits_per_byte, step, 0
-            leg.best_weights = checkpoint.copy_of(self.pair.student)
-            if leg.name == DISTILLED and self.writes and step:
-                self._save_best(step)
-        self.eval_s += self.clock.now() - started
-        facts = {"run": leg.name, "repeat": leg.repeat, "split": "validation", "step": step, "elapsed_s": leg.train_s}
-        facts["progress"] = step / leg.last_step
-        return self._record({"kind": "eval", **facts, **score.summary()})
-
-    def _save_best(self, step):
-        folder = self.folder.path / "checkpoints"
-        checkpoint.save_student(self.pair.student, self.pair.student_reader.tokenizer, folder / f"step-{step:08d}")
-        checkpoint.keep_last(folder, 1)
-
-    def _best_test_score(self, leg):
-        now = checkpoint.copy_of(self.pair.student)
-        checkpoint.put_back(self.pair.student, leg.best_weights)
-        score = self._test(self.pair.student)
-        checkpoint.put_back(self.pair.student, now)
-        return score
-
-    def _test(self, model):
-        return evaluate.evaluate_student(model, self.pair.head, self.inputs.test, self.config.loss_chunk_size)
-
-    def _test_record(self, leg, score, step):
-        facts = {"run": leg.name, "repeat": leg.repeat, "split": "test", "step": step, "elapsed_s": leg.train_s}
-        return self._record({"kind": "eval", **facts, **score.summary()})
-
-    def _samples(self, legs, chosen):
-        """What teacher and students write after the same beginning of a held-out text."""
-        own = self.pair.student_reader.tokenizer
-        before = evaluate.opening(self.inputs.test, own)
-        told = {"teacher": evaluate.continue_text(self.pair.teacher.model, self.pair.teacher.reader.tokenizer, before)}
-        students = {"student_before": self.start_weights, "distilled": chosen.best_weights}
-        if legs[0][1]:
-            students["ce_only"] = legs[chosen.repeat][1].best_weights
-        for name, weights in students.items():
-            checkpoint.put_back(self.pair.student, weights)
-            told[name] = evaluate.continue_text(self.pair.student, own, before)
-        return {"opening": before, **told}
-
-    def _train_record(self, leg, step):
-        facts = dataclasses.asdict(step)
-        seconds = facts.pop("step_s")
-        return {
-            "kind": "train",
-            "run": leg.name,
-            "repeat": leg.repeat,
-            **facts,
-            "last_step": leg.last_step,
-            "tokens_per_s": step.num_tokens / max(seconds, 1e-9),
-            "elapsed_s": leg.train_s,
-            "left_s": self._left(leg, step.step),
-            "memory": memory.usage(self.accelerator.device),
-        }
-
-    def _left(self, leg, step):
-        """Seconds to the end of the run, as far as can be told: a control costs what it is compared with."""
-        own = leg.train_s / step * (leg.last_step - step)
-        control = {"full": 1.0, "short": SHORT, "off": 0.0}[self.config.control]
-        if leg.name == DISTILLED:
-            distilled = leg.train_s / step * leg.last_step
-            own += control * distilled
-        else:
-            distilled = leg.train_s / step * leg.last_step / control
-        rest = (self.config.repeats - 1 - leg.repeat) * distilled * (1.0 + control)
-        trained = self.config.repeats * distilled * (1.0 + control) - own - rest
-        return (own + rest) * (1.0 + self.eval_s / max(trained, 1e-9))
-
-    def _record(self, record):
+    def _written(self, found):
+        """Records, once they are all on the disk."""
+        found = [{**record, "session": self.num_sessions} for record in found]
         if self.writes:
-            self.folder.records.append(record)
-            if record["kind"] == "eval":
+            for record in found:
+                self.folder.records.append(record)
+            if any(record["kind"] == "eval" for record in found):
                 self._status("running", "")
-        return record
+        yield from found
+
+    def _look_ahead(self):
+        """Between two tasks of the course: save where it is time to, tell the plan, stop where the next won't fit."""
+        leg = self.course.legs[-1] if self.course.legs else None
+        if leg is None or self.course.training is None:
+            return
+        if self.trained_from is None:
+            self.budget.took("start", self.budget.used())
+            self.trained_from = self.clock.now()
+        ahead = ["step"] + ["evaluate"] * self.course.evaluation_due(leg, leg.step + 1)
+        fits = leg.done or self.budget.allows(*ahead, "save", "evaluate", "export")
+        save, asked, late = self._agreed(self._save_due(leg), bool(self.interrupts.asked), not fits)
+        if asked:
+            raise Paused(self.interrupts.asked or "another process was asked to stop")
+        if late:
+            raise Paused(self._time_is_up())
+        if save:
+            self._save()
+        if self.outlook is None and leg.step and self.clock.now() - self.trained_from >= PLAN_AFTER_S:
+            self._make_plan()
+            yield {"kind": "plan", "session": self.num_sessions, **self.outlook}
+
+    def _make_plan(self):
+        leg = self.course.legs[-1]
+        between = self.config.save_steps * leg.train_s / max(1, leg.step) or self._save_every_s()
+        self.outlook = self.course.outlook(self.num_sessions, self.budget.costs["save"] / max(between, 1e-9))
+
+    def _time_is_up(self):
+        used, whole = budget.spoken(self.budget.used()), budget.spoken(self.budget.seconds)
+        return f"{used} of the time budget of {whole} are used, and the rest is for saving"
+
+    def _tick(self):
+        """Within an evaluation: stop at once where no time would be left to save, or where someone asks."""
+        if self.accelerator.num_processes > 1:
+            return  # processes must stop together
+        if self.interrupts.asked:
+            raise Paused(self.interrupts.asked)
+        if self.budget.left() < self.budget.cost("batch", "save") + 0.5 * self.budget.margin():
+            raise Paused(self._time_is_up())
+
+    def _agreed(self, *wishes):
+        """Each wish, granted where any process has it."""
+        if self.accelerator.num_processes == 1:
+            return wishes
+        counted = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
+        return [bool(count) for count in self.accelerator.reduce(counted, "sum").tolist()]
+
+    def _save_due(self, leg):
+        if not leg.step or leg.done:
+            return leg.done
+        if self.config.save_steps:
+            return leg.step % self.config.save_steps == 0
+        return not self.was_saved or self.clock.now() - self.saved_at >= self._save_every_s()
+
+    def _save_every_s(self):
+        return max(SAVE_EVERY_S, self.budget.costs["save"] / SAVE_SHARE)
+
+    def _save(self):
+        """Begin a checkpoint: the state is copied now and written behind the training. The first one is waited for: it shows
+        that the disk takes it, and what it costs. So is every one under `save_steps`: no more steps than that may be lost.
+        """
+        started = self.clock.now()
+        self.writer.wait()
+        if self.course.training is None or self.saved_step == self.course.step:
+            return
+        if not self.course.training.is_finite():
+            return  # weights that are no numbers would be no help
+        groups = self.course.groups()
+        if self.writes:
+            facts = {
+                **self.who, "course": self.course.facts(), "chunk": self.course.scorer.chunk,
+                "halvings": self.course.scorer.halvings, "records_bytes": self.folder.records.position(),
+            }  # fmt: skip
+            copied_s = self.clock.now() - started
+            keep, reserve = self.config.keep_checkpoints, env.disk_reserve_bytes()
+            self.writer.begin(self.folder.checkpoints, self.course.step, groups, facts, keep, reserve)
+            if not self.was_saved or self.config.save_steps:
+                self.writer.wait()
+            self.budget.took("save", copied_s + self.writer.write_s)
+        self.was_saved, self.saved_step, self.saved_at = True, self.course.step, self.clock.now()
+        self.saving_s += self.saved_at - started
+
+    def _save_whole(self):
+        """A checkpoint of now, and nothing being written any more."""
+        self._save()
+        self.writer.wait()
+
+    def _pause(self, reason):
+        """Save; then, where there is time, score and export what there is, so that a session ends with something to look at.
+        What is told of it goes with the next session: that begins where the checkpoint stands.
+        """
+        try:
+            self._save_whole()
+        except OSError as error:
+            reason += f", and the disk did not take it ({error.strerror})"
+        self._status("paused", f"{reason}; {self._kept()}")
+        if not self.interrupts.asked:
+            with contextlib.suppress(Paused):
+                leg = self.course.legs[-1] if self.course.training else None
+                if leg and leg.evaluated < leg.step and self.budget.allows("evaluate", "export"):
+                    yield from self._written(self.course.evaluate(leg))
+            if self.writes and self.budget.allows("export"):
+                self._status("paused", f"{reason}; {self._kept()}")
+                conclusion.export_so_far(self.config, self.course, self.folder, self.clock)
+        yield self._paused(reason)
+
+    def _paused(self, reason):
+        """The state on disk, and the last record of the session."""
+        reason = f"{reason}; {self._kept()}"
+        self._end("paused", reason)
+        known = {"step": self.course.step, "session": self.num_sessions, "plan": self.outlook}
+        return {"kind": "paused", "reason": reason, **known}
+
+    def _fail(self, error):
+        """A full disk is no more than a pause: what was saved is whole. Anything else is told and raised."""
+        if isinstance(error, OSError) and error.errno in records.FULL:
+            yield self._paused(f"the disk is full ({error.strerror})")
+            return
+        if isinstance(error, FloatingPointError):
+            with contextlib.suppress(OSError):
+                self._save_whole()
+        self._end("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+        if isinstance(error, ValueError):  # the caller's mistakes were all found before: this one is ours
+            raise RuntimeError(f"the run failed: {error}") from error
+        raise error
+
+    def leave(self, reason):
+        """End the session from outside, between two records: all is saved. Does nothing where it is over."""
+        if self.over or (self.folder.lock is None and self.writes):
+            return
+        try:
+            self._save_whole()
+        except OSError as error:
+            reason += f", and not saved ({error.strerror})"
+        self._end("paused", f"{reason}; {self._kept()}")
+        self._close()
+
+    def _kept(self):
+        path = checkpoint.newest_name(self.folder.checkpoints)
+        return f"goes on from {path}" if path else "nothing was saved yet, it begins anew"
+
+    def _end(self, state, reason):
+        self.over = True
+        self._status(state, reason)
+
+    def _close(self):
+        """Give back the folder, the signals, the writing thread."""
+        self.interrupts.ignore()
+        self.writer.close()
+        self.folder.release()
+        atexit.unregister(self.leave)
+        if LIVE.get(str(self.folder.path.resolve())) is self:
+            del LIVE[str(self.folder.path.resolve())]
 
     def _status(self, state, reason):
-        if self.writes:
-            total = self.config.max_steps * self.config.repeats
-            elapsed = self.clock.now() - self.started
-            self.folder.status(
-                state, reason=reason, step=self.step, max_steps=total, sessions=1, elapsed_s=round(elapsed, 3)
-            )
-
-
-def _accelerator(amp_dtype):
-    """The `Accelerator` of the machine, with the arithmetic that its card really has."""
-    cuda = torch.cuda.is_available()
-    if amp_dtype == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp_dtype = "bf16" if bf16 else "fp16" if cuda else "fp32"
-    if amp_dtype == "fp16" and not cuda:
-        raise ValueError("amp_dtype fp16 needs a CUDA card; use auto or fp32 on a CPU")
-    return accelerate.Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype)
-
-
-def _teacher_dtype(accelerator):
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        if not self.writes:
+            return
+        if self.outlook is not None:
+            self._make_plan()
+        used = self.budget.used()
+        self.folder.status(
+            state, reason=reason, step=sum(leg.step for leg in self.course.legs if leg.name == DISTILLED),
+            max_steps=self.config.max_steps * self.config.repeats, sessions=self.num_sessions,
+            elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3), saving_s=round(self.saving_s, 3),
+            plan=self.outlook, costs=self.budget.costs,
+        )  # fmt: skip

@@ -141,7 +141,7 @@ def train_teacher(model, tokenizer, texts, clock, steps):
         windows += data.cut_windows(Document(text), encoded, encoded, reader, reader, TEACHER_CONFIG.max_length, number)
     objective = Objective(model, models.Head(model, reader.vocabulary), TEACHER_CONFIG)
     machine = accelerate.Accelerator(cpu=True)
-    yield from train.train(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
+    yield from train.Training(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
 
 
 def byte_level_bpe(texts, size):

@@ -1,4 +1,4 @@
-"""The loop: a generator that yields one record per optimizer step."""
+"""The loop: a generator that yields one record per optimizer step, and all that it needs to go on elsewhere."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from kdlib import batching, schedule
+from kdlib import batching, ema, memory, models, schedule, seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class StepRecord:
     student (`Objective.forward`); None where it was not measured. `figures`: values that are no losses (`kd_covered`: the
     teacher's probability that `kd_top_k` keeps; `routing_0`, ...: mean weight of each tapped teacher layer). `skipped`: why
     this step changed nothing, or empty.
+    `micro_batch`: windows in one forward pass.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepRecord:
     figures: dict
     grad_shares: dict | None
     skipped: str
+    micro_batch: int
 
 
 def make_optimizer(objective, config):
@@ -58,93 +60,243 @@ def make_schedule(optimizer, num_steps, warmup):
     )
 
 
-def steps_of(windows, per_step, seed):
-    """Endless lists of windows, one an optimizer step; epoch after epoch, each in its own order. ValueError where all
-    windows together do not fill one step (of all processes): there would never be one.
+def steps_of(windows, per_step, seed, start=0):
+    """Endless lists of windows, one an optimizer step; epoch after epoch, each in its own order. The first `start` are
+    passed over. ValueError where all windows together do not fill one step (of all processes): there would never be one.
     """
     if len(windows) < per_step:
         raise ValueError(f"{len(windows)} windows do not fill one optimizer step of {per_step}; lower the batch size")
-    for epoch in itertools.count():
-        for indices in batching.batch_order(windows, per_step, seed, epoch):
+    first, passed = divmod(start, len(windows) // per_step)
+    for epoch in itertools.count(first):
+        order = batching.batch_order(windows, per_step, seed, epoch)
+        for indices in order[passed if epoch == first else 0 :]:
             yield [windows[i] for i in indices]
 
 
-def train(objective, teacher, windows, num_steps, config, accelerator, clock, pads=(0, 0)):
-    """Train for `num_steps` optimizer steps; yields a `StepRecord` after each. The caller may break off at any of them.
+class Training:
+    """A student in training: iterate over it for a `StepRecord` after each of `num_steps` optimizer steps. It may be left
+    after any of them, and gone on with by another object, elsewhere, that was given its `tensors` and `facts`.
 
     `objective` is an `Objective`; `teacher` maps a batch to a `TeacherSignal`, or is None where no part needs one;
     `windows` are the training windows, `pads` the padding ids of student and teacher. A step's loss and gradient are
-    means over its positions, however it is cut into micro-batches and processes.
+    means over its positions, however it is cut into micro-batches and processes; where memory runs out, the micro-batch
+    is halved and the step taken again.
 
     A step whose loss or gradient is no number changes no weight; FloatingPointError after `non_finite_steps` in a row.
     """
-    optimizer = make_optimizer(objective, config)
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
-    scheduler = make_schedule(optimizer.optimizer, num_steps, config.warmup)
-    per_step = config.batch_size * config.grad_accumulation * accelerator.num_processes
-    stream = steps_of(windows, per_step, config.seed)
-    targets = config.target_shares()
-    balance = schedule.Balance(targets) if targets else None
-    in_a_row = 0
-    objective.train()
-    for step in range(1, num_steps + 1):
-        started = clock.now()
-        taken = next(stream)
-        weights = _weights(objective, balance, (step - 1) / num_steps)
-        batches = _own_share(taken, config, accelerator, pads)
+
+    def __init__(self, objective, teacher, windows, num_steps, config, accelerator, clock, pads=(0, 0)):
+        self.objective, self.teacher, self.windows, self.num_steps = objective, teacher, windows, num_steps
+        self.config, self.accelerator, self.clock, self.pads = config, accelerator, clock, pads
+        self.prepared, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, config))
+        self.scheduler = make_schedule(self.optimizer.optimizer, num_steps, config.warmup)
+        self.average = ema.average(objective.student, config.ema_decay) if config.use_ema else None
+        targets = config.target_shares()
+        self.balance = schedule.Balance(targets) if targets else None
+        self.step, self.in_a_row, self.micro_batch = 0, 0, config.batch_size
+
+    def __iter__(self):
+        per_step = self.config.effective_batch * self.accelerator.num_processes
+        self.objective.train()
+        for taken in steps_of(self.windows, per_step, self.config.seed, self.step):
+            if self.step >= self.num_steps:
+                return
+            record = self._one(taken)
+            yield record
+            if self.in_a_row >= self.config.non_finite_steps:
+                raise FloatingPointError(self._no_way_on(record))
+
+    def _one(self, taken):
+        """One optimizer step on these windows."""
+        started = self.clock.now()
+        weights = self._weights(self.step / self.num_steps)
+        measure = self.config.share_steps > 0 and (self.step + 1) % self.config.share_steps == 0
+        counts, found = self._gradients_that_fit(taken, weights, measure)
+        lr = self.scheduler.get_last_lr()[0]
+        norm = _clip(self.objective, self.config.max_grad_norm, self.accelerator, self.optimizer)
+        values, squares = (_summed([pair[side] for pair in found], self.accelerator) for side in (0, 1))
+        parts = {name: value for name, value in values.items() if name in self.objective.parts}
+        figures = {name: value for name, value in values.items() if name not in parts}
+        total, shares = self.objective.total(parts, weights)
+        skipped = _no_number(parts, norm, self.accelerator.scaler)
+        self._update(skipped)
+        if self.balance and not skipped:
+            self.balance.update(parts)
+        self.step += 1
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if skipped:
+            skipped += f" (documents {_documents(taken)})"
+        return StepRecord(
+            self.step, total, parts, shares, lr, norm, counts["tokens"], self.clock.now() - started, weights, figures,
+            _norm_shares(squares), skipped, self.micro_batch,
+        )  # fmt: skip
+
+    def _weights(self, progress):
+        """The weights of a step at `progress` of the plan."""
+        weights = self.objective.weights(progress)
+        if self.balance is None:
+            return weights
+        return self.balance.weights(weights, {name: self.objective.phase_factor(name, progress) for name in weights})
+
+    def _gradients_that_fit(self, taken, weights, measure):
+        """`_gradients`, in micro-batches that the memory has room for."""
+        while True:
+            try:
+                return self._gradients(taken, weights, measure)
+            except Exception as error:
+                if not memory.ran_out(error) or self.accelerator.num_processes > 1:
+                    raise
+                if self.micro_batch == 1:
+                    raise MemoryError(
+                        "the memory has no room for a single window; lower max_length, take a smaller model or a "
+                        "larger card"
+                    ) from error
+            self.micro_batch = (self.micro_batch + 1) // 2
+            self.optimizer.zero_grad()
+            memory.let_go()
+
+    def _gradients(self, taken, weights, measure):
+        """`(counts, found)`: the gradients of a whole step are in place; what each micro-batch came to."""
+        accelerator = self.accelerator
+        batches = _own_share(taken, self.config.batch_size, self.micro_batch, accelerator, self.pads)
         counts = _counts(batches, accelerator)
-        measure = config.share_steps > 0 and step % config.share_steps == 0
         found = []
         for i, batch in enumerate(batches):
             batch = batch.to(accelerator.device)
-            signal = teacher(batch, **objective.wants(weights)) if teacher else None
+            signal = self.teacher(batch, **self.objective.wants(weights)) if self.teacher else None
             syncing = i == len(batches) - 1  # processes exchange gradients once a step
-            with contextlib.nullcontext() if syncing else accelerator.no_sync(prepared):
-                loss, values, squares = prepared(batch, signal, counts, weights, measure)
+            with contextlib.nullcontext() if syncing else accelerator.no_sync(self.prepared):
+                loss, values, squares = self.prepared(batch, signal, counts, weights, measure)
                 # gradients are averaged over processes, and ours are already shares of the whole step
                 accelerator.backward(loss * accelerator.num_processes)
             found.append(({name: value.detach() for name, value in values.items()}, squares))
-        lr = scheduler.get_last_lr()[0]
-        norm = _clip(objective, config.max_grad_norm, accelerator, optimizer)
-        values, squares = (_summed([pair[side] for pair in found], accelerator) for side in (0, 1))
-        parts = {name: value for name, value in values.items() if name in objective.parts}
-        figures = {name: value for name, value in values.items() if name not in parts}
-        total, shares = objective.total(parts, weights)
-        skipped = _no_number(parts, norm, accelerator.scaler)
-        if skipped and accelerator.scaler is None:
-            optimizer.zero_grad()  # without gradients the step changes nothing; a loss scaler sees to it by itself
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if balance and not skipped:
-            balance.update(parts)
-        in_a_row = in_a_row + 1 if skipped else 0
-        if skipped:
-            skipped += f" (documents {_documents(taken)})"
-        yield StepRecord(
-            step, total, parts, shares, lr, norm, counts["tokens"], clock.now() - started, weights, figures,
-            _norm_shares(squares), skipped,
-        )  # fmt: skip
-        if in_a_row >= config.non_finite_steps:
-            raise FloatingPointError(
-                f"{in_a_row} steps in a row had a loss or gradient that is no number, the last one: {skipped}; "
-                "lower learning_rate, or look at these documents"
-            )
+        return counts, found
+
+    def _update(self, skipped):
+        """Let the optimizer, the schedule and the average take their step."""
+        if skipped and self.accelerator.scaler is None:
+            self.optimizer.zero_grad()  # without gradients the step changes nothing; a loss scaler sees to it by itself
+        before = self._num_updates()
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if not memory.ran_out(error) or self._num_updates() != before:
+                raise  # some weights have had their step and some have not: only a checkpoint is whole
+            error.__traceback__ = None
+            memory.let_go()
+            self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.average and not skipped:
+            self.average.update_parameters(self.objective.student)
+
+    def _num_updates(self):
+        """How often the optimizer's first weight was updated: the one that every implementation begins with."""
+        first = self.optimizer.param_groups[0]["params"][0]
+        return int(self.optimizer.state.get(first, {}).get("step", 0))
+
+    def _no_way_on(self, record):
+        """Why no step is a number any more, and what to do."""
+        bad = [name for name, tensor in self.objective.named_parameters() if not tensor.isfinite().all()]
+        weights = f"; weights are no numbers either: {', '.join(bad[:3])}" if bad else ""
+        return (
+            f"{self.in_a_row} steps in a row had a loss or gradient that is no number, the last one: {record.skipped}"
+            f"{weights}; lower learning_rate, or look at these documents"
+        )
+
+    def predicted_bytes(self):
+        """What the first steps will take beside what is in use now: gradients, moments, average, one chunk of logits, and
+        what the forward pass of the longest micro-batch keeps: measured on two and on four windows, it grows with their
+        number. No random number is used up.
+        """
+        self.objective.train()
+        trained = list(self.objective.parameters())
+        weights = sum(p.numel() * p.element_size() for p in trained if p.requires_grad)
+        longest = sorted(self.windows, key=lambda window: len(window.student_ids))[-self.micro_batch :]
+        few, more = min(2, len(longest)), min(4, len(longest))
+        with torch.random.fork_rng():
+            less, kept = (self._kept_by(longest[-count:], trained) for count in (few, more))
+        activations = kept + max(0, kept - less) / max(1, more - few) * (len(longest) - more)
+        columns = self.objective.head.num_rows + (self.objective.teacher_head or self.objective.head).num_rows
+        chunk = 2 * 4 * columns * self.objective.rows_at_once[0]
+        return round((3 + bool(self.average)) * weights + activations + chunk)
+
+    def _kept_by(self, windows, trained):
+        """Bytes that the forward pass over some windows, side by side, leaves to its backward pass."""
+        batch = batching.collate(windows, *self.pads).to(self.accelerator.device)
+        weights = self.objective.weights()
+        signal = self.teacher(batch, **self.objective.wants(weights)) if self.teacher else None
+        counts = dict.fromkeys(("labels", "aligned", "spans"), 1)
+        with self.accelerator.autocast():
+            return memory.saved_bytes(lambda: self.objective(batch, signal, counts, weights), trained)
+
+    def is_finite(self):
+        """Whether every trained weight is a number."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.objective.parameters())
+
+    def tensors(self):
+        """`{group: {name: tensor}}`: copies on the CPU of all that another object needs to go on. Every process must ask."""
+        kept = {
+            "student": models.copy_of(self.objective.student),
+            "beside": models.copy_of(self.objective.beside),
+            "optimizer": {
+                f"{index}.{name}": torch.as_tensor(value).detach().to("cpu", copy=True)
+                for index, entry in self.optimizer.optimizer.state_dict()["state"].items()
+                for name, value in entry.items()
+            },
+            "random": seeds.states(self.accelerator),
+        }
+        if self.average:
+            kept["average"] = models.copy_of(self.average.module)
+        return {group: tensors for group, tensors in kept.items() if tensors}
+
+    def facts(self):
+        """The same, of what is no tensor: plain values."""
+        scaler = self.accelerator.scaler
+        groups = self.optimizer.optimizer.state_dict()["param_groups"]
+        return {
+            "step": self.step,
+            "in_a_row": self.in_a_row,
+            "micro_batch": self.micro_batch if self.micro_batch < self.config.batch_size else None,
+            "num_processes": self.accelerator.num_processes,
+            "rows_at_once": self.objective.rows_at_once,
+            "balance": self.balance and self.balance.values,
+            "num_averaged": self.average and int(self.average.n_averaged),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "groups": [{name: value for name, value in group.items() if name != "params"} for group in groups],
+        }
+
+    def restore(self, tensors, facts):
+        """Go on from another's `tensors` and `facts`."""
+        models.put_back(self.objective.student, tensors["student"])
+        models.put_back(self.objective.beside, tensors.get("beside", {}))
+        state = {}
+        for key, tensor in tensors.get("optimizer", {}).items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = tensor
+        made = self.optimizer.optimizer.state_dict()["param_groups"]
+        groups = [{**group, "params": own["params"]} for group, own in zip(facts["groups"], made, strict=True)]
+        self.optimizer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.scheduler.load_state_dict(facts["scheduler"])
+        if self.accelerator.scaler is not None and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        if self.average:
+            models.put_back(self.average.module, tensors["average"])
+            self.average.n_averaged.fill_(facts["num_averaged"])
+        if self.balance:
+            self.balance.values = dict(facts["balance"])
+        self.step, self.in_a_row = facts["step"], facts["in_a_row"]
+        self.micro_batch = min(facts["micro_batch"] or self.config.batch_size, self.config.batch_size)
+        self.objective.rows_at_once = facts["rows_at_once"] and tuple(facts["rows_at_once"])
+        seeds.put_back(tensors["random"], self.accelerator)
 
 
-def _weights(objective, balance, progress):
-    """The weights of a step at `progress` of the plan."""
-    weights = objective.weights(progress)
-    if balance is None:
-        return weights
-    return balance.weights(weights, {name: objective.phase_factor(name, progress) for name in weights})
-
-
-def _own_share(windows, config, accelerator, pads):
+def _own_share(windows, batch_size, micro_batch, accelerator, pads):
     """The micro-batches of this process, in order."""
-    size = config.batch_size
-    mine = range(accelerator.process_index, len(windows) // size, accelerator.num_processes)
-    return [batching.collate(windows[i * size : (i + 1) * size], *pads) for i in mine]
+    blocks = range(accelerator.process_index, len(windows) // batch_size, accelerator.num_processes)
+    mine = [window for i in blocks for window in windows[i * batch_size : (i + 1) * batch_size]]
+    return [batching.collate(mine[i : i + micro_batch], *pads) for i in range(0, len(mine), micro_batch)]
 
 
 def _counts(batches, accelerator):

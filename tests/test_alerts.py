@@ -3,13 +3,13 @@
 from kdlib.alerts import Watch
 
 
-def train(step, loss=2.0, shares=None, parts=None, skipped="", last_step=200, weights=None):
+def train(step, loss=2.0, shares=None, parts=None, skipped="", last_step=200, weights=None, micro_batch=8):
     shares = shares or {"lm": 0.5, "kd": 0.5}
     parts = parts or dict.fromkeys(shares, loss)
     weights = weights or shares
     return {
         "kind": "train", "run": "distilled", "repeat": 0, "step": step, "loss": loss, "shares": shares, "parts": parts,
-        "weights": weights, "skipped": skipped, "last_step": last_step,
+        "weights": weights, "skipped": skipped, "last_step": last_step, "micro_batch": micro_batch,
     }  # fmt: skip
 
 
@@ -20,8 +20,8 @@ def evaluation(step, bits, perplexity=30.0, progress=0.3):
     }  # fmt: skip
 
 
-def signs(records):
-    watch = Watch()
+def signs(records, micro_batch=8):
+    watch = Watch(micro_batch)
     return [(alert["step"], alert["sign"], alert["part"]) for record in records for alert in watch.see(record)]
 
 
@@ -103,3 +103,9 @@ def test_alerts_say_what_it_means_and_what_to_try():
     assert (alert["kind"], alert["run"], alert["repeat"], alert["step"]) == ("alert", "distilled", 0, 7)
     assert "kd not finite (documents 3)" in alert["meaning"]
     assert "learning_rate" in alert["advice"]
+
+
+def test_a_smaller_micro_batch_is_told_each_time_it_shrinks():
+    found = signs([train(1), train(2, micro_batch=4), train(3, micro_batch=4), train(4, micro_batch=1)])
+    assert found == [(2, "memory", "4"), (4, "memory", "1")]
+    assert signs([train(1, micro_batch=4)]) == [(1, "memory", "4")]

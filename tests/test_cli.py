@@ -104,8 +104,11 @@ def test_a_folder_that_holds_something_is_refused(capsys, settings, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
     refused(capsys, ["distill", *flags(settings)], "holds other files; give a new folder", tmp_path / "notes")
-    (tmp_path / "notes" / "config.json").write_text("{}")
-    refused(capsys, ["distill", *flags(settings)], "holds another run; give a new folder", tmp_path / "notes")
+    (tmp_path / "notes" / "config.json").write_text('{"model_type": "llama"}')
+    refused(capsys, ["distill", *flags(settings)], "holds other files; give a new folder", tmp_path / "notes")
+    (tmp_path / "notes" / "config.json").write_text('{"kd_method": "projector"}')
+    never = ["distill", *flags(settings), "--resume", "never"]
+    refused(capsys, never, "holds another run; give a new folder", tmp_path / "notes")
     (tmp_path / "file").write_text("x")
     refused(capsys, ["distill", *flags(settings)], "is a file; give a folder", tmp_path / "file")
 
@@ -200,12 +203,12 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings):
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, ZeroDivisionError])
 def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_path, monkeypatch, kind):
-    from kdlib import session
+    from kdlib import course
 
     def break_down(*_, **__):
         raise kind("the card is on fire")
 
-    monkeypatch.setattr(session, "train", break_down)
+    monkeypatch.setattr(course, "Training", break_down)
     assert cli.main(["distill", *flags(settings), "--out", str(tmp_path / "run")]) == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", f"{kind.__name__}: the card is on fire")

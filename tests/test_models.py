@@ -123,12 +123,12 @@ def test_the_reader_knows_what_is_put_around_a_text(tmp_path):
 
 
 def test_the_exported_student_is_a_plain_folder(tmp_path):
-    from kdlib import checkpoint
+    from kdlib import export
 
     tokenizer = unigram()
     model = tiny_model(tokenizer)
-    checkpoint.save_student(model, tokenizer, tmp_path / "student", "# card")
-    checkpoint.save_student(model, tokenizer, tmp_path / "student", "# newer card")
+    export.save_student(model, tokenizer, tmp_path / "student", "# card")
+    export.save_student(model, tokenizer, tmp_path / "student", "# newer card")
     assert (tmp_path / "student" / "README.md").read_text() == "# newer card"
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")

@@ -210,7 +210,7 @@ def test_the_loop_trains_everything_together(loaded):
     objective = made(loaded, preset="documents", share_steps=2, learning_rate=3e-3, kd_top_k=20)
     config = objective.config
     steps = list(
-        train.train(
+        train.Training(
             objective, loaded.pair.teacher, loaded.train, 20, config, accelerate.Accelerator(cpu=True), budget.Clock(),
             loaded.pair.pads,
         )

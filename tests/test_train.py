@@ -27,7 +27,9 @@ def run(loaded, config, num_steps=2, objective=None):
     objective = objective or inputs.make_objective(loaded.pair, config)
     teacher = None if config.kd_method == "none" else loaded.pair.teacher
     machine = accelerate.Accelerator(cpu=True)
-    steps = train.train(objective, teacher, loaded.train, num_steps, config, machine, budget.Clock(), loaded.pair.pads)
+    steps = train.Training(
+        objective, teacher, loaded.train, num_steps, config, machine, budget.Clock(), loaded.pair.pads
+    )
     return list(steps), objective
 
 
@@ -342,7 +344,7 @@ def test_a_step_that_is_no_number_changes_no_weight_and_is_told(loaded, settings
     objective = Broken(fresh(loaded, config), {2}, how)
     machine = accelerate.Accelerator(cpu=True)
     weights, records = [], []
-    for record in train.train(
+    for record in train.Training(
         objective, loaded.pair.teacher, loaded.train, 3, config, machine, budget.Clock(), loaded.pair.pads
     ):
         records.append(record)
@@ -360,7 +362,7 @@ def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, setting
     objective = Broken(fresh(loaded, config), {1, 3, 4, 5}, "loss")
     machine, told = accelerate.Accelerator(cpu=True), []
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* kd not finite .*lower learning_rate"):
-        for record in train.train(
+        for record in train.Training(
             objective, loaded.pair.teacher, loaded.train, 9, config, machine, budget.Clock(), loaded.pair.pads
         ):
             told.append(record.step)

@@ -1,0 +1,64 @@
+"""The end of a run, or of a session: verdict, student, report."""
+
+from kdlib import evaluate, export, models, records, report, verdict
+from kdlib.leg import CONTROL
+
+
+def best_of(legs):
+    """The distilled leg with the best weights so far, None where none has any."""
+    ready = [leg for leg in legs if leg.name != CONTROL and leg.best_weights is not None]
+    return min(ready, key=lambda leg: leg.best, default=None)
+
+
+def conclude(config, inputs, folder, scores, pairs, start_weights):
+    """The content of `verdict.json`, from the test `scores` before training and `pairs` of finished legs `(distilled,
+    control or None)`. `folder` (a `records.RunFolder`, or None for a process that does not write) gets student and report.
+    """
+    compared = [(control.at_compare, distilled.at_compare) for distilled, control in pairs if control]
+    chosen = best_of(distilled for distilled, _ in pairs)
+    scores = {
+        **scores,
+        "ce_only": verdict.mean_score([ce for ce, _ in compared]) if compared else None,
+        "distilled": verdict.mean_score([distilled.at_end for distilled, _ in pairs]),
+    }
+    answer = verdict.make_verdict(config.control, scores, compared)
+    answer["alignment"] = inputs.alignment
+    answer["train_s"] = {leg.name: leg.compare_s for leg in pairs[0] if leg}
+    answer["steps"] = {leg.name: leg.compare_step for leg in pairs[0] if leg}
+    answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
+    control = pairs[chosen.repeat][1]
+    students = {"student_before": start_weights, "distilled": chosen.best_weights}
+    answer["samples"] = _samples(inputs, students | ({"ce_only": control.best_weights} if control else {}))
+    if folder:
+        write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
+        records.write_json(folder.path / "verdict.json", answer)
+        report.write_report(folder.path)
+    return answer
+
+
+def export_so_far(config, course, folder, clock):
+    """Student and report of a run that is not over."""
+    started = clock.now()
+    best = best_of(course.legs)
+    if best:
+        write_student(course.pair, best, folder, export.model_card(config, None))
+        report.write_report(folder.path)
+        course.budget.took("export", clock.now() - started)
+
+
+def write_student(pair, leg, folder, card):
+    """Export the best weights of a leg as `student/`."""
+    models.put_back(pair.student, leg.best_weights)
+    export.save_student(pair.student, pair.student_reader.tokenizer, folder.path / "student", card)
+
+
+def _samples(inputs, students):
+    """What teacher and students write after the same beginning of a held-out text."""
+    pair = inputs.pair
+    tokenizer = pair.student_reader.tokenizer
+    before = evaluate.opening(inputs.test, tokenizer)
+    told = {"teacher": evaluate.continue_text(pair.teacher.model, pair.teacher.reader.tokenizer, before)}
+    for name, weights in students.items():
+        models.put_back(pair.student, weights)
+        told[name] = evaluate.continue_text(pair.student, tokenizer, before)
+    return {"opening": before, **told}

@@ -1,0 +1,264 @@
+"""Every student of a run in its turn: evaluations, training, tests. Left at any of its pauses, it can be gone on with."""
+
+import copy
+import gc
+import itertools
+import statistics
+
+import accelerate
+
+from kdlib import evaluate, inputs, memory, models, plan
+from kdlib.leg import CONTROL, DISTILLED, Leg
+from kdlib.train import Training
+
+CALIBRATION_BLOCKS, CALIBRATION_STEPS = 6, 5
+
+
+class Course:
+    """The students of a run: `legs` so far, test `scores` before training, the `training` under way.
+
+    `run()` is a generator of lists of records, each at a point where nothing is half-done: there `groups` and `facts` are
+    all that another `Course` needs to `restore`. `scorer` is a `leg.Scorer`, `budget` is told what everything takes.
+    """
+
+    def __init__(self, config, loaded, accelerator, clock, budget, scorer):
+        self.config, self.inputs, self.accelerator, self.clock = config, loaded, accelerator, clock
+        self.pair, self.budget, self.scorer = loaded.pair, budget, scorer
+        self.start_weights = models.copy_of(self.pair.student)
+        self.legs, self.scores, self.training, self.left_off = [], {}, None, None
+        self.predicted_bytes = None
+
+    @property
+    def step(self):
+        """Optimizer steps taken by all students."""
+        return sum(leg.step for leg in self.legs)
+
+    def place(self):
+        """Where it is, as records say it."""
+        return {name: value for name, value in self._at(self.legs[-1]).items() if name != "elapsed_s"}
+
+    def groups(self):
+        """Tensors to keep, in groups. Every process must ask."""
+        best = {f"best_{i}": leg.best_weights for i, leg in enumerate(self.legs) if leg.best_weights is not None}
+        return best | self.training.tensors()
+
+    def facts(self):
+        """The same, of what is no tensor."""
+        return {
+            "scores": {name: score.to_dict() for name, score in self.scores.items()},
+            "legs": [leg.facts() for leg in self.legs],
+            "training": self.training.facts(),
+        }
+
+    def restore(self, groups, facts, records):
+        """Be where another course was; `records` are all of the run until then."""
+        self.scores = {name: evaluate.Score.from_dict(score) for name, score in facts["scores"].items()}
+        for place, known in enumerate(facts["legs"]):
+            self.legs.append(Leg.from_facts(known, groups.get(f"best_{place}"), records))
+        self.left_off = groups, facts["training"]
+
+    def run(self):
+        """Whatever is still to be done before the verdict."""
+        if not self.scores:
+            yield self._before()
+        for place, (name, repeat) in enumerate(self._order()):
+            if place == len(self.legs):
+                self.legs.append(self._new_leg(name, repeat))
+            if not self.legs[place].done:
+                yield from self._train(self.legs[place])
+                self._drop_weights()
+
+    def pairs(self):
+        """`(distilled, control or None)` of every repeat that is over."""
+        size = 1 if self.config.control == "off" else 2
+        done = [self.legs[i : i + size] for i in range(0, len(self.legs) // size * size, size)]
+        return [(pair[0], pair[1] if size == 2 else None) for pair in done if all(leg.done for leg in pair)]
+
+    def _order(self):
+        names = (DISTILLED,) if self.config.control == "off" else (DISTILLED, CONTROL)
+        return [(name, repeat) for repeat in range(self.config.repeats) for name in names]
+
+    def _before(self):
+        """What teacher and student know before training."""
+        known = self.scorer.teacher("validation")
+        scores = {
+            "teacher": self.scorer.teacher("test"),
+            "student_before": self.scorer.student("test"),
+        }
+        self.scores = scores
+        at = {"kind": "eval", "repeat": 0, "step": 0, "elapsed_s": 0.0}
+        found = [{**at, "run": "teacher", "split": "validation", **known.summary()}]
+        return found + [{**at, "run": name, "split": "test", **score.summary()} for name, score in scores.items()]
+
+    def _new_leg(self, name, repeat):
+        steps = self.config.max_steps
+        compare = steps if self.config.control != "short" else max(1, round(plan.SHORT * steps))
+        if name == CONTROL:  # as many plain steps as fit into the same wall-clock, by a paired measurement
+            distilled, ratio = self.legs[-1], self._step_cost_ratio()
+            compare = max(1, round(distilled.compare_step * ratio))
+            return Leg(name, repeat, max(1, round(steps * ratio)), compare, compare)
+        return Leg(name, repeat, steps, steps, compare)
+
+    def _step_cost_ratio(self):
+        """Seconds of a distilled step over seconds of a plain one, on copies that are thrown away: short blocks of both
+        kinds in turn, so that a machine whose speed drifts favours neither; the first step of a block, whose caches the
+        other kind has filled, does not count. The ratio of the medians. With a curriculum all parts are on: the
+        control rather gets a little more time than it is due.
+        """
+        streams = []
+        for config in (self.config.replace(use_curriculum=False), self.config.plain()):
+            student = copy.deepcopy(self.pair.student)
+            models.put_back(student, self.start_weights)
+            streams.append(iter(self._training(inputs.make_objective(self.pair, config, student), config, 10**6)))
+        seconds = [[], []]
+        for _ in range(CALIBRATION_BLOCKS):
+            for kind, stream in enumerate(streams):
+                self.scorer.tick()
+                block = [step.step_s for step in itertools.islice(stream, CALIBRATION_STEPS)]
+                seconds[kind] += block[1:]
+        self._free()
+        distilled, plain = map(statistics.median, seconds)
+        return accelerate.utils.broadcast_object_list([distilled / max(plain, 1e-9)])[0]
+
+    def _training(self, objective, config, num_steps):
+        teacher = self.pair.teacher if config.needs_teacher else None
+        return Training(
+            objective, teacher, self.inputs.train, num_steps, config, self.accelerator, self.clock, self.pair.pads
+        )
+
+    def _train(self, leg):
+        """Train one leg from where it is to its last step."""
+        config = (self.config if leg.name == DISTILLED else self.config.plain()).replace(
+            seed=self.config.seed + leg.repeat
+        )
+        leg.watch.micro_batch = config.batch_size if leg.step == 0 else leg.watch.micro_batch
+        models.put_back(self.pair.student, self.start_weights)
+        accelerate.utils.set_seed(config.seed)
+        training = self._training(inputs.make_objective(self.pair, config), config, leg.num_steps)
+        if self.left_off and leg is self.legs[-1]:
+            groups, facts = self.left_off
+            training.restore(groups, facts)
+        self.training, self.left_off = training, None
+        yield self._room(leg)
+        yield from self._duties(leg)
+        if leg.step < leg.last_step:
+            for step in training:
+                leg.step = step.step
+                leg.train_s += step.step_s
+                leg.num_tokens += step.num_tokens
+                self.budget.took("step", step.step_s)
+                told = step.step % config.log_steps == 0 or leg.step == leg.last_step or step.skipped
+                yield self._watched(leg, self._train_record(leg, step)) if told else []
+                yield from self._duties(leg)
+                if leg.step == leg.last_step:
+                    break
+
+    def _room(self, leg):
+        """Predict the memory that training will take; the alert of a leg that begins without enough of it."""
+        now = memory.usage(self.accelerator.device)
+        self.predicted_bytes = (now["used_bytes"] or 0) + self.training.predicted_bytes()
+        if leg.step or self.predicted_bytes <= now["total_bytes"]:
+            return []
+        wanted, there = (f"{size / 2**30:.1f} GiB" for size in (self.predicted_bytes, now["total_bytes"]))
+        meaning = f"training will take about {wanted} of memory, and there are {there}"
+        advice = "nothing is lost: the batch is halved when memory runs out. Or lower batch_size or max_length now"
+        return [{"kind": "alert", **self.place(), "sign": "memory", "part": None, "meaning": meaning, "advice": advice}]
+
+    def _duties(self, leg):
+        """What is due at the step where a leg is, and was not done yet: evaluation, early end, tests."""
+        if leg.evaluated < leg.step and self.evaluation_due(leg, leg.step):
+            yield self.evaluate(leg)
+        if 0 < self.config.early_stopping_patience <= leg.since_best and leg.step:
+            leg.last_step, leg.compare_step = leg.step, min(leg.step, leg.compare_step)
+        if leg.step >= leg.compare_step and leg.at_compare is None:
+            leg.at_compare, leg.compare_s = self._test(leg), leg.train_s
+            yield [self._test_record(leg, leg.at_compare)]
+        if leg.step >= leg.last_step and leg.at_end is None:
+            leg.at_end = leg.at_compare if leg.compare_step == leg.last_step else self._test(leg)
+            yield [] if leg.at_end is leg.at_compare else [self._test_record(leg, leg.at_end)]
+
+    def evaluation_due(self, leg, step):
+        """Whether a leg is to be scored at this step. The control is scored as often as its student, over its own steps."""
+        every = max(1, round(self.eval_steps * leg.num_steps / self.config.max_steps))
+        return step % every == 0 or step in (leg.compare_step, leg.last_step)
+
+    @property
+    def eval_steps(self):
+        return self.config.eval_steps or max(1, round(self.config.max_steps / 20))
+
+    def evaluate(self, leg):
+        """Validation records of the weights as they are, and of their average; the better ones are kept where they are the
+        best so far.
+        """
+        scores = [(False, self.pair.student, self.scorer.student("validation"))]
+        if self.training.average and leg.step:
+            averaged = self.training.average.module
+            scores.append((True, averaged, self.scorer.student("validation", averaged)))
+        leg.evaluated = leg.step
+        leg.since_best += 1
+        found = []
+        for is_average, model, score in scores:
+            if score.bits_per_byte < leg.best:
+                leg.best, leg.best_step, leg.best_averaged, leg.since_best = (
+                    score.bits_per_byte,
+                    leg.step,
+                    is_average,
+                    0,
+                )
+                leg.best_weights = models.copy_of(model)
+            facts = {"split": "validation", "averaged": is_average, "progress": leg.step / leg.last_step}
+            record = {"kind": "eval", **self._at(leg), **facts, **score.summary()}
+            found += [record] if is_average else self._watched(leg, record)
+        return found
+
+    def _test(self, leg):
+        return self.scorer.student_with(leg.best_weights, "test")
+
+    def _test_record(self, leg, score):
+        return {"kind": "eval", **self._at(leg), "split": "test", "averaged": leg.best_averaged, **score.summary()}
+
+    def _watched(self, leg, record):
+        """The record, and the alerts it raises."""
+        return [record, *leg.watch.see(record)]
+
+    def _at(self, leg):
+        return {"run": leg.name, "repeat": leg.repeat, "step": leg.step, "elapsed_s": leg.train_s}
+
+    def _train_record(self, leg, step):
+        facts = {name: value for name, value in vars(step).items() if name not in ("step", "step_s")}
+        return {
+            "kind": "train",
+            **self._at(leg),
+            **facts,
+            "last_step": leg.last_step,
+            "tokens_per_s": step.num_tokens / max(step.step_s, 1e-9),
+            "left_s": self.seconds_left(leg),
+            "memory": {**memory.usage(self.accelerator.device), "predicted_bytes": self.predicted_bytes},
+        }
+
+    def seconds_left(self, leg, saving=0.0):
+        """Seconds to the end of the run, as far as this leg tells; `saving`: the share of the time that checkpoints take."""
+        return plan.seconds_left(self.config, self.eval_steps, leg, self.budget.costs, saving)
+
+    def outlook(self, num_sessions, saving):
+        """The plan (`plan.outlook`) as it looks from session `num_sessions`."""
+        leg = self.legs[-1]
+        steps = leg.last_step - leg.step + (self.config.repeats - 1 - leg.repeat) * self.config.max_steps
+        tokens = round(steps * leg.num_tokens / leg.step)
+        speed = leg.step / max(leg.train_s, 1e-9)
+        return plan.outlook(self.seconds_left(leg, saving), self.budget, num_sessions, speed, tokens)
+
+    def _drop_weights(self):
+        """Let go of the training that is over, and of weights that no verdict will ask for."""
+        self.training = None
+        self._free()
+        pairs = self.pairs()
+        chosen = min((distilled for distilled, _ in pairs), key=lambda leg: leg.best, default=None)
+        for pair in pairs:
+            for leg in pair if pair[0] is not chosen else ():
+                if leg:
+                    leg.best_weights = None
+
+    def _free(self):
+        self.accelerator.free_memory()
+        gc.collect()

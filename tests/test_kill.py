@@ -1,0 +1,108 @@
+"""SIGKILL at any instant: the run goes on from its last whole checkpoint, and ends as if nothing had happened."""
+
+import multiprocessing
+import random
+import sys
+import time
+
+import pytest
+import torch
+
+from kdlib import checkpoint, records, session
+from kdlib.config import Config
+
+SAVE_STEPS = 3
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["kdlib.session"])
+
+
+def drive(settings, out, by_the_clock):
+    """In a process of its own: the run, to its end. `by_the_clock`: saves behind the training, as often as they come."""
+    torch.set_num_threads(1)
+    if by_the_clock:
+        session.SAVE_EVERY_S, session.SAVE_SHARE = 0.05, 1.0
+    for _ in session.distill(Config.from_dict(settings), out):
+        pass
+
+
+def killed(settings, out, by_the_clock, chance, aimed):
+    """Start the run in a process and kill it: at a random instant, or (`aimed`) while a checkpoint is half-written. Whether
+    it was still running.
+    """
+    process = CONTEXT.Process(target=drive, args=(settings, out, by_the_clock))
+    process.start()
+    begun = time.monotonic()
+    while not (out / "status.json").exists() and process.is_alive() and time.monotonic() - begun < 60:
+        time.sleep(0.002)
+    if aimed:
+        skipped = chance.randrange(4)
+        while process.is_alive() and skipped >= 0:
+            skipped -= any((out / "checkpoints").glob("*.tmp"))
+            time.sleep(chance.random() * 0.002)
+    else:
+        process.join(chance.random() * 2.5)
+    was_running = process.is_alive()
+    process.kill()
+    process.join()
+    return was_running
+
+
+def check_what_is_left(out, by_the_clock):
+    """The newest checkpoint is whole, and no more than one interval of the recorded steps is lost. The steps lost."""
+    path, groups, facts, broken = checkpoint.newest(out / "checkpoints")
+    assert broken == {}
+    recorded = records.read_records(out / "records.jsonl") if (out / "records.jsonl").exists() else []
+    done = max((r["step"] for r in recorded if r["kind"] == "train"), default=0)
+    if path is None:
+        assert done <= SAVE_STEPS
+        return done
+    assert set(groups) >= {"student", "optimizer", "random"}
+    saved = facts["course"]["training"]["step"]
+    assert path.name == checkpoint.folder_name(saved)
+    if not by_the_clock:
+        assert done - saved <= SAVE_STEPS
+    return done - saved
+
+
+def kill_many_times(settings, folder, count):
+    """`count` kills over as many runs as it takes, half of them into a save; every run that ends is compared with one that
+    was never killed. Counts of what happened.
+    """
+    chance = random.Random(0)
+    settings = Config.from_dict({**settings, "control": "off", "max_steps": 90, "save_steps": SAVE_STEPS}).to_dict()
+    drive(settings, folder / "whole", False)
+    wanted = (folder / "whole" / "student" / "model.safetensors").read_bytes()
+    seen = {"kills": 0, "into a save": 0, "most steps lost": 0, "runs ended": 0}
+    number = 0
+    while seen["kills"] < count:
+        number += 1
+        by_the_clock = number % 2 == 0
+        values = {**settings, "save_steps": 0} if by_the_clock else settings
+        out = folder / f"run{number}"
+        for _ in range(8):
+            if not killed(values, out, by_the_clock, chance, aimed=seen["kills"] % 2 == 0):
+                break
+            seen["kills"] += 1
+            seen["into a save"] += any((out / "checkpoints").glob("*.tmp"))
+            lost = check_what_is_left(out, by_the_clock)
+            seen["most steps lost"] = max(seen["most steps lost"], 0 if by_the_clock else lost)
+        drive(values, out, by_the_clock)
+        assert records.read_json(out / "status.json")["state"] == "complete"
+        assert (out / "student" / "model.safetensors").read_bytes() == wanted
+        steps = [r["step"] for r in records.read_records(out / "records.jsonl") if r["kind"] == "train"]
+        assert steps == list(range(1, 91))
+        seen["runs ended"] += 1
+    return seen
+
+
+def test_a_killed_run_goes_on(settings, tmp_path):
+    seen = kill_many_times(settings, tmp_path, 8)
+    assert seen["into a save"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_killed_a_hundred_times_goes_on(settings, tmp_path, capsys):
+    seen = kill_many_times(settings, tmp_path, 100)
+    assert seen["into a save"] >= 25
+    with capsys.disabled():
+        sys.stdout.write(f"\n{seen}\n")
