@@ -57,11 +57,13 @@ def seconds_of(duration):
 
 
 class Budget:
-    """A session of so many seconds, counted from `started`, and what each kind of task was seen to cost in it."""
+    """A session of so many seconds, counted from `started`, and what each kind of task was seen to cost; `guesses` stand in
+    for what was not seen yet.
+    """
 
-    def __init__(self, seconds, clock, started, costs=()):
+    def __init__(self, seconds, clock, started, costs=(), guesses=()):
         self.seconds, self.clock, self.started = seconds, clock, started
-        self.costs = dict(costs)
+        self.costs, self.guesses = dict(costs), dict(guesses)
 
     def took(self, task, seconds):
         """Note what a task took. A cost is the highest of late."""
@@ -75,10 +77,15 @@ class Budget:
 
     def margin(self):
         """Seconds that are planned for nothing: a share of the session, and two steps of the longest kind."""
-        return 0.0 if math.isinf(self.seconds) else MARGIN * self.seconds + 2.0 * self.costs.get("step", 0.0)
+        return 0.0 if math.isinf(self.seconds) else MARGIN * self.seconds + 2.0 * self.expected("step")
+
+    def expected(self, task):
+        """Seconds that a task will take, as far as is known."""
+        return self.costs.get(task, self.guesses.get(task, 0.0))
 
     def cost(self, *tasks):
-        return SAFETY * sum(self.costs.get(task, 0.0) for task in tasks)
+        """Seconds to set aside for these tasks."""
+        return SAFETY * sum(map(self.expected, tasks))
 
     def allows(self, *tasks):
         """Whether these tasks, one after the other, are done before the session ends, with the margin left over."""

@@ -1,7 +1,6 @@
 """Every student of a run in its turn: evaluations, training, tests. Left at any of its pauses, it can be gone on with."""
 
 import copy
-import gc
 import itertools
 import statistics
 
@@ -238,7 +237,7 @@ class Course:
 
     def seconds_left(self, leg, saving=0.0):
         """Seconds to the end of the run, as far as this leg tells; `saving`: the share of the time that checkpoints take."""
-        return plan.seconds_left(self.config, self.eval_steps, leg, self.budget.costs, saving)
+        return plan.seconds_left(self.config, self.eval_steps, leg, self.budget.expected, saving)
 
     def outlook(self, num_sessions, saving):
         """The plan (`plan.outlook`) as it looks from session `num_sessions`."""
@@ -261,4 +260,3 @@ class Course:
 
     def _free(self):
         self.accelerator.free_memory()
-        gc.collect()

@@ -18,11 +18,11 @@ def guessed_costs(weight_bytes):
     return {task: seconds + times[task] * weight_bytes / GUESS_BYTES_PER_S for task, seconds in GUESSED_S.items()}
 
 
-def seconds_left(config, eval_steps, leg, costs, saving=0.0):
+def seconds_left(config, eval_steps, leg, expected, saving=0.0):
     """Seconds to the end of the run, from the mean step of the `leg` in training: steps, evaluations, tests, the end.
 
-    `costs` are seconds of `evaluate`, `test` and `conclude`; `saving` is the share of the training time that checkpoints
-    take.
+    `expected(task)` gives the seconds of `evaluate`, `test` and `conclude`; `saving` is the share of the training time that
+    checkpoints take.
     """
     control = CONTROL_SHARE[config.control]
     distilled = leg.train_s / max(1, leg.step) * leg.last_step
@@ -34,8 +34,8 @@ def seconds_left(config, eval_steps, leg, costs, saving=0.0):
     training = own + (config.repeats - 1 - leg.repeat) * distilled * (1.0 + control)
     evaluations = math.ceil(config.max_steps / eval_steps) * training / max(distilled, 1e-9)
     tests = (2.0 if config.control == "short" else 1.0) * training / max(distilled, 1e-9)
-    rest = costs.get("conclude", costs.get("test", 0.0) + costs.get("export", 0.0))
-    return training * (1.0 + saving) + evaluations * costs.get("evaluate", 0.0) + tests * costs.get("test", 0.0) + rest
+    rest = evaluations * expected("evaluate") + tests * expected("test") + expected("conclude")
+    return training * (1.0 + saving) + rest
 
 
 def outlook(left_s, session, num_sessions, steps_per_s, num_tokens):

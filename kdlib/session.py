@@ -84,8 +84,8 @@ class Session:
         columns = loaded.pair.head.num_rows + loaded.pair.teacher.head.num_rows
         chunk = facts.get("chunk") or fused.rows_at_once(columns, self.accelerator.device, config.loss_chunk_size)[0]
         weight_bytes = sum(p.numel() * p.element_size() for p in loaded.pair.student.parameters())
-        costs = {**plan.guessed_costs(weight_bytes), **status.get("costs", {})}
-        self.budget = budget.Budget(budget.seconds_of(config.time_budget), self.clock, self.started, costs)
+        seconds, guesses = budget.seconds_of(config.time_budget), plan.guessed_costs(weight_bytes)
+        self.budget = budget.Budget(seconds, self.clock, self.started, status.get("costs", {}), guesses)
         scorer = Scorer(loaded, chunk, self.budget, facts.get("halvings", 0), self._tick)
         self.writer = checkpoint.Writer(self.clock)
         self.course = Course(self.config, loaded, self.accelerator, self.clock, self.budget, scorer)
@@ -206,7 +206,7 @@ class Session:
     def _make_plan(self):
         leg = self.course.legs[-1]
         between = self.config.save_steps * leg.train_s / max(1, leg.step) or self._save_every_s()
-        self.outlook = self.course.outlook(self.num_sessions, self.budget.costs["save"] / max(between, 1e-9))
+        self.outlook = self.course.outlook(self.num_sessions, self.budget.expected("save") / max(between, 1e-9))
 
     def _time_is_up(self):
         used, whole = budget.spoken(self.budget.used()), budget.spoken(self.budget.seconds)
@@ -236,7 +236,7 @@ class Session:
         return not self.was_saved or self.clock.now() - self.saved_at >= self._save_every_s()
 
     def _save_every_s(self):
-        return max(SAVE_EVERY_S, self.budget.costs["save"] / SAVE_SHARE)
+        return max(SAVE_EVERY_S, self.budget.expected("save") / SAVE_SHARE)
 
     def _save(self):
         """Begin a checkpoint: the state is copied now and written behind the training. The first one is waited for: it shows

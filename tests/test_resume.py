@@ -99,6 +99,16 @@ def test_a_run_cut_off_anywhere_ends_as_if_it_never_was(with_dropout, tmp_path, 
     check_cut(settings, tmp_path / "often", [b - a for a, b in zip([0, *places], places, strict=False)], wanted, told)
 
 
+def test_the_best_weights_may_lie_before_the_cut(settings, tmp_path):
+    """At a rate at which a run falls apart, what is exported was learned in the session before."""
+    settings = {**settings, **PLAN, "learning_rate": 5.0, "eval_steps": 1, "control": "off"}
+    whole = distil(settings, tmp_path / "whole")
+    assert whole[-1]["exported"]["step"] < 6
+    distil(settings, tmp_path / "cut", 6)
+    assert distil(settings, tmp_path / "cut")[-1]["exported"] == whole[-1]["exported"]
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+
+
 def check_cut(settings, out, cuts, wanted, told):
     for number, cut in enumerate(cuts):
         found = distil(settings, out, cut)

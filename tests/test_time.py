@@ -189,7 +189,10 @@ def test_a_budget_adds_up():
         def now(self):
             return 100.0
 
-    told = budget.Budget(1000.0, Still(), 40.0, {"save": 10.0})
+    told = budget.Budget(1000.0, Still(), 40.0, {"save": 10.0}, {"save": 99.0, "export": 4.0})
+    assert told.cost("export") == 5.0
+    told.took("export", 2.0)
+    assert told.cost("export") == 2.5
     assert (told.used(), told.left(), told.margin(), told.cost("save", "unknown")) == (60.0, 940.0, 20.0, 12.5)
     told.took("step", 4.0)
     told.took("step", 3.0)
@@ -206,7 +209,7 @@ def test_the_plan_counts_what_is_left():
         name, repeat, step, last_step, train_s = "distilled", 0, 10, 100, 50.0
 
     config = Config(max_steps=100, control="short", repeats=2)
-    left = plan.seconds_left(config, 10, Leg, {"evaluate": 2.0, "test": 3.0, "conclude": 7.0}, saving=0.1)
+    left = plan.seconds_left(config, 10, Leg, {"evaluate": 2.0, "test": 3.0, "conclude": 7.0}.get, saving=0.1)
     training = 450.0 + 0.1 * 500.0 + 1.1 * 500.0  # what is left of it, its control, the second pair
     assert left == pytest.approx(1.1 * training + (10 * 2.0 + 2 * 3.0) * training / 500.0 + 7.0)
 

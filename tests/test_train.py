@@ -367,3 +367,12 @@ def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, setting
         ):
             told.append(record.step)
     assert told == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 13, 14, 22])
+def test_the_order_of_the_text_can_be_entered_anywhere(loaded, start):
+    """Within an epoch, at its last step, and right after it."""
+    windows = loaded.train[:30]
+    every = list(itertools.islice(train.steps_of(windows, 4, 3), 30))
+    assert len(windows) // 4 == 7
+    assert list(itertools.islice(train.steps_of(windows, 4, 3, start), 30 - start)) == every[start:]
