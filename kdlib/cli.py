@@ -46,8 +46,8 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("kdlib: stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 0
+        print("kdlib: stopped", file=sys.stderr)
+        return 1
     except Exception:  # noqa: BLE001 - the run is over; its status.json says so
         traceback.print_exc()
         print("kdlib: the run failed; the lines above say where, status.json says why", file=sys.stderr)
@@ -136,11 +136,24 @@ def quiet():
 
 def _drive(config, out, clock, wanted):
     """Run the session and show it: a bar a leg with the time left of the whole run, then the verdict."""
-    from kdlib.env import is_main_process
+    from kdlib.records import RunFolder
     from kdlib.session import distill
 
+    try:
+        _show(distill(config, out, clock, wanted), config, out)
+    except KeyboardInterrupt:
+        status = RunFolder(out).last_status()
+        if status.get("state") != "paused":
+            raise
+        print(f"\nPaused: {status['reason']}.")
+    return 0
+
+
+def _show(run, config, out):
+    from kdlib.env import is_main_process
+
     bar, leg = None, None
-    for record in distill(config, out, clock, wanted):
+    for record in run:
         if not is_main_process():
             continue
         if record["kind"] == "start":
@@ -163,7 +176,6 @@ def _drive(config, out, clock, wanted):
             if bar is not None:
                 bar.close()
             _tell(record, out) if record["kind"] == "verdict" else print(f"\nPaused: {record['reason']}.")
-    return 0
 
 
 def _tell_start(start):

@@ -32,6 +32,11 @@ class Course:
         """Optimizer steps taken by all students."""
         return sum(leg.step for leg in self.legs)
 
+    def summary(self):
+        """What there is to do, and where it is."""
+        plan_of = {"num_windows": len(self.inputs.train), "max_steps": self.config.max_steps}
+        return {**plan_of, "alignment": self.inputs.alignment, "step": self.step}
+
     def place(self):
         """Where it is, as records say it."""
         return {name: value for name, value in self._at(self.legs[-1]).items() if name != "elapsed_s"}

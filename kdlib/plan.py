@@ -12,10 +12,10 @@ GUESS_BYTES_PER_S, GUESSED_S = 50e6, {"save": 1.0, "export": 3.0, "conclude": 5.
 """What saving and ending take before anything was measured: speed of a disk, and seconds besides."""
 
 
-def guessed_costs(weight_bytes):
-    """Seconds to save a run whose student has so many bytes (weights, two moments, an average, the best), and to end it."""
+def guessed_costs(num_weights):
+    """Seconds to save a run whose student has so many weights (with two moments, an average, the best), and to end it."""
     times = {"save": 6, "export": 1, "conclude": 1}
-    return {task: seconds + times[task] * weight_bytes / GUESS_BYTES_PER_S for task, seconds in GUESSED_S.items()}
+    return {task: seconds + times[task] * 4 * num_weights / GUESS_BYTES_PER_S for task, seconds in GUESSED_S.items()}
 
 
 def seconds_left(config, eval_steps, leg, expected, saving=0.0):

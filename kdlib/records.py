@@ -54,9 +54,12 @@ class Records:
             return file.tell()
 
     def cut(self, position):
-        """Forget what was written after `position`: steps that were lost, and will be taken again."""
-        if self.path.exists() and self.path.stat().st_size > position:
-            os.truncate(self.path, position)
+        """Forget what was written after `position`: steps that were lost, and will be taken again. A file that is shorter
+        ends with its last whole line.
+        """
+        if self.path.exists():
+            text = self.path.read_bytes()[:position]
+            os.truncate(self.path, text.rfind(b"\n") + 1)
 
 
 def read_records(path):

@@ -19,6 +19,13 @@ LIVE = weakref.WeakValueDictionary()
 """Sessions of this process that are not over, by folder: one that nobody drives any more gives way to the next."""
 
 
+@atexit.register
+def leave_all():
+    """As the process ends: save what nobody will drive any more."""
+    for session in list(LIVE.values()):
+        session.leave("its process ended")
+
+
 class Paused(Exception):
     """The session ends here, with nothing half-done; the text says why."""
 
@@ -83,8 +90,10 @@ class Session:
             facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
         columns = loaded.pair.head.num_rows + loaded.pair.teacher.head.num_rows
         chunk = facts.get("chunk") or fused.rows_at_once(columns, self.accelerator.device, config.loss_chunk_size)[0]
-        weight_bytes = sum(p.numel() * p.element_size() for p in loaded.pair.student.parameters())
-        seconds, guesses = budget.seconds_of(config.time_budget), plan.guessed_costs(weight_bytes)
+        seconds, guesses = (
+            budget.seconds_of(config.time_budget),
+            plan.guessed_costs(loaded.pair.student.num_parameters()),
+        )
         self.budget = budget.Budget(seconds, self.clock, self.started, status.get("costs", {}), guesses)
         scorer = Scorer(loaded, chunk, self.budget, facts.get("halvings", 0), self._tick)
         self.writer = checkpoint.Writer(self.clock)
@@ -137,7 +146,6 @@ class Session:
             if self.found:
                 resume.take_over(self.found, self.folder)
             LIVE[str(self.folder.path.resolve())] = self
-            atexit.register(self.leave, "its process ended")
 
     def _run(self):
         course, facts = self.course, (self.found and self.found.facts) or None
@@ -145,16 +153,9 @@ class Session:
             path = self.folder.records.path
             course.restore(self.found.groups, facts["course"], records.read_records(path) if path.exists() else [])
             self.found.groups, self.saved_step = None, course.step
-        yield {
-            "kind": "start",
-            "num_windows": len(course.inputs.train),
-            "max_steps": self.config.max_steps,
-            "alignment": course.inputs.alignment,
-            "session": self.num_sessions,
-            "step": course.step,
-            "resumed": self.found.path.name if facts else None,
-            "notes": self.notes,
-        }
+        resumed = self.found.path.name if facts else None
+        told = {"session": self.num_sessions, "resumed": resumed, "notes": self.notes}
+        yield {"kind": "start", **course.summary(), **told}
         if facts:
             yield from self._written(self.found.alerts(course.place()))
         for found in course.run():
@@ -331,7 +332,6 @@ class Session:
         self.interrupts.ignore()
         self.writer.close()
         self.folder.release()
-        atexit.unregister(self.leave)
         if LIVE.get(str(self.folder.path.resolve())) is self:
             del LIVE[str(self.folder.path.resolve())]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -212,6 +213,45 @@ def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_pat
     assert cli.main(["distill", *flags(settings), "--out", str(tmp_path / "run")]) == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", f"{kind.__name__}: the card is on fire")
+
+
+@pytest.mark.parametrize(("signals", "step"), [(["SIGINT"], 3), (["SIGTERM"], 3), (["SIGINT", "SIGINT"], 1)])
+def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings, tmp_path, monkeypatch, signals, step):
+    """By the signal that Ctrl-C sends, once or twice: exit status 0, and the same command goes on."""
+    from kdlib import train
+
+    real = train.Training._gradients
+
+    def interrupted(self, *given):
+        if self.step == 2:
+            for name in signals:
+                os.kill(os.getpid(), getattr(signal, name))
+        return real(self, *given)
+
+    words = ["distill", *flags(settings, control="off"), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "_gradients", interrupted)
+        assert cli.main(words) == 0
+    assert re.search(f"Paused: .*; goes on from step-0000000{step}.$", capsys.readouterr().out.strip())
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"Session 2 goes on from step-0000000{step}." in said
+    assert "Student: " in said
+    assert cli.main(words) == 0
+    assert "Student: " in capsys.readouterr().out
+
+
+def test_a_plan_over_several_sessions_is_told(capsys):
+    told = {"steps_per_s": 2.5, "tokens_left": 1_234_567, "left_s": 5000.0, "finish": "2026-11-23", "session": 1}
+    cli._tell_plan({**told, "sessions_needed": 3})
+    assert capsys.readouterr().out.strip() == (
+        "Plan: 2.50 steps a second, 1,234,567 tokens and 1 h 23 min to go, 3 sessions in all; "
+        "done on 2026-11-23 at the earliest."
+    )
+    cli._tell_plan({**told, "sessions_needed": 1})
+    assert "to go, this session;" in capsys.readouterr().out
+    cli._tell_plan({**told, "sessions_needed": None})
+    assert "over before anything is done" in capsys.readouterr().out
 
 
 def test_the_command_runs_as_a_process(tmp_path):
