@@ -59,7 +59,8 @@ class Course:
         self.scores = {name: evaluate.Score.from_dict(score) for name, score in facts["scores"].items()}
         for place, known in enumerate(facts["legs"]):
             self.legs.append(Leg.from_facts(known, groups.get(f"best_{place}"), records))
-        self.left_off = groups, facts["training"]
+        if not self.legs[-1].done:
+            self.left_off = groups, facts["training"]
 
     def run(self):
         """Whatever is still to be done before the verdict."""
@@ -139,9 +140,8 @@ class Course:
         models.put_back(self.pair.student, self.start_weights)
         accelerate.utils.set_seed(config.seed)
         training = self._training(inputs.make_objective(self.pair, config), config, leg.num_steps)
-        if self.left_off and leg is self.legs[-1]:
-            groups, facts = self.left_off
-            training.restore(groups, facts)
+        if self.left_off:
+            training.restore(*self.left_off)
         self.training, self.left_off = training, None
         yield self._room(leg)
         yield from self._duties(leg)
@@ -180,6 +180,11 @@ class Course:
         if leg.step >= leg.last_step and leg.at_end is None:
             leg.at_end = leg.at_compare if leg.compare_step == leg.last_step else self._test(leg)
             yield [] if leg.at_end is leg.at_compare else [self._test_record(leg, leg.at_end)]
+
+    def settled(self, leg):
+        """Whether all that is due at the step where a leg is was done."""
+        tested = (leg.step < leg.compare_step or leg.at_compare) and (leg.step < leg.last_step or leg.done)
+        return bool(tested) and (leg.evaluated == leg.step or not self.evaluation_due(leg, leg.step))
 
     def evaluation_due(self, leg, step):
         """Whether a leg is to be scored at this step. The control is scored as often as its student, over its own steps."""

@@ -230,7 +230,7 @@ class Session:
         return [bool(count) for count in self.accelerator.reduce(counted, "sum").tolist()]
 
     def _save_due(self, leg):
-        if not leg.step or leg.done:
+        if not leg.step or leg.done or not self.course.settled(leg):
             return leg.done
         if self.config.save_steps:
             return leg.step % self.config.save_steps == 0

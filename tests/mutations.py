@@ -191,6 +191,7 @@ MUTANTS = {
     "the newest goes first": ("checkpoint.py", "[:-count]", "[count:]", [CHECKPOINT]),
     "written under its own name": ("checkpoint.py", 'beside = folder / (folder_name(step) + ".tmp")', "beside = folder / folder_name(step)", ["test_kill.py::test_a_killed_run_goes_on"]),
     "another student is no matter": ("identity.py", '"student": of_model(student)', '"student": ""', [f"{RESUME}::test_a_checkpoint_of_another_run_is_refused_and_the_difference_told[student]"]),
+    "the second student goes on with the first one's state": ("course.py", "if not self.legs[-1].done:", "if True:", [f"{RESUME}::test_a_run_cut_off_between_two_students_goes_on_with_the_second"]),
     "any key may change": ("identity.py", "and key not in HARMLESS", "and False", [f"{RESUME}::test_a_checkpoint_of_another_run_is_refused_and_the_difference_told[config]"]),
     "no lock": ("records.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", [f"{RESUME}::test_two_processes_never_work_on_one_folder"]),
     "a full disk fails the run": ("session.py", "error.errno in records.FULL:", "False:", [f"{RESUME}::test_a_full_disk_pauses_the_run_with_its_last_checkpoint"]),

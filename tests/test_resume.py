@@ -99,6 +99,46 @@ def test_a_run_cut_off_anywhere_ends_as_if_it_never_was(with_dropout, tmp_path, 
     check_cut(settings, tmp_path / "often", [b - a for a, b in zip([0, *places], places, strict=False)], wanted, told)
 
 
+@pytest.mark.parametrize("control", ["full", "short"])
+def test_a_run_cut_off_between_two_students_goes_on_with_the_second(with_dropout, tmp_path, monkeypatch, control):
+    """At the test scores of the first, when its checkpoint is the newest one and the control has not begun."""
+    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
+    settings = {**with_dropout, "control": control, "repeats": 2}
+    distil(settings, tmp_path / "whole")
+    run = session.distill(Config.from_dict(settings), tmp_path / "cut")
+    for record in run:
+        if (record["kind"], record.get("split"), record["step"]) == ("eval", "test", settings["max_steps"]):
+            run.close()
+            break
+    assert distil(settings, tmp_path / "cut")[0]["resumed"] == "step-00000012"
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_may_be_cut_off_at_any_of_its_records(with_dropout, tmp_path, monkeypatch):
+    """Every one of them, of every student, evaluation and test. Only the best weights may be older in the last checkpoint:
+    where the cut was right before the last evaluation, that is done again and not saved again.
+    """
+    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
+    settings = {**with_dropout, "control": "short", "repeats": 2, "max_steps": 10, "use_ema": True, "eval_steps": 2}
+    settings |= {"early_stopping_patience": 2, "learning_rate": 0.1}
+    distil(settings, tmp_path / "whole")
+    wanted, told = state_of(tmp_path / "whole"), untimed(tmp_path / "whole")
+    wanted = {name: data for name, data in wanted.items() if not name.startswith("best_")}
+    for number in range(1, len(told) + 1):
+        out = tmp_path / f"cut{number}"
+        run = session.distill(Config.from_dict(settings), out)
+        for _ in range(number + 1):
+            next(run)
+        run.close()
+        assert distil(settings, out)[-1]["kind"] == "verdict"
+        assert untimed(out) == told, number
+        ended = state_of(out)
+        assert {name: ended[name] for name in wanted} == wanted, number
+        shutil.rmtree(out)
+
+
 def test_the_best_weights_may_lie_before_the_cut(settings, tmp_path):
     """At a rate at which a run falls apart, what is exported was learned in the session before."""
     settings = {**settings, **PLAN, "learning_rate": 5.0, "eval_steps": 1, "control": "off"}
