@@ -74,29 +74,41 @@ CONFIGS = {
         "preset": "documents", "use_ema": True, "ema_decay": 0.9, "balance": "auto", "control": "short", "share_steps": 4,
         "kd_method": "projector",
     },
-    "epochs": {"max_length": 32, "max_steps": 0, "epochs": 2.3, "batch_size": 11, "grad_accumulation": 1, "control": "full"},
+    "epochs": {"max_length": 32, "max_steps": 0, "epochs": 2.3, "batch_size": 22, "grad_accumulation": 1, "control": "full"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_run_cut_off_anywhere_ends_as_if_it_never_was(with_dropout, tmp_path, monkeypatch, name):
-    """Each of five places, and all five one after the other in one run: weights, optimizer, average, exported student and
-    records are the same to the last byte.
+    """At five places, one after the other: weights, optimizer, average, exported student and records are the same to the
+    last byte.
     """
+    settings, places, wanted, told = uncut(with_dropout, tmp_path, monkeypatch, name)
+    check_cut(settings, tmp_path / "cut", [b - a for a, b in zip([0, *places], places, strict=False)], wanted, told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_cut_off_once_ends_as_if_it_never_was(with_dropout, tmp_path, monkeypatch, name):
+    """Each of the five places by itself."""
+    settings, places, wanted, told = uncut(with_dropout, tmp_path, monkeypatch, name)
+    for place in places:
+        check_cut(settings, tmp_path / f"cut_{place}", [place], wanted, told)
+
+
+def uncut(values, folder, monkeypatch, name):
+    """The settings of CONFIGS, five places to cut a run, and what it comes to without."""
     monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
-    settings = Config.from_dict({**with_dropout, **CONFIGS[name]}).to_dict()
-    whole = distil(settings, tmp_path / "whole")
+    settings = Config.from_dict({**values, **CONFIGS[name]}).to_dict()
+    whole = distil(settings, folder / "whole")
     assert whole[-1]["kind"] == "verdict"
     num_steps = sum(r["kind"] == "train" for r in whole)
-    wanted, told = state_of(tmp_path / "whole"), untimed(tmp_path / "whole")
+    wanted = state_of(folder / "whole")
     assert {"student.safetensors", "optimizer.safetensors", "random.safetensors", "student/model.safetensors"} <= set(
         wanted
     )
     places = sorted(random.Random(name).sample(range(1, num_steps), 5))
-    for cuts in ([place] for place in places):
-        out = tmp_path / f"cut_{cuts[0]}"
-        check_cut(settings, out, cuts, wanted, told)
-    check_cut(settings, tmp_path / "often", [b - a for a, b in zip([0, *places], places, strict=False)], wanted, told)
+    return settings, places, wanted, untimed(folder / "whole")
 
 
 @pytest.mark.parametrize("control", ["full", "short"])

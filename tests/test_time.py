@@ -103,19 +103,15 @@ def test_the_deadline_is_kept_when_a_task_is_suddenly_slow(long_run, tmp_path, m
     world = World(monkeypatch)
     settings = {**long_run, "time_budget": "20m", "eval_steps": 9}
     run(settings, tmp_path / "usual", world)
-    for before in range(1, 5):
-        world = World(monkeypatch)
-        run(settings, tmp_path / f"counted{before}", world)
-        number = world.counts[task] - before + 1
-        if number < 1:
-            continue
+    last = world.counts[task]
+    for number in range(max(1, last - 2), last + 1):
         world = World(monkeypatch)
         world.slow(task, number, factor)
-        found, took_s = run(settings, tmp_path / f"slow{before}", world)
+        found, took_s = run(settings, tmp_path / f"slow{number}", world)
         assert world.counts[task] >= number
         assert found[-1]["kind"] == "paused"
         assert took_s <= 1200.0
-        _, _, facts, broken = checkpoint.newest(tmp_path / f"slow{before}" / "checkpoints")
+        _, _, facts, broken = checkpoint.newest(tmp_path / f"slow{number}" / "checkpoints")
         assert broken == {}
         assert facts["course"]["training"]["step"] == found[-1]["step"] > 20
 
@@ -165,7 +161,7 @@ def test_the_verdict_waits_for_a_session_that_has_time_for_it(long_run, tmp_path
     world.slow("export", 1, 0.01)
     whole, _ = run(settings, tmp_path / "whole", world)
     found = []
-    for minutes in range(8, 16):
+    for minutes in (8, 10, 13):
         world = World(monkeypatch, export=200.0)
         out = tmp_path / f"run{minutes}"
         while not found or found[-1]["kind"] != "verdict":
