@@ -338,12 +338,12 @@ class Session:
     def _status(self, state, reason):
         if not self.writes:
             return
-        if self.outlook is not None:
-            self._make_plan()
+        if self.outlook is not None and self.course.legs[-1].step:
+            self._make_plan()  # a student that has not begun yet can't tell
         used = self.budget.used()
         self.folder.status(
             state, reason=reason, step=sum(leg.step for leg in self.course.legs if leg.name == DISTILLED),
             max_steps=self.config.max_steps * self.config.repeats, sessions=self.num_sessions,
             elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3), saving_s=round(self.saving_s, 3),
-            plan=self.outlook, costs=self.budget.costs,
+            plan=None if state == "complete" else self.outlook, costs=self.budget.costs,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kdlib import budget, checkpoint, conclusion, env, evaluate, inputs, plan, records, report, session, train
+from kdlib import budget, checkpoint, conclusion, course, env, evaluate, inputs, plan, records, report, session, train
 from kdlib.config import Config
 
 COSTS = {"load": 45.0, "step": 18.0, "evaluation": 20.0, "save": 8.0, "export": 4.0}
@@ -168,6 +168,22 @@ def test_the_verdict_waits_for_a_session_that_has_time_for_it(long_run, tmp_path
             found, _ = run(settings, out, world, time_budget=f"{minutes}m")
         assert found[-1]["bits_per_byte"] == whole[-1]["bits_per_byte"]
         found = []
+
+
+def test_the_plan_goes_on_through_the_control(long_run, tmp_path, monkeypatch):
+    """It is told before the control begins, and what is left then comes to what the control and the verdict take."""
+    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.0)
+    world = World(monkeypatch)
+    settings, left = {**long_run, "control": "full", "max_steps": 12, "eval_steps": 4}, []
+    for record in session.distill(Config.from_dict(settings), tmp_path / "run", world):
+        plan_now = records.read_json(tmp_path / "run" / "status.json")["plan"]
+        if record["kind"] == "eval" and record["run"] == "ce_only" and record["split"] == "validation":
+            left.append((record["step"], plan_now["left_s"]))
+    assert record["kind"] == "verdict"
+    assert plan_now is None
+    assert [step for step, _ in left] == [0, 8, 16, 24]
+    assert left[0][1] == pytest.approx(24 * 18.0, rel=0.6)  # as the distilled student told it: as long as its own steps
+    assert left[2][1] == pytest.approx(8 * 18.0 + 20.0 + 2 * 40.0, rel=0.3)
 
 
 def test_durations():
