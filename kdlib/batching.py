@@ -29,6 +29,8 @@ class Batch:
     teacher_stops: torch.Tensor
     rows_by_window: tuple
     """How many of the N aligned positions lie in each window."""
+    places: tuple
+    """Which windows of their split these are."""
 
     @property
     def num_labels(self):
@@ -85,7 +87,11 @@ def collate(windows, student_pad=0, teacher_pad=0):
         )
     ]
     arrays = (student_ids, student_mask, labels, teacher_ids, teacher_mask, teacher_labels, *places)
-    return Batch(*(torch.from_numpy(array) for array in arrays), tuple(len(w.student_rows) for w in windows))
+    return Batch(
+        *(torch.from_numpy(array) for array in arrays),
+        tuple(len(w.student_rows) for w in windows),
+        tuple(w.place for w in windows),
+    )
 
 
 def _padded(rows, fill):

@@ -1,4 +1,4 @@
-"""The command line: `kdlib demo | distill | evaluate | report`."""
+"""The command line: `kdlib demo | distill | cache | evaluate | report`."""
 
 import ast
 import inspect
@@ -17,14 +17,17 @@ USAGE = """kdlib distils a large language model into a small one that has anothe
 
   kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
   kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict; or the next session of it
+  kdlib cache [CONFIG.json] --out DIR [--key value ...]       the teacher's part of a run, once: the same keys, then
+                                                              distill ... --teacher-cache DIR needs no teacher
   kdlib evaluate --teacher T --student S --dataset D [--json] compare any two models on a text
   kdlib report DIR                                            draw the figures and report.html of a run again
 
 T, S and D are Hugging Face ids or local paths. A run that was paused or cut off goes on when the same command is given
-again (--resume auto); --resume never wants a new folder, --resume DIR goes on with the run or checkpoint in DIR.
+again (--resume auto); --resume never wants a new folder, --resume DIR goes on with the run or checkpoint in DIR. So does a
+cache: --resume A,B takes over parts that others wrote, --writer 2/3 makes this the second of three that share the work.
 Keys of distill and demo, with their defaults:
 """
-PLAIN = ("out", "json", "help", "resume")
+PLAIN = ("out", "json", "help", "resume", "writer")
 
 
 def main(arguments=None):
@@ -88,6 +91,54 @@ def distill(positional, flags):
     return _drive(config, out, Clock(), wanted)
 
 
+def cache(positional, flags):
+    from kdlib.cache import write
+
+    if len(positional) > 1:
+        raise ValueError(f"cache takes one CONFIG.json, got {' '.join(positional)}")
+    others = [part for part in flags.pop("resume", "auto").split(",") if part not in ("", "auto")]
+    writer = _writer(flags.pop("writer", "1/1"))
+    out, _ = _out([], flags)
+    base = Config.from_json(positional[0]).to_dict() if positional else {}
+    config = Config.from_dict({**base, **flags})
+    config.require_inputs()
+    quiet()
+    bar = None
+    for record in write(config, out, Clock(), others, writer):
+        if record["kind"] == "plan":
+            print(
+                f"{record['positions']:,} positions of text, {record['bytes_a_position']} bytes each: "
+                f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} of them to write."
+            )
+        elif record["kind"] == "shard":
+            bar = bar or _bar(record["of"], "shards")
+            bar.n = record["done"]
+            bar.set_postfix_str(f"{spoken(record['left_s'])} left", refresh=False)
+            bar.update(0)
+        else:
+            if bar is not None:
+                bar.close()
+            _tell_cache(record, out)
+    return 0
+
+
+def _tell_cache(record, out):
+    if record["kind"] == "paused":
+        print(f"\nPaused: {record['reason']}; {record['missing']} shards are missing. The same command goes on.")
+    elif record["missing"]:
+        print(f"\nThis writer is done; {record['missing']} shards are for others to write.")
+    else:
+        print(f"\nThe cache is complete. Learn from it: kdlib distill ... --teacher-cache {out}")
+
+
+def _writer(text):
+    """`(0, 3)` of `1/3`."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--writer takes which one this is of how many, as 1/3 to 3/3; got {text!r}")
+    return int(index) - 1, int(count)
+
+
 def evaluate(positional, flags):
     from kdlib import evaluate, inputs
 
@@ -123,7 +174,7 @@ def report(positional, flags):
     return 0
 
 
-COMMANDS = {"demo": demo, "distill": distill, "evaluate": evaluate, "report": report}
+COMMANDS = {"demo": demo, "distill": distill, "cache": cache, "evaluate": evaluate, "report": report}
 
 
 def quiet():
@@ -254,6 +305,8 @@ def _out(positional, flags):
     if "out" not in flags:
         raise ValueError("--out DIR is missing: the folder of the run")
     flags.pop("json", None)
+    if flags.pop("writer", None):
+        raise ValueError("--writer is for kdlib cache")
     return Path(flags.pop("out")), flags.pop("resume", "auto")
 
 

@@ -57,7 +57,7 @@ def _samples(inputs, students):
     pair = inputs.pair
     tokenizer = pair.student_reader.tokenizer
     before = evaluate.opening(inputs.test, tokenizer)
-    told = {"teacher": evaluate.continue_text(pair.teacher.model, pair.teacher.reader.tokenizer, before)}
+    told = {"teacher": evaluate.teacher_says(pair.teacher.of("test"), before)}
     for name, weights in students.items():
         models.put_back(pair.student, weights)
         told[name] = evaluate.continue_text(pair.student, tokenizer, before)

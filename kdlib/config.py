@@ -32,6 +32,9 @@ class Config:
 
     teacher: str = ""
     """Hugging Face id or folder of the teacher: a causal language model with its own tokenizer."""
+    teacher_cache: str = ""
+    """Folders of a teacher cache (`kdlib cache`), separated by commas: the teacher is read from there and never loaded. Its
+    likeliest tokens and one tail stand for its distribution."""
     student: str = ""
     """Hugging Face id or folder of the student: a causal language model with its own tokenizer."""
     dataset: str = ""
@@ -196,7 +199,7 @@ class Config:
     def require_inputs(self):
         """Raise ValueError unless teacher, student and dataset are named."""
         for name in ("teacher", "student", "dataset"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "teacher" and self.teacher_cache):
                 raise ValueError(f"{name} is missing; give --{name} (a Hugging Face id or a local path)")
 
     def replace(self, **changes):

@@ -57,7 +57,8 @@ class Window:
     tokens are predicted by the rows up to (without) `student_stops[i]` and `teacher_stops[i]`; elsewhere these are the rows
     themselves.
     `*_scored` marks the rows whose labels make up exactly the same `num_bytes` bytes on both sides (for bits per byte).
-    `num_positions` counts the student positions that predict text, `document` numbers the document.
+    `num_positions` counts the student positions that predict text, `document` numbers the document, `place` the
+    window within its split.
     """
 
     student_ids: np.ndarray
@@ -73,6 +74,7 @@ class Window:
     num_bytes: int
     num_positions: int
     document: int
+    place: int = 0
 
 
 def make_reader(tokenizer, vocabulary, context=0):

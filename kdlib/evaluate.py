@@ -44,33 +44,36 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Held-out windows in batches, with the teacher's last hidden states at their aligned positions (on the CPU, made
-    once: the teacher does not change). `buckets` are the `vocab.tail_buckets` of the pair; `same[j]` is the student's
-    column with the bytes of teacher column j, or -1.
+    """Held-out windows in batches, with the `TeacherSignal`s at their aligned positions (on the CPU, made once: the teacher
+    does not change): last hidden states that `teacher_head` decodes, or top tokens where that is None. `buckets` are the
+    `vocab.tail_buckets` of the pair; `same[j]` is the student id with the bytes of teacher column j, or -1. `known`: the
+    teacher's own score, where a cache knows it.
     """
 
     batches: list
     windows: list
-    hidden: list
+    signals: list
     teacher_head: object
     student_buckets: torch.Tensor
     teacher_buckets: torch.Tensor
     num_buckets: int
     same: torch.Tensor
     pads: tuple
+    known: Score | None = None
 
     def halved(self):
         """The same text in batches half as large; None where each holds one window already."""
         if max(map(len, self.windows)) == 1:
             return None
-        groups, hidden = [], []
-        for windows, states in zip(self.windows, self.hidden, strict=True):
+        groups, signals = [], []
+        for windows, signal in zip(self.windows, self.signals, strict=True):
             middle = (len(windows) + 1) // 2
-            halves = [half for half in (windows[:middle], windows[middle:]) if half]
-            groups += halves
-            hidden += states.split([sum(len(w.student_rows) for w in half) for half in halves])
+            first = sum(len(w.student_rows) for w in windows[:middle])
+            halves = (windows[:middle], slice(0, first)), (windows[middle:], slice(first, None))
+            groups += [half for half, _ in halves if half]
+            signals += [signal.rows(part) for half, part in halves if half]
         batches = [batching.collate(group, *self.pads) for group in groups]
-        return dataclasses.replace(self, batches=batches, windows=groups, hidden=hidden)
+        return dataclasses.replace(self, batches=batches, windows=groups, signals=signals)
 
 
 def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
@@ -78,13 +81,16 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
     ordered = sorted(windows, key=lambda window: len(window.student_ids))
     groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     batches = [batching.collate(group, *pads) for group in groups]
-    hidden = [teacher(batch).hidden.cpu() for batch in batches]
-    vocabularies = student_head.vocabulary, teacher.head.vocabulary
-    buckets = vocab.tail_buckets(*vocabularies, shared)
-    same = np.full(vocabularies[1].num_rows, -1, dtype=np.int64)
-    same[shared.teacher_ids] = student_head.columns(torch.from_numpy(shared.student_ids)).numpy()
-    ours, theirs = student_head.by_column(buckets.student), teacher.head.by_column(buckets.teacher)
-    return HeldOut(batches, groups, hidden, teacher.head, ours, theirs, buckets.num, teacher.head.by_column(same), pads)
+    signals = [teacher(batch).to("cpu") for batch in batches]
+    buckets = vocab.tail_buckets(student_head.vocabulary, teacher.reader.vocabulary, shared)
+    ours, theirs, same = student_head.by_column(buckets.student), None, None
+    if teacher.head is not None:
+        theirs, same = (
+            teacher.head.by_column(buckets.teacher),
+            teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared)),
+        )
+    known = teacher.known
+    return HeldOut(batches, groups, signals, teacher.head, ours, theirs, buckets.num, same, pads, known)
 
 
 @torch.no_grad()
@@ -92,20 +98,21 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
     """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`. `tick` is called before every
     batch; what it raises ends the evaluation.
     """
-    columns = head.num_rows + held_out.teacher_head.num_rows
+    columns = head.num_rows + (held_out.teacher_head.num_rows if held_out.teacher_head else 0)
     chunk_size, _ = fused.rows_at_once(columns, model.device, chunk_size)
     was_training = model.training
     model.eval()
     tally = _Tally(held_out.windows)
     try:
-        for batch, windows, hidden in zip(held_out.batches, held_out.windows, held_out.hidden, strict=True):
+        for batch, windows, signal in zip(held_out.batches, held_out.windows, held_out.signals, strict=True):
             tick()
             moved = batch.to(model.device)
             states = models.last_hidden(model, moved.student_ids, moved.student_mask).flatten(0, 1)
             scored = _stack([w.student_scored for w in windows], batch.student_ids.shape)
             tally.add_text(head, states, moved.labels.flatten(), scored, windows, chunk_size)
-            for rows, theirs in zip(moved.student_rows.split(chunk_size), hidden.split(chunk_size), strict=True):
-                tally.add_pairs(head.decode(states[rows]), theirs, held_out)
+            for first in range(0, len(moved.student_rows), chunk_size):
+                part = slice(first, first + chunk_size)
+                tally.add_pairs(head, states[moved.student_rows[part]], signal.rows(part), held_out)
     finally:
         model.train(was_training)
     return tally.score()
@@ -114,6 +121,9 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
 @torch.no_grad()
 def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
     """The `Score` of the teacher on the same bytes, in its own tokens; it agrees with itself."""
+    if held_out.known is not None:
+        tick()
+        return held_out.known
     chunk_size, _ = fused.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
     tally = _Tally(held_out.windows)
     for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
@@ -151,15 +161,36 @@ class _Tally:
             self.nats[self.place[window.document]] += value
             self.bytes[self.place[window.document]] += window.num_bytes
 
-    def add_pairs(self, logits, teacher_hidden, held_out):
-        """Divergence and agreement at aligned positions."""
-        head, device = held_out.teacher_head, logits.device
-        theirs = head.decode(teacher_hidden.to(head.weight.device, head.weight.dtype)).to(device).float()
-        pairs = (logits, held_out.student_buckets.to(device)), (theirs, held_out.teacher_buckets.to(device))
-        told = [losses.bucket_log_probs(losses.log_probs(made), own, held_out.num_buckets) for made, own in pairs]
-        self.kl += float(losses.forward_kl(*told).double().sum())
-        self.agreed += int((held_out.same.to(device)[theirs.argmax(dim=-1)] == logits.argmax(dim=-1)).sum())
+    def add_pairs(self, head, states, signal, held_out):
+        """Divergence and agreement at aligned positions, from the student's last hidden `states` and what the teacher says.
+        From a cache the divergence is over the teacher's likeliest tokens and one tail: a lower bound that is close.
+        """
+        logits = head.decode(states)
+        ours = losses.bucket_log_probs(
+            losses.log_probs(logits), held_out.student_buckets.to(logits.device), held_out.num_buckets
+        )
+        if held_out.teacher_head is None:
+            top = signal.top.to(logits.device)
+            ours, theirs, best = (
+                losses.kept_and_tail(ours, held_out.student_buckets.to(logits.device)[head.columns(top.ids)]),
+                top.log_probs,
+                top.best,
+            )
+        else:
+            theirs, best = self._decoded(signal.hidden, held_out, logits.device)
+        self.kl += float(losses.forward_kl(ours, theirs).double().sum())
+        self.agreed += int((head.columns(best) == logits.argmax(dim=-1)).sum())
         self.num_pairs += len(logits)
+
+    @staticmethod
+    def _decoded(hidden, held_out, device):
+        """The live teacher's log-probabilities of buckets, and the student id of its likeliest token."""
+        head = held_out.teacher_head
+        logits = head.decode(hidden.to(head.weight.device, head.weight.dtype)).to(device).float()
+        theirs = losses.bucket_log_probs(
+            losses.log_probs(logits), held_out.teacher_buckets.to(device), held_out.num_buckets
+        )
+        return theirs, held_out.same.to(device)[logits.argmax(dim=-1)]
 
     def score(self):
         pairs = max(1, self.num_pairs)
@@ -185,6 +216,11 @@ def opening(held_out, tokenizer, num_tokens=24):
     longest = max((w for group in held_out.windows for w in group), key=lambda window: len(window.student_ids))
     text = tokenizer.decode(longest.student_ids[:num_tokens], skip_special_tokens=True)
     return text[: text.rindex(" ")] if " " in text.strip() else text
+
+
+def teacher_says(teacher, text):
+    """What the teacher writes after `text`; what its cache has kept, where it is one."""
+    return teacher.says if teacher.model is None else continue_text(teacher.model, teacher.reader.tokenizer, text)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ def model_card(config, verdict):
         verdict = {"sentence": "Training is not over: these are the best weights so far.", "bits_per_byte": {}}
     rows = [f"| {name} | {value:.4f} |" for name, value in verdict["bits_per_byte"].items() if value is not None]
     figures = "\n".join(["| model | bits per byte, held-out text |", "|---|---|", *rows] if rows else [])
+    teacher = Path(config.teacher or config.teacher_cache).name
     return f"""---
 library_name: transformers
 tags: [knowledge-distillation, kdlib]
@@ -44,7 +45,7 @@ tags: [knowledge-distillation, kdlib]
 
 # Student distilled with kdlib
 
-Teacher `{Path(config.teacher).name}`, student `{Path(config.student).name}`, text `{Path(config.dataset).name}`;
+Teacher `{teacher}`, student `{Path(config.student).name}`, text `{Path(config.dataset).name}`;
 `kd_method` {config.kd_method}, {config.kd_divergence}, temperature {config.kd_temperature}, weight {config.kd_weight}
 beside {config.lm_weight} for the next-token loss. Made with transformers {transformers.__version__}.
 

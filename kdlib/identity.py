@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 HARMLESS = {
-    "teacher", "student", "dataset", "eval_dataset", "text_field",  # their content is compared
+    "teacher", "teacher_cache", "student", "dataset", "eval_dataset", "text_field",  # their content is compared
     "epochs", "batch_size", "grad_accumulation",  # the plan and the windows in a step are compared
     "loss_chunk_size", "amp_dtype", "share_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints",
     "time_budget", "early_stopping_patience", "non_finite_steps", "check_teacher",
@@ -19,6 +19,7 @@ HARMLESS = {
 NAMES = {
     "student": "the student's weights",
     "teacher": "the teacher's weights",
+    "signal": "what is known of the teacher (live, or a cache)",
     "student_tokenizer": "the student's tokenizer",
     "teacher_tokenizer": "the teacher's tokenizer",
     "text": "the text",
@@ -27,11 +28,12 @@ NAMES = {
 
 
 def of_inputs(teacher, student, teacher_reader, student_reader, documents, windows):
-    """`{name: hash}` of all that a run starts from. `documents` and `windows`: those of training, validation and test."""
+    """`{name: hash}` of all that a run starts from. `teacher`: `of_teacher`, or what a cache knows of its own; `documents`
+    and `windows`: those of training, validation and test.
+    """
     return {
+        **teacher,
         "student": of_model(student),
-        "teacher": of_model(teacher),
-        "teacher_dtype": str(teacher.dtype),
         "student_tokenizer": _hash([repr(student_reader.vocabulary.tokens).encode()]),
         "teacher_tokenizer": _hash([repr(teacher_reader.vocabulary.tokens).encode()]),
         "text": _hash(repr(document).encode() for part in documents for document in part),
@@ -39,6 +41,11 @@ def of_inputs(teacher, student, teacher_reader, student_reader, documents, windo
             np.concatenate([w.student_ids, w.student_labels, w.teacher_ids]).tobytes() for part in windows for w in part
         ),
     }
+
+
+def of_teacher(model):
+    """What a live teacher is known by."""
+    return {"teacher": of_model(model), "teacher_dtype": str(model.dtype), "signal": "live"}
 
 
 def of_model(model):

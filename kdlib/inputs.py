@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from kdlib import batching, corpus, data, evaluate, hooks, identity, models, vocab
+from kdlib import batching, corpus, data, evaluate, hooks, identity, models, signals, vocab
 from kdlib.objective import Objective
 from kdlib.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.router import LayerRouter
@@ -15,6 +15,7 @@ from kdlib.teacher import Teacher
 MIN_COVERAGE = 0.01
 REPORTED_DOCUMENTS = 50
 TEST_FACTOR = 4
+HELD_OUT = ("validation", "test")
 MEASURED_TOKENS = 4096
 """Student tokens on which the size of each feature is measured before training."""
 
@@ -67,18 +68,23 @@ def load(config, device="cpu", teacher_dtype=torch.float32):
             f"only {alignment['coverage']:.1%} of the student's tokens have a comparable teacher position; "
             "these two tokenizers can't be aligned on this text"
         )
+    teacher = pair.teacher.identity if config.teacher_cache else identity.of_teacher(pair.teacher.model)
+    readers = pair.teacher.reader, pair.student_reader
+    known = identity.of_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
+    if config.teacher_cache:
+        pair.teacher.refuse_other(known)
     samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
-    held_out = [_hold_out(sample, pair, config) for sample in samples]
+    held_out = [_hold_out(_numbered(s), pair, config, name) for s, name in zip(samples, HELD_OUT, strict=True)]
     if config.check_teacher:
         check_teacher(pair.teacher, train, held_out[0])
-    known = identity.of_inputs(pair.teacher.model, pair.student, pair.teacher.reader, pair.student_reader, documents,
-                               (train, validation, test))  # fmt: skip
     return Inputs(pair, train, *held_out, alignment, known)
 
 
 def load_for_evaluation(config, device="cpu"):
     """`(pair, HeldOut, alignment)`: all of `dataset` as held-out text, nothing to train on."""
     config.require_inputs()
+    if config.teacher_cache:
+        raise ValueError("evaluate reads the teacher itself; give --teacher, not --teacher-cache")
     documents = corpus.read_documents(config.dataset, config.text_field)
     pair = load_pair(config, device, torch.float32)
     windows = _windows(documents, pair, config.max_length)
@@ -88,16 +94,29 @@ def load_for_evaluation(config, device="cpu"):
 
 def load_pair(config, device, teacher_dtype):
     """Load teacher and student, each with its own tokenizer; ValueError where nothing connects them."""
-    teacher = models.load_model(config.teacher, "teacher", teacher_dtype).to(device)
+    teacher = _load_teacher(config, device, teacher_dtype)
     student = models.load_model(config.student, "student").to(device)
-    teacher_reader = models.load_reader(config.teacher, "teacher", teacher.config)
     student_reader = models.load_reader(config.student, "student", student.config)
-    shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher_reader.vocabulary)
+    shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
     if not len(shared):
         raise ValueError("the two tokenizers have no token in common; nothing can be carried from teacher to student")
-    pads = tuple(reader.tokenizer.pad_token_id or 0 for reader in (student_reader, teacher_reader))
+    pads = tuple(reader.tokenizer.pad_token_id or 0 for reader in (student_reader, teacher.reader))
     head = models.Head(student, student_reader.vocabulary)
-    return Pair(Teacher(teacher, teacher_reader), student, student_reader, head, shared, pads)
+    return Pair(teacher, student, student_reader, head, shared, pads)
+
+
+def _load_teacher(config, device, dtype):
+    """The live teacher, or the one that a cache stands for: then nothing but its tokenizer is loaded."""
+    if not config.teacher_cache:
+        model = models.load_model(config.teacher, "teacher", dtype).to(device)
+        return Teacher(model, models.load_reader(config.teacher, "teacher", model.config))
+    cached = signals.CachedTeacher(signals.folders_of(config.teacher_cache))
+    signals.refuse_settings(config, cached.settings)
+    if config.teacher:
+        named = models.load_reader(config.teacher, "teacher")
+        if named.vocabulary != cached.reader.vocabulary:
+            raise ValueError(f"the teacher cache was written by a teacher with another tokenizer than {config.teacher}")
+    return cached
 
 
 def make_objective(pair, config, student=None):
@@ -110,23 +129,24 @@ def make_objective(pair, config, student=None):
     head = models.Head(student, pair.student_reader.vocabulary)
     if not config.needs_teacher:
         return Objective(student, head, config)
-    hooks.watch_attention(pair.teacher.model, watched)
+    if pair.teacher.model is not None:
+        hooks.watch_attention(pair.teacher.model, watched)
     beside, more = {}, {}
     if config.kd_method == "projector":
-        beside["projector"] = TeacherToStudentProjector(pair.teacher.head.width, head.width)
-        ours, theirs = torch.from_numpy(pair.shared.student_ids), torch.from_numpy(pair.shared.teacher_ids)
-        beside["projector"].start_from(head.rows(ours).cpu(), pair.teacher.head.rows(theirs).cpu())
+        theirs = pair.teacher.shared_rows(pair.shared).cpu()
+        beside["projector"] = TeacherToStudentProjector(theirs.shape[1], head.width)
+        beside["projector"].start_from(head.rows(torch.from_numpy(pair.shared.student_ids)).cpu(), theirs)
     elif config.kd_method in ("shared_vocab", "shared_prefix"):
-        more = {"teacher_head": pair.teacher.head, "buckets": _buckets(pair, config.kd_method)}
-    layers, attention = _tapped(student, pair.teacher.model, config)
+        more = {"teacher_head": pair.teacher.head, "buckets": buckets_of(pair, config.kd_method)}
+    layers, attention = _tapped(student.config, pair.teacher.config, config)
     beside |= _feature_modules(pair, config, student, layers)
     objective = Objective(student, head, config, beside, layers=layers, attention_layers=attention, **more)
     return objective.to(student.device)
 
 
-def _tapped(student, teacher, config):
+def _tapped(student_config, teacher_config, config):
     """`(student's, teacher's)` layers that features compare, and those whose attention is: two pairs of ascending tuples."""
-    ours, theirs = (model.config.num_hidden_layers for model in (student, teacher))
+    ours, theirs = (each.num_hidden_layers for each in (student_config, teacher_config))
     layers = sorted({round((i + 1) * ours / config.feature_layers) - 1 for i in range(config.feature_layers)} - {-1})
     last = min(config.attention_layers, ours, theirs)
     return (
@@ -137,7 +157,7 @@ def _tapped(student, teacher, config):
 
 def _feature_modules(pair, config, student, layers):
     """The maps and the router that the config's parts train, with the sizes of the features on the pair's sample."""
-    width, teacher_width = student.config.hidden_size, pair.teacher.model.config.hidden_size
+    width, teacher_width = student.config.hidden_size, pair.teacher.config.hidden_size
     made = {}
     if config.layerwise_weight > 0:
         made["layerwise"] = torch.nn.ModuleList(FeatureMap(width, teacher_width) for _ in layers[0])
@@ -160,6 +180,8 @@ def _feature_modules(pair, config, student, layers):
 @torch.no_grad()
 def _sampled_features(pair, config, student, layers):
     """Student's last states and layers, teacher's last states and layers, at the sample's aligned positions, on the CPU."""
+    if not (config.layerwise_weight > 0 or config.routing_feature_weight > 0):
+        layers = (), ()
     was_training = student.training
     student.eval()
     found = []
@@ -199,7 +221,7 @@ def _labels(windows):
     return labels[labels != data.IGNORE]
 
 
-def _buckets(pair, kd_method):
+def buckets_of(pair, kd_method):
     """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks."""
     if kd_method not in pair.buckets:
         ours, theirs = pair.student_reader, pair.teacher.reader
@@ -225,11 +247,16 @@ def _windows(documents, pair, max_length):
     for number, document in enumerate(documents):
         ours, theirs = (data.encode(document, reader) for reader in readers)
         windows += data.cut_windows(document, ours, theirs, *readers, max_length, number)
-    return windows
+    return _numbered(windows)
 
 
-def _hold_out(windows, pair, config):
-    return evaluate.hold_out(windows, pair.teacher, pair.head, pair.shared, config.batch_size, pair.pads)
+def _numbered(windows):
+    return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
+
+
+def _hold_out(windows, pair, config, split=None):
+    """The `evaluate.HeldOut` of some windows; `split`: what a teacher cache knows them as."""
+    return evaluate.hold_out(windows, pair.teacher.of(split), pair.head, pair.shared, config.batch_size, pair.pads)
 
 
 def _report(windows, documents, pair):

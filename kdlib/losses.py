@@ -97,8 +97,19 @@ def top_k_with_tail(student_NV, teacher_NV, k):
         both = torch.cat([teacher_NV.topk(k, dim=-1).indices, student_NV.topk(k, dim=-1).indices], dim=-1)
         both = both.sort(dim=-1).values
         again = F.pad(both[:, 1:] == both[:, :-1], (1, 0))
-    student, teacher = _kept_and_tail(student_NV, both, again), _kept_and_tail(teacher_NV, both, again)
+    student, teacher = kept_and_tail(student_NV, both, again), kept_and_tail(teacher_NV, both, again)
     return student, teacher, teacher[:, :-1].exp().sum(dim=-1)
+
+
+def kept_and_tail(log_probs_NV, ids_NK, again_NK=None):
+    """Log-probabilities of the tokens `ids_NK` and, last, of all others together: `[N, K + 1]`. Where `again_NK` is true an
+    id stands there a second time and its place is empty (log 1e-30).
+    """
+    kept = log_probs_NV.gather(1, ids_NK)
+    if again_NK is not None:
+        kept = kept.masked_fill(again_NK, math.log(EMPTY))
+    rest = log_probs_NV.exp().scatter(1, ids_NK, 0.0).sum(dim=-1, keepdim=True)
+    return torch.cat([kept, (rest + EMPTY).log()], dim=-1)
 
 
 def span_log_probs(token_nats_N, span_of_N, num_spans):
@@ -159,12 +170,6 @@ def _kl(p_log_NV, q_log_NV):
 
 def _mixture(main, other):
     return torch.logaddexp(main + math.log(SKEW), other + math.log(1.0 - SKEW))
-
-
-def _kept_and_tail(log_probs_NV, ids_NK, again_NK):
-    kept = log_probs_NV.gather(1, ids_NK).masked_fill(again_NK, math.log(EMPTY))
-    rest = log_probs_NV.exp().scatter(1, ids_NK, 0.0).sum(dim=-1, keepdim=True)
-    return torch.cat([kept, (rest + EMPTY).log()], dim=-1)
 
 
 def _two_outcomes(log_prob_C):

@@ -19,14 +19,19 @@ def load_tokenizer(source, role):
         raise ValueError(f"{role} {source!r} has no tokenizer that loads: {_first_line(error)}") from None
 
 
+def load_config(source, role):
+    """The configuration of a Hugging Face id or folder; ValueError where it does not load."""
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:  # noqa: BLE001
+        raise ValueError(f"{role} {str(source)!r} is no model that loads: {_first_line(error)}") from None
+
+
 def load_model(source, role, dtype=torch.float32):
     """A causal language model in evaluation mode. Raises ValueError for anything else: a folder that does not load, an
     encoder, a model that sees the future, or one whose logits are not its output head times its last hidden state.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:  # noqa: BLE001
-        raise ValueError(f"{role} {source!r} is no model that loads: {_first_line(error)}") from None
+    config = load_config(source, role)
     names = getattr(config, "architectures", None) or []
     causal = [name for name in names if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if config.is_encoder_decoder or (names and not causal):

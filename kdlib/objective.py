@@ -16,7 +16,8 @@ class Objective(torch.nn.Module):
 
     Through its logits the student learns as `fused` says: what a part makes of the head or the projector by itself reaches
     the projector's weight and nothing else. `beside` holds the modules that some parts train, by the part's name;
-    `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` are for `shared_vocab` and `shared_prefix`; `layers`
+    `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` (None with a cache) are for `shared_vocab` and
+    `shared_prefix`; `layers`
     and `attention_layers` are pairs `(student's, teacher's)` of tapped layers. An `nn.Module`, so that a distributed wrapper
     sees all it has to sync.
     """
@@ -44,6 +45,7 @@ class Objective(torch.nn.Module):
         if buckets is not None:
             self.num_buckets = buckets.num
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
+        if buckets is not None and teacher_head is not None:
             self.register_buffer("teacher_buckets", teacher_head.by_column(buckets.teacher), persistent=False)
 
     def weights(self, progress=1.0):
@@ -104,17 +106,14 @@ class Objective(torch.nn.Module):
         live = {n: p for n, p in self.parts.items() if p.on == "logits" and weights[n] > 0}
         order, span_of, chunks = self._lay_out(batch, signal, hidden.device)
         labels = self.head.columns(batch.labels.flatten())[order]
-        figures = (
-            ["kd_covered"]
-            if self.config.kd_top_k and "kd" in live and self.config.kd_method != "chunk_likelihood"
-            else []
-        )
+        figures = ["kd_covered"] if "kd" in live and self._is_cut(signal) else []
 
         def losses_of(logits, other, block):
             known = block.known.stop - block.known.start
             local = torch.where(span_of[block.rows] < 0, -1, span_of[block.rows] - block.known.start)
             spans = None if signal is None or signal.spans is None else signal.spans[block.known]
-            rows = Rows(logits, labels[block.rows], known, other, local, spans)
+            top = None if signal is None or signal.top is None else signal.top.rows(block.known)
+            rows = Rows(logits, labels[block.rows], known, other, local, spans, top)
             values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
             values += [losses.token_mean(rows.figures[name], counts["aligned"]) for name in figures]
             return torch.stack(values)
@@ -153,12 +152,20 @@ class Objective(torch.nn.Module):
 
     def _compared(self, signal):
         """What a chunk's known rows are compared with, as `fused.head_losses` asks for it."""
-        if signal is None or self.config.kd_method in ("none", "chunk_likelihood"):
+        if signal is None or self.config.kd_method in ("none", "chunk_likelihood") or self._knows_top_only(signal):
             return None
         if self.config.kd_method == "projector":
             return lambda known: self.head.decode(self.beside["projector"](signal.hidden[known]))
         weight, device, decode = self.teacher_head.weight, signal.hidden.device, self.teacher_head.decoder()
         return lambda known: decode(signal.hidden[known].to(weight.device, weight.dtype)).to(device)
+
+    def _knows_top_only(self, signal):
+        return signal.top is not None and self.config.kd_method in ("shared_vocab", "shared_prefix")
+
+    def _is_cut(self, signal):
+        """Whether kd compares some tokens and a tail, not all."""
+        cut = self.config.kd_top_k > 0 and self.config.kd_method != "chunk_likelihood"
+        return cut or self._knows_top_only(signal)
 
     def _lay_out(self, batch, signal, device):
         """`(order, span_of, chunks)`: the flat positions with a label, those of a span together, in the order in which

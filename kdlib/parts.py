@@ -18,7 +18,8 @@ class Rows:
 
     `logits` `[n, Vs]`; `labels` `[n]`: columns of the logits, IGNORE where nothing is learned; `other` `[m, U]`: the logits
     they are compared with (the teacher's in its own vocabulary, or projected into the student's), if any; `span_of` `[n]`:
-    which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods.
+    which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods; `top`:
+    the teacher's `TopTokens` at the m rows, where these are all that is known.
     `figures` collects values worth a record, `[m]` each.
     """
 
@@ -28,6 +29,7 @@ class Rows:
     other: torch.Tensor | None
     span_of: torch.Tensor
     spans: torch.Tensor | None
+    top: object | None = None
     figures: dict = dataclasses.field(default_factory=dict)
     made: dict = dataclasses.field(default_factory=dict)
 
@@ -82,17 +84,14 @@ def shared_tokens(objective, rows):
 
     Helps where the vocabularies share much (84 % for GPT-2 and Qwen); `shared_prefix` also uses the rest. Cost: the
     teacher's own head, `N Vt Dt` multiplications, the dearest way; no memory that stays. Start: 0.5 (RESULTS.md). With
-    `kd_top_k` the buckets are cut to the likeliest of either side and a tail.
+    `kd_top_k` the buckets are cut to the likeliest of either side and a tail; a teacher cache knows its own likeliest only,
+    so there the cut is to the teacher's.
     """
-    told = []
-    for log_probs, buckets in (
-        (rows.log_probs()[: rows.num_known], objective.student_buckets),
-        (losses.log_probs(rows.other), objective.teacher_buckets),
-    ):
-        told.append(losses.bucket_log_probs(log_probs, buckets, objective.num_buckets))
-    if objective.config.kd_temperature != 1.0:
-        told = [losses.log_probs(each, objective.config.kd_temperature) for each in told]
-    return _divergence(objective, rows, *told)
+    ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
+    if rows.top is not None:
+        return _divergence_from_top(objective, rows, ours)
+    theirs = _in_buckets(objective, losses.log_probs(rows.other), objective.teacher_buckets)
+    return _divergence(objective, rows, ours, theirs)
 
 
 def projected(objective, rows):
@@ -201,6 +200,23 @@ def contrastive(objective, match):
     mapped, target = objective.beside["contrastive"](match.state, match.teacher.hidden)
     windows = zip(mapped.split(match.by_window), target.split(match.by_window), strict=True)
     return torch.cat([losses.info_nce(ours, theirs, CONTRAST) for ours, theirs in windows])
+
+
+def _in_buckets(objective, log_probs, bucket_of):
+    """Log-probabilities of the buckets at the config's temperature."""
+    told = losses.bucket_log_probs(log_probs, bucket_of, objective.num_buckets)
+    temperature = objective.config.kd_temperature
+    return told if temperature == 1.0 else losses.log_probs(told, temperature)
+
+
+def _divergence_from_top(objective, rows, student):
+    """`T^2 D` over the teacher's top tokens and one tail, from the student's buckets and `rows.top`."""
+    config = objective.config
+    top = rows.top.cut(config.kd_top_k) if config.kd_top_k else rows.top
+    kept = objective.student_buckets[objective.head.columns(top.ids)]
+    rows.figures["kd_covered"] = 1.0 - top.log_probs[:, -1].exp()
+    ours = losses.kept_and_tail(student, kept)
+    return losses.distillation(ours, top.log_probs, config.kd_divergence, config.kd_temperature)
 
 
 def _divergence(objective, rows, student, teacher):

@@ -88,7 +88,7 @@ class Session:
         self.num_sessions, self.elapsed_before_s = status.get("sessions", 0) + 1, status.get("elapsed_s", 0.0)
         if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
             facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
-        columns = loaded.pair.head.num_rows + loaded.pair.teacher.head.num_rows
+        columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
         chunk = facts.get("chunk") or fused.rows_at_once(columns, self.accelerator.device, config.loss_chunk_size)[0]
         seconds, guesses = (
             budget.seconds_of(config.time_budget),

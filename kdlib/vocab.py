@@ -108,6 +108,13 @@ class Buckets:
     num: int
 
 
+def same_ids(teacher, shared):
+    """For each id of the teacher's `Vocabulary` the student id with the same bytes, or -1: int64 `[teacher.num_rows]`."""
+    same = np.full(teacher.num_rows, -1, dtype=np.int64)
+    same[shared.teacher_ids] = shared.student_ids
+    return same
+
+
 def tail_buckets(student, teacher, shared):
     """`Buckets` of two `Vocabulary`s: one for every shared token, and the tail for all others."""
     ours = np.full(student.num_rows, len(shared), dtype=np.int64)

@@ -9,10 +9,11 @@ import pytest
 HOUSE = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     "cli tiny",
-    "session",
+    "session cache",
     "course conclusion resume",
     "leg report inputs",
     "plots train verdict",
+    "signals",
     "evaluate objective checkpoint export identity plan",
     "teacher parts router",
     "models projector",
@@ -33,7 +34,7 @@ ROOMS = [
     (r"\btokenizer\(", {"data", "evaluate"}),
     (r"\.from_pretrained\(", {"models", "export", "report"}),
     (r"\.backward\(|optimizer\.step\(", {"train"}),
-    (r"os\.replace|safetensors", {"checkpoint", "export", "records", "env"}),
+    (r"os\.replace|safetensors", {"checkpoint", "export", "records", "env", "signals", "cache"}),
     (r"os\.environ|/kaggle/", {"env"}),
     (r"\btime\.", {"budget"}),
     (r"inference_mode", {"teacher"}),

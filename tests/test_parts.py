@@ -371,7 +371,7 @@ def test_temperature_softens_buckets_and_not_tokens(tmp_path, texts, method):
     objective = made(loaded, kd_method=method, kd_temperature=3.0, kd_divergence="reverse_kl")
     batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
     _, found, _ = told(loaded, objective, batch)
-    buckets, told_by = inputs._buckets(loaded.pair, method), []
+    buckets, told_by = inputs.buckets_of(loaded.pair, method), []
     for model, ids, mask, rows, own in (
         (objective.student, batch.student_ids, batch.student_mask, batch.student_rows, buckets.student),
         (loaded.pair.teacher.model, batch.teacher_ids, batch.teacher_mask, batch.teacher_rows, buckets.teacher),

@@ -40,7 +40,7 @@ def kd_by_hand(loaded, config, batch, student_logits):
         logits = pair.teacher.model(batch.teacher_ids, attention_mask=batch.teacher_mask).logits.flatten(0, 1)
     if config.kd_method == "projector":
         return None
-    buckets = inputs._buckets(pair, config.kd_method)
+    buckets = inputs.buckets_of(pair, config.kd_method)
     total = 0.0
     for row, other in zip(batch.student_rows.tolist(), batch.teacher_rows.tolist(), strict=True):
         p, q = logits[other].double().softmax(-1), student_logits[row].double().softmax(-1)
@@ -262,9 +262,9 @@ def test_windows_that_fill_no_step_are_refused_and_not_waited_for(loaded):
 
 
 def test_buckets_of_a_pair_are_made_once_for_each_method(loaded):
-    first = {method: inputs._buckets(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
+    first = {method: inputs.buckets_of(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
     assert first["shared_vocab"].student.tolist() != first["shared_prefix"].student.tolist()
-    assert all(inputs._buckets(loaded.pair, method) is found for method, found in first.items())
+    assert all(inputs.buckets_of(loaded.pair, method) is found for method, found in first.items())
 
 
 def test_a_part_comes_in_smoothly_at_its_time():

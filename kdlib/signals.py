@@ -1,0 +1,299 @@
+"""A teacher cache: what a teacher said of a text once, on the disk, and the `CachedTeacher` that reads it out.
+
+A cache folder holds `cache.json` (what it was made of, and its plan), `teacher/` (tokenizer and configuration, no weights)
+and shards `train-00000.safetensors`, ..., each of whole documents: for every window how many aligned positions it has, and
+for every position the teacher's likeliest shared tokens as *student* ids with log-probabilities in float16, their tail, the
+log-likelihood of the span that starts there in float32 and, where asked for, the last hidden state in float16. Shards are
+memory-mapped; one that is there is whole. Nothing here can run code while it is read.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from kdlib import evaluate, identity, models, records, vocab
+from kdlib.teacher import Shortlist, TeacherSignal, TopTokens
+
+FORMAT = 1
+"""Goes up when a cache of before can no longer be read."""
+INDEX, READER, HEAD = "cache.json", "teacher", "head.safetensors"
+SPLITS = ("train", "validation", "test")
+SHARD_POSITIONS = 2**16
+"""Aligned positions in a shard, at least: what a kill can cost. 17 MB at 64 tokens."""
+TOP_K = 64
+"""Tokens kept of a position where `kd_top_k` is 0. Of real text they hold nearly all the probability (RESULTS.md)."""
+ODD = 0.05
+"""Log of a distribution's sum above which it was not rounded but damaged."""
+NEED_TEACHER = ("layerwise", "attention", "attention_alignment", "routing_feature")
+NEED_HIDDEN = ("projector", "contrastive")
+
+
+def needs_hidden(config):
+    """Whether a run learns from last hidden states."""
+    return config.kd_method == "projector" or config.contrastive_weight > 0
+
+
+def settings_of(config, num_shared):
+    """What of a `Config` decides what is in a cache. `num_shared`: tokens in both vocabularies."""
+    method = config.kd_method if config.kd_method == "shared_vocab" else "shared_prefix"
+    return {
+        "max_length": config.max_length,
+        "eval_tokens": config.eval_tokens,
+        "kd_method": method,
+        "kd_temperature": config.kd_temperature,
+        "kd_top_k": min(config.kd_top_k or TOP_K, num_shared),
+        "hidden": needs_hidden(config),
+    }
+
+
+def refuse_settings(config, settings):
+    """Raise ValueError where a cache with these `settings` can't serve a run of `config`. The rule: text, tokenizers and how
+    a distribution is made must be the cache's; the tokens kept may be fewer; what no cache holds needs a live teacher.
+    """
+    for name in NEED_TEACHER:
+        if getattr(config, f"{name}_weight") > 0:
+            raise ValueError(
+                f"{name} reads inside the teacher, which no cache holds; set {name}_weight to 0 or drop teacher_cache"
+            )
+    if needs_hidden(config) and not settings["hidden"]:
+        name = "kd_method projector" if config.kd_method == "projector" else "contrastive_weight"
+        raise ValueError(
+            f"{name} needs the teacher's hidden states, which this cache does not hold; write one with it set"
+        )
+    shared = config.kd_method in ("shared_vocab", "shared_prefix")
+    for name in ("max_length", "eval_tokens", *(("kd_method", "kd_temperature") if shared else ())):
+        ours, held = getattr(config, name), settings[name]
+        if ours != held:
+            raise ValueError(
+                f"the teacher cache was written for {name} {held}, this run has {ours}; take that, or write another"
+            )
+    if shared and config.kd_top_k > settings["kd_top_k"]:
+        held = settings["kd_top_k"]
+        raise ValueError(
+            f"the teacher cache holds {held} tokens a position, kd_top_k is {config.kd_top_k}; lower it, or write another"
+        )
+
+
+def bytes_a_position(settings, student_rows, teacher_width):
+    """Bytes of a training position on the disk. `student_rows`: rows of the student's vocabulary."""
+    k = settings["kd_top_k"]
+    return k * _id_type(student_rows)().nbytes + 2 * (k + 1) + 4 + 2 * teacher_width * settings["hidden"]
+
+
+def plan(windows, positions=SHARD_POSITIONS):
+    """Shards `[first, last)` of windows, of whole documents and of so many aligned positions, but for the last."""
+    shards, first, count = [], 0, 0
+    for index, window in enumerate(windows):
+        if count >= positions and window.document != windows[index - 1].document:
+            shards.append([first, index])
+            first, count = index, 0
+        count += len(window.student_rows)
+    return [*shards, [first, len(windows)]]
+
+
+def shard_name(split, number):
+    return f"{split}-{number:05d}.safetensors"
+
+
+def shortlist(pair, buckets, settings):
+    """The `Shortlist` that a cache asks a live teacher for."""
+    head = pair.teacher.head
+    same = head.by_column(vocab.same_ids(pair.teacher.reader.vocabulary, pair.shared))
+    ids = torch.from_numpy(pair.shared.student_ids)
+    return Shortlist(
+        settings["kd_top_k"], settings["kd_temperature"], buckets.num, head.by_column(buckets.teacher), same, ids
+    )
+
+
+def write_shard(path, key, by_window, student_rows, hidden=False, more=None, writer=0):
+    """Write one shard, whole or not at all: `by_window` are the `TeacherSignal`s of its windows in order; `more` is a plain
+    value kept with it; `writer` numbers who writes, so that no two use the same name beside.
+    """
+    top = {
+        name: torch.cat([getattr(each.top, name) for each in by_window]).numpy()
+        for name in ("ids", "log_probs", "best")
+    }
+    arrays = {
+        "counts": np.array([len(each.top.ids) for each in by_window], dtype=np.int32),
+        "ids": top["ids"].astype(_id_type(student_rows)),
+        "log_probs": top["log_probs"].astype(np.float16),
+        "spans": torch.cat([each.spans for each in by_window]).numpy().astype(np.float32),
+    }
+    if more is not None:
+        arrays["best"] = top["best"].astype(np.int32)
+    if hidden:
+        arrays["hidden"] = torch.cat([each.hidden for each in by_window]).half().numpy()
+    _save(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {"key": key, "more": more}, writer)
+
+
+def write_head(path, key, rows, writer=0):
+    """Keep the teacher's head rows of the shared tokens, which a projector starts from."""
+    _save(path, {"rows": rows.float().contiguous()}, {"key": key, "more": None}, writer)
+
+
+def _save(path, tensors, facts, writer):
+    beside = Path(f"{path}.{writer}.tmp")
+    facts = {**facts, "names": sorted(tensors)}
+    safetensors.torch.save_file(tensors, beside, metadata={"kdlib": json.dumps(facts, sort_keys=True)})
+    with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def refuse_shard(path, key):
+    """Raise ValueError where a shard can't be read or is another cache's."""
+    _opened(path, key)
+
+
+def key_of(facts):
+    """The name of a cache: a hash of all that it was made of."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_facts(folder):
+    """What `cache.json` says; ValueError where there is none that can be read."""
+    try:
+        facts = records.read_json(Path(folder) / INDEX)
+        found = facts["format"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{folder} holds no teacher cache (no {INDEX} that can be read); make one with kdlib cache"
+        ) from None
+    if found != FORMAT:
+        raise ValueError(f"the teacher cache {folder} has format {found}, this kdlib reads {FORMAT}; write it again")
+    return facts
+
+
+def folders_of(named):
+    """The folders of `--teacher-cache A,B`."""
+    return [Path(part.strip()) for part in named.split(",") if part.strip()]
+
+
+class Shards:
+    """The shards of one split of a cache, in one folder or several: what a position holds, by window."""
+
+    def __init__(self, folders, facts, split):
+        self.files, self.key, self.more = [], key_of(facts), []
+        self.shard_of, self.start_of, self.counts = [], [], []
+        for number, (first, last) in enumerate(facts["shards"][split]):
+            name = shard_name(split, number)
+            path = next((folder / name for folder in folders if (folder / name).exists()), None)
+            if path is None:
+                raise ValueError(_incomplete(folders, facts))
+            file, told = _opened(path, self.key)
+            counts = file.get_tensor("counts")
+            if len(counts) != last - first or file.get_slice("ids").get_shape()[0] != counts.sum():
+                raise _damaged(path, "its parts do not agree")
+            self.files.append((path, {name: file.get_slice(name) for name in told["names"]}))
+            self.more.append(told["more"])
+            self.shard_of.append(np.full(len(counts), number))
+            self.start_of.append(np.cumsum(counts) - counts)
+            self.counts.append(counts)
+        self.shard_of, self.start_of, self.counts = map(np.concatenate, (self.shard_of, self.start_of, self.counts))
+
+    def window(self, place):
+        """`{name: array}` of the positions of a window."""
+        path, slices = self.files[self.shard_of[place]]
+        start, count = int(self.start_of[place]), int(self.counts[place])
+        found = {name: part[start : start + count] for name, part in slices.items() if name != "counts"}
+        found["log_probs"] = found["log_probs"].astype(np.float32)
+        sums = np.log(np.exp(found["log_probs"]).sum(axis=1, keepdims=True))
+        if not (np.abs(sums) < ODD).all():
+            raise _damaged(path, "its probabilities do not add up to 1")
+        found["log_probs"] -= sums  # rounded numbers are a distribution again
+        return found
+
+
+class CachedTeacher:
+    """A teacher that has spoken before: the same call and the same type as `teacher.Teacher`, from the disk.
+
+    `folders` together hold a whole cache. `identity` is what a run is compared by; there is no `model` and no `head`.
+    """
+
+    def __init__(self, folders, split="train"):
+        self.folders, self.split = [Path(folder) for folder in folders], split
+        every = [read_facts(folder) for folder in self.folders]
+        self.facts = every[0]
+        if other := [folder for folder, facts in zip(self.folders, every, strict=True) if facts != self.facts]:
+            raise ValueError(f"{other[0]} and {self.folders[0]} hold parts of different teacher caches")
+        self.settings = self.facts["settings"]
+        self.model = self.head = None
+        self.num_columns = 0
+        self.config = models.load_config(self.folders[0] / READER, "cached teacher")
+        self.reader = models.load_reader(self.folders[0] / READER, "cached teacher", self.config)
+        self.shards = Shards(self.folders, self.facts, split)
+        self.identity = {name: self.facts["identity"][name] for name in ("teacher", "teacher_dtype")}
+        self.identity["signal"] = key_of(self.facts)
+        more = self.shards.more[0] or {}
+        self.known = evaluate.Score.from_dict(more["score"]) if "score" in more else None
+        self.says = more.get("says")
+
+    def of(self, split):
+        """The same teacher on another split of the text."""
+        return CachedTeacher(self.folders, split)
+
+    def shared_rows(self, shared):
+        """The head's rows for the tokens of a `vocab.SharedVocabulary`, `[S, Dt]`."""
+        file, _ = _opened(self.folders[0] / HEAD, key_of(self.facts))
+        return torch.from_numpy(file.get_tensor("rows"))
+
+    def refuse_other(self, known):
+        """Raise ValueError where the text or a tokenizer of a run (`identity.of_inputs`) is not the cache's."""
+        for name in ("student_tokenizer", "teacher_tokenizer", "text", "windows"):
+            ours, held = known[name][:8], self.facts["identity"][name][:8]
+            if ours != held:
+                raise ValueError(
+                    f"the teacher cache is of another run: {identity.NAMES[name]} ({held}, here {ours}); write a new one"
+                )
+
+    def __call__(self, batch, taps=models.Taps(), spans=False):  # noqa: B008 - frozen
+        assert taps == models.Taps()
+        found = [self.shards.window(place) for place in batch.places]
+        counts = tuple(len(each["ids"]) for each in found)
+        assert counts == tuple(batch.rows_by_window)
+        joined = {name: torch.from_numpy(np.concatenate([each[name] for each in found])) for name in found[0]}
+        device = batch.student_ids.device
+        ids, best = (joined[name].to(device).long() if name in joined else None for name in ("ids", "best"))
+        top = TopTokens(ids, joined["log_probs"].to(device), best)
+        hidden = joined["hidden"].to(device).float() if "hidden" in joined else None
+        return TeacherSignal(hidden, joined["spans"].to(device) if spans else None, top)
+
+
+def _id_type(student_rows):
+    return np.uint16 if student_rows <= 2**16 else np.uint32
+
+
+def _opened(path, key):
+    """`(file, facts)` of a shard; ValueError where it can't be read or is of another cache."""
+    try:
+        file = safetensors.safe_open(path, framework="np")
+        told = json.loads(file.metadata()["kdlib"])
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _damaged(path, reason) from None
+    if told["key"] != key:
+        raise ValueError(f"{path} is a shard of another teacher cache ({told['key']}, expected {key})")
+    return file, told
+
+
+def _damaged(path, reason):
+    return ValueError(
+        f"shard {path} of the teacher cache is damaged ({reason}); remove it, and write it again with kdlib cache"
+    )
+
+
+def missing(folders, facts):
+    """`(split, number)` of the shards that are in none of these folders."""
+    planned = [(split, number) for split in SPLITS for number in range(len(facts["shards"][split]))]
+    return [which for which in planned if not any((Path(folder) / shard_name(*which)).exists() for folder in folders)]
+
+
+def _incomplete(folders, facts):
+    planned, left = sum(map(len, facts["shards"].values())), len(missing(folders, facts))
+    return f"the teacher cache is not complete: {left} of {planned} shards are missing; go on with it by kdlib cache"
