@@ -28,8 +28,6 @@ SHARD_POSITIONS = 2**16
 """Aligned positions in a shard, at least: what a kill can cost. 17 MB at 64 tokens."""
 TOP_K = 64
 """Tokens kept of a position where `kd_top_k` is 0. Of real text they hold nearly all the probability (RESULTS.md)."""
-ODD = 0.05
-"""Log of a distribution's sum above which it was not rounded but damaged."""
 NEED_TEACHER = ("layerwise", "attention", "attention_alignment", "routing_feature")
 NEED_HIDDEN = ("projector", "contrastive")
 
@@ -48,6 +46,7 @@ def settings_of(config, num_shared):
         "kd_method": method,
         "kd_temperature": config.kd_temperature,
         "kd_top_k": min(config.kd_top_k or TOP_K, num_shared),
+        "num_shared": num_shared,
         "hidden": needs_hidden(config),
     }
 
@@ -73,8 +72,8 @@ def refuse_settings(config, settings):
             raise ValueError(
                 f"the teacher cache was written for {name} {held}, this run has {ours}; take that, or write another"
             )
-    if shared and config.kd_top_k > settings["kd_top_k"]:
-        held = settings["kd_top_k"]
+    held = settings["kd_top_k"]
+    if shared and held < min(config.kd_top_k, settings["num_shared"]):
         raise ValueError(
             f"the teacher cache holds {held} tokens a position, kd_top_k is {config.kd_top_k}; lower it, or write another"
         )
@@ -86,11 +85,11 @@ def bytes_a_position(settings, student_rows, teacher_width):
     return k * _id_type(student_rows)().nbytes + 2 * (k + 1) + 4 + 2 * teacher_width * settings["hidden"]
 
 
-def plan(windows, positions=SHARD_POSITIONS):
-    """Shards `[first, last)` of windows, of whole documents and of so many aligned positions, but for the last."""
+def plan(windows):
+    """Shards `[first, last)` of windows: whole documents, at least SHARD_POSITIONS aligned positions but for the last."""
     shards, first, count = [], 0, 0
     for index, window in enumerate(windows):
-        if count >= positions and window.document != windows[index - 1].document:
+        if count >= SHARD_POSITIONS and window.document != windows[index - 1].document:
             shards.append([first, index])
             first, count = index, 0
         count += len(window.student_rows)
@@ -139,7 +138,7 @@ def write_head(path, key, rows, writer=0):
 
 def _save(path, tensors, facts, writer):
     beside = Path(f"{path}.{writer}.tmp")
-    facts = {**facts, "names": sorted(tensors)}
+    facts = {**facts, "sha256": {name: _hash(tensor.numpy()) for name, tensor in tensors.items()}}
     safetensors.torch.save_file(tensors, beside, metadata={"kdlib": json.dumps(facts, sort_keys=True)})
     with open(beside, "rb+") as file:
         os.fsync(file.fileno())
@@ -179,7 +178,7 @@ class Shards:
     """The shards of one split of a cache, in one folder or several: what a position holds, by window."""
 
     def __init__(self, folders, facts, split):
-        self.files, self.key, self.more = [], key_of(facts), []
+        self.files, self.key, self.more, self.unread = [], key_of(facts), [], {}
         self.shard_of, self.start_of, self.counts = [], [], []
         for number, (first, last) in enumerate(facts["shards"][split]):
             name = shard_name(split, number)
@@ -190,7 +189,8 @@ class Shards:
             counts = file.get_tensor("counts")
             if len(counts) != last - first or file.get_slice("ids").get_shape()[0] != counts.sum():
                 raise _damaged(path, "its parts do not agree")
-            self.files.append((path, {name: file.get_slice(name) for name in told["names"]}))
+            self.files.append((path, file, {name: file.get_slice(name) for name in told["sha256"] if name != "counts"}))
+            self.unread[number] = told["sha256"]
             self.more.append(told["more"])
             self.shard_of.append(np.full(len(counts), number))
             self.start_of.append(np.cumsum(counts) - counts)
@@ -199,13 +199,16 @@ class Shards:
 
     def window(self, place):
         """`{name: array}` of the positions of a window."""
-        path, slices = self.files[self.shard_of[place]]
-        start, count = int(self.start_of[place]), int(self.counts[place])
-        found = {name: part[start : start + count] for name, part in slices.items() if name != "counts"}
+        number = int(self.shard_of[place])
+        path, file, slices = self.files[number]
+        for name, told in self.unread.pop(number, {}).items():  # once, as it is first read
+            if _hash(file.get_tensor(name)) != told:
+                raise _damaged(path, f"its {name} were changed after they were written")
+        count = int(self.counts[place])
+        start = int(self.start_of[place]) if count else 0  # a slice may not begin behind the last position
+        found = {name: part[start : start + count] for name, part in slices.items()}
         found["log_probs"] = found["log_probs"].astype(np.float32)
         sums = np.log(np.exp(found["log_probs"]).sum(axis=1, keepdims=True))
-        if not (np.abs(sums) < ODD).all():
-            raise _damaged(path, "its probabilities do not add up to 1")
         found["log_probs"] -= sums  # rounded numbers are a distribution again
         return found
 
@@ -263,6 +266,10 @@ class CachedTeacher:
         top = TopTokens(ids, joined["log_probs"].to(device), best)
         hidden = joined["hidden"].to(device).float() if "hidden" in joined else None
         return TeacherSignal(hidden, joined["spans"].to(device) if spans else None, top)
+
+
+def _hash(array):
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()[:16]
 
 
 def _id_type(student_rows):

@@ -1,0 +1,500 @@
+"""A teacher that has spoken before says the same: what is on the disk, who may read it, and what a kill leaves."""
+
+import copy
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from families import byte_level, tiny_model
+
+from kdlib import batching, cache, cli, inputs, losses, models, records, session, signals, tiny
+from kdlib.config import Config
+from kdlib.teacher import TopTokens
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["kdlib.cache"])
+HALF = 2.0**-11
+"""Relative error of a number rounded to float16."""
+SMALL = 500
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(signals, "SHARD_POSITIONS", SMALL)
+
+
+def written(settings, out, **how):
+    return list(cache.write(Config.from_dict(settings), out, **how))
+
+
+@pytest.fixture(scope="module")
+def caches(pair, tmp_path_factory):
+    """`(settings, folder)` by name: caches of the pair's text, with everything in them."""
+    folder = tmp_path_factory.mktemp("caches")
+    base = {
+        "teacher": str(pair / "teacher"), "student": str(pair / "student"), "dataset": str(pair / "text.jsonl"),
+        "max_length": 48, "batch_size": 2, "max_steps": 4, "learning_rate": 1e-3, "check_teacher": False,
+        "eval_tokens": 300, "control": "off", "contrastive_weight": 0.1,
+    }  # fmt: skip
+    kinds = {
+        "prefix": {},
+        "vocab": {"kd_method": "shared_vocab", "kd_temperature": 2.0},
+        "all": {"kd_top_k": 10**6},
+        "soft": {"kd_top_k": 10**6, "kd_temperature": 2.0},
+    }
+    before, signals.SHARD_POSITIONS = signals.SHARD_POSITIONS, SMALL
+    made = {}
+    for name, changes in kinds.items():
+        made[name] = {**base, **changes}, folder / name
+        written(*made[name])
+    signals.SHARD_POSITIONS = before
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(caches):
+    """Inputs by the name of their cache: `(config, live, cached)`."""
+    found = {}
+    for name, (settings, folder) in caches.items():
+        config = Config.from_dict(settings)
+        cached = inputs.load(config.replace(teacher="", teacher_cache=str(folder)))
+        found[name] = config, inputs.load(config), cached
+    return found
+
+
+def shortlist_of(live, config):
+    settings = signals.settings_of(config, len(live.pair.shared))
+    return signals.shortlist(live.pair, inputs.buckets_of(live.pair, settings["kd_method"]), settings)
+
+
+def batch_of(loaded, count=6):
+    return batching.collate(loaded.train[3 : 3 + count], *loaded.pair.pads)
+
+
+def objective_of(loaded, config):
+    torch.manual_seed(0)
+    return inputs.make_objective(loaded.pair, config, copy.deepcopy(loaded.pair.student)).eval()
+
+
+def counts_of(batch):
+    return {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+
+
+def parts_and_gradient(loaded, config, batch, signal):
+    objective = objective_of(loaded, config)
+    loss, parts, _ = objective(batch, signal, counts_of(batch))
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in objective.student.parameters() if p.grad is not None])
+    return {name: float(value) for name, value in parts.items()}, gradient
+
+
+@pytest.mark.parametrize("name", ["prefix", "vocab"])
+def test_the_likeliest_tokens_are_written_out(loaded, name):
+    config, live, _ = loaded[name]
+    wanted, batch = shortlist_of(live, config), batch_of(live)
+    top = live.pair.teacher(batch, shortlist=wanted).top
+    buckets = inputs.buckets_of(live.pair, config.kd_method)
+    hidden = models.last_hidden(live.pair.teacher.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
+    bytes_of = live.pair.student_reader.vocabulary.tokens, live.pair.teacher.reader.vocabulary.tokens
+    for row, place in list(enumerate(batch.teacher_rows.tolist()))[::7]:
+        logits = (hidden[place].double() @ live.pair.teacher.head.weight.double().T).tolist()
+        whole = math.fsum(math.exp(x) for x in logits)
+        mass = [0.0] * buckets.num
+        for column, x in enumerate(logits):
+            mass[buckets.teacher[column]] += math.exp(x) / whole
+        softened = [m ** (1 / config.kd_temperature) for m in mass]
+        mass = [m / math.fsum(softened) for m in softened]
+        by_id = {int(live.pair.shared.student_ids[b]): m for b, m in enumerate(mass[:-1])}
+        expected = sorted(by_id.values(), reverse=True)[: wanted.k]
+        assert [by_id[i] for i in top.ids[row].tolist()] == pytest.approx(expected, rel=1e-5)
+        assert top.log_probs[row, :-1].exp().tolist() == pytest.approx(expected, rel=1e-4)
+        assert float(top.log_probs[row, -1].exp()) == pytest.approx(1.0 - math.fsum(expected), rel=1e-3, abs=1e-6)
+        said = bytes_of[1][max(range(len(logits)), key=logits.__getitem__)]
+        best = int(top.best[row])
+        assert (bytes_of[0][best] == said) if best >= 0 else (said not in bytes_of[0] or said is None)
+
+
+def test_fewer_tokens_leave_the_rest_to_the_tail():
+    top = TopTokens(torch.tensor([[4, 2, 7]]), torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log())
+    fewer = top.cut(1)
+    assert fewer.ids.tolist() == [[4]]
+    torch.testing.assert_close(fewer.log_probs.exp(), torch.tensor([[0.4, 0.6]]))
+    assert top.cut(3) is top
+
+
+@pytest.mark.parametrize("name", ["prefix", "vocab", "all", "soft"])
+def test_what_is_read_is_what_the_teacher_says_to_the_stated_rounding(loaded, name):
+    config, live, cached = loaded[name]
+    wanted = shortlist_of(live, config)
+    for first in range(0, len(live.train), 5):
+        batch = batching.collate(live.train[first : first + 5], *live.pair.pads)
+        told, read = live.pair.teacher(batch, spans=True, shortlist=wanted), cached.pair.teacher(batch, spans=True)
+        torch.testing.assert_close(read.spans, told.spans, rtol=1e-5, atol=1e-4)  # float32, in batches of other widths
+        torch.testing.assert_close(read.hidden, told.hidden, rtol=2 * HALF, atol=1e-4)
+        torch.testing.assert_close(read.top.log_probs, told.top.log_probs, rtol=2 * HALF, atol=2e-3)
+        torch.testing.assert_close(read.top.log_probs.exp().sum(dim=-1), torch.ones(batch.num_aligned))
+        same = (read.top.ids == told.top.ids).float().mean()
+        assert same > 0.99  # equals may change places
+
+
+def test_windows_are_found_in_any_order_and_from_any_shard(loaded):
+    _, live, cached = loaded["prefix"]
+    assert len(cached.pair.teacher.shards.files) > 3
+    order = random.Random(0).sample(live.train, 12)
+    batch = batching.collate(order, *live.pair.pads)
+    read = cached.pair.teacher(batch)
+    alone = [cached.pair.teacher(batching.collate([window], *live.pair.pads)) for window in order]
+    assert torch.equal(read.top.ids, torch.cat([each.top.ids for each in alone]))
+    assert torch.equal(read.hidden, torch.cat([each.hidden for each in alone]))
+
+
+WAYS = [
+    ("all", {}), ("soft", {}), ("prefix", {"kd_method": "chunk_likelihood"}), ("prefix", {"kd_method": "projector"}),
+    ("all", {"kd_divergence": "jsd"}), ("all", {"kd_method": "none"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), WAYS)
+def test_the_loss_from_the_cache_is_the_live_one_to_the_stated_rounding(loaded, name, changes):
+    """Where the cache holds every token; the live teacher is asked as always."""
+    config, live, cached = loaded[name]
+    config, batch = config.replace(**changes, kd_top_k=0), batch_of(live)
+    spans = config.kd_method == "chunk_likelihood"
+    here, there = (
+        parts_and_gradient(each, config, batch, each.pair.teacher(batch, spans=spans)) for each in (live, cached)
+    )
+    for part, value in here[0].items():
+        assert there[0][part] == pytest.approx(value, rel=4 * HALF, abs=1e-5), part
+    assert float((there[1] - here[1]).norm()) < 8 * HALF * float(here[1].norm())
+
+
+@pytest.mark.parametrize("k", [3, 64])
+def test_a_cut_loss_is_the_live_one_over_the_same_tokens(loaded, k):
+    config, live, cached = loaded["prefix"]
+    config, batch = config.replace(kd_top_k=k), batch_of(live)
+    told = live.pair.teacher(batch, shortlist=shortlist_of(live, config))
+    here = parts_and_gradient(live, config, batch, told)
+    there = parts_and_gradient(cached, config, batch, cached.pair.teacher(batch))
+    for part, value in here[0].items():
+        assert there[0][part] == pytest.approx(value, rel=4 * HALF, abs=1e-5), part
+    assert float((there[1] - here[1]).norm()) < 8 * HALF * float(here[1].norm())
+    whole = parts_and_gradient(live, config.replace(kd_top_k=0), batch, live.pair.teacher(batch))
+    assert there[0]["kd"] < whole[0]["kd"]  # fewer outcomes: a lower bound
+    assert there[0]["kd_covered"] == pytest.approx(float(1.0 - told.top.log_probs[:, -1].exp().mean()), rel=1e-2)
+
+
+def test_a_cut_divergence_is_zero_at_equality_and_written_out():
+    student = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    ids, teacher = torch.tensor([[3, 0]]), torch.tensor([[0.5, 0.2, 0.3]]).log()
+    ours = losses.kept_and_tail(student, ids)
+    torch.testing.assert_close(ours.exp(), torch.tensor([[0.4, 0.1, 0.5]]))
+    by_hand = 0.5 * math.log(0.5 / 0.4) + 0.2 * math.log(0.2 / 0.1) + 0.3 * math.log(0.3 / 0.5)
+    assert float(losses.forward_kl(ours, teacher)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.forward_kl(ours, ours)) == 0.0
+
+
+def test_scores_from_the_cache_are_the_live_ones(loaded):
+    from kdlib import evaluate
+
+    _, live, cached = loaded["all"]
+    for split in ("validation", "test"):
+        here, there = (getattr(each, split) for each in (live, cached))
+        ours, theirs = (
+            evaluate.evaluate_student(each.pair.student, each.pair.head, text)
+            for each, text in ((live, here), (cached, there))
+        )
+        assert theirs.bits_per_byte == ours.bits_per_byte
+        assert theirs.kl_to_teacher == pytest.approx(ours.kl_to_teacher, rel=4 * HALF)
+        assert theirs.top1_agreement == pytest.approx(ours.top1_agreement, abs=0.01)
+        known = evaluate.evaluate_teacher(cached.pair.teacher, there)
+        assert known.bits_per_byte == pytest.approx(
+            evaluate.evaluate_teacher(live.pair.teacher, here).bits_per_byte, rel=1e-6
+        )
+        halved = there.halved()
+        assert evaluate.evaluate_student(cached.pair.student, cached.pair.head, halved).kl_to_teacher == pytest.approx(
+            theirs.kl_to_teacher, rel=1e-5
+        )
+
+
+def test_no_weight_of_the_teacher_is_ever_loaded(caches, tmp_path, monkeypatch):
+    settings, folder = caches["prefix"]
+    wanted = []
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda source, *more: wanted.append(source) or load(source, *more))
+    found = list(
+        session.distill(Config.from_dict({**settings, "teacher": "", "teacher_cache": str(folder)}), tmp_path / "out")
+    )
+    assert found[-1]["kind"] == "verdict"
+    assert set(wanted) == {settings["student"]}
+    assert found[-1]["samples"]["teacher"]
+    assert not list(folder.rglob("*.bin")) and not (folder / "teacher" / "model.safetensors").exists()
+
+
+def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_path, monkeypatch):
+    from kdlib import report
+
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    settings, folder = caches["prefix"]
+    config = Config.from_dict({**settings, "teacher_cache": str(folder)})
+    list(session.distill(config, tmp_path / "whole"))
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    run = session.distill(config, tmp_path / "cut")
+    next(record for record in run if record["kind"] == "train" and record["step"] == 2)
+    run.close()
+    with pytest.raises(ValueError, match="what is known of the teacher"):
+        list(session.distill(config.replace(teacher_cache=""), tmp_path / "cut"))
+    list(session.distill(config.replace(teacher_cache=str(moved)), tmp_path / "cut"))
+    ends = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert ends[0] == ends[1]
+
+
+def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches):
+    settings = {"kd_top_k": 64, "hidden": False}
+    assert signals.bytes_a_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
+    assert signals.bytes_a_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
+    values, folder = caches["vocab"]
+    plan = next(cache.write(Config.from_dict(values), folder))
+    on_disk = sum(path.stat().st_size for path in folder.glob("train-*.safetensors"))
+    train = signals.CachedTeacher([folder]).shards.counts.sum()
+    assert on_disk == pytest.approx(train * plan["bytes_a_position"], rel=0.05)
+    assert plan["missing"] == 0
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+
+
+def drive(settings, out, small):
+    torch.set_num_threads(1)
+    signals.SHARD_POSITIONS = small
+    written(settings, out)
+
+
+def test_a_pass_that_is_killed_again_and_again_ends_with_the_same_bytes(caches, tmp_path):
+    settings, folder = caches["prefix"]
+    chance, out, kills, seen = random.Random(1), tmp_path / "out", 0, set()
+    for _ in range(40):
+        process = CONTEXT.Process(target=drive, args=(settings, out, SMALL))
+        process.start()
+        target = len(list(out.glob("*.safetensors"))) + chance.randrange(2, 5)
+        while process.is_alive() and len(list(out.glob("*.safetensors"))) < target:
+            time.sleep(chance.random() * 0.002)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        seen |= {path.name for path in out.glob("*.safetensors")}
+        whole = files_of(folder)
+        assert all(content == whole[name] for name, content in files_of(out).items() if not name.endswith(".tmp"))
+        if len(seen) == len(list(folder.glob("*.safetensors"))):
+            break
+    assert kills >= 3
+    written(settings, out)
+    left = {name: content for name, content in files_of(out).items() if not name.endswith(".tmp")}
+    assert left == files_of(folder)
+
+
+def test_a_pass_that_is_asked_to_stop_says_so_and_goes_on(caches, tmp_path):
+    settings, folder = caches["prefix"]
+    out = tmp_path / "out"
+    for record in cache.write(Config.from_dict(settings), out):
+        if record["kind"] == "shard":
+            signal.raise_signal(signal.SIGTERM)
+    assert record["kind"] == "paused" and "SIGTERM" in record["reason"]
+    assert 0 < record["missing"] < len(list(folder.glob("*.safetensors")))
+    assert written(settings, out)[-1] == {"kind": "complete", "missing": 0}
+    assert files_of(out) == files_of(folder)
+
+
+def test_a_session_ends_before_its_time_is_up(caches, tmp_path):
+    class Slow:
+        seconds = 0.0
+
+        def now(self):
+            self.seconds += 10.0
+            return self.seconds
+
+    settings, _ = caches["prefix"]
+    clock = Slow()
+    found = written({**settings, "time_budget": "90s"}, tmp_path / "out", clock=clock)
+    assert found[-1]["kind"] == "paused" and "time budget" in found[-1]["reason"]
+    assert 50.0 <= clock.seconds - 10.0 <= 90.0 and found[-1]["missing"] > 0
+    left = [record["left_s"] for record in found if record["kind"] == "shard"]
+    assert left[0] > left[-1] or len(left) == 1
+
+
+def test_several_writers_make_what_one_makes(caches, tmp_path):
+    settings, folder = caches["prefix"]
+    parts = [tmp_path / name for name in ("a", "b", "c")]
+    ends = [written(settings, part, writer=(i, 3))[-1] for i, part in enumerate(parts)]
+    assert all(end["missing"] > 0 for end in ends)
+    names = [{path.name for path in part.glob("*.safetensors") if path.name != "head.safetensors"} for part in parts]
+    assert not any(a & b for a, b in itertools.combinations(names, 2))
+    with pytest.raises(ValueError, match=r"not complete: \d+ of \d+ shards are missing"):
+        signals.CachedTeacher(parts[:2])
+    teacher = signals.CachedTeacher(parts)
+    assert torch.equal(
+        torch.from_numpy(teacher.shards.counts), torch.from_numpy(signals.CachedTeacher([folder]).shards.counts)
+    )
+    assert written(settings, tmp_path / "whole", others=parts)[-1]["missing"] == 0
+    assert files_of(tmp_path / "whole") == files_of(folder)
+    together = tmp_path / "together"
+    for i in range(3):
+        written(settings, together, writer=(i, 3))
+    assert files_of(together) == files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("prefix", {"layerwise_weight": 0.1}, "layerwise reads inside the teacher"),
+        ("prefix", {"kd_top_k": 65}, "holds 64 tokens a position, kd_top_k is 65; lower it"),
+        ("prefix", {"kd_method": "shared_vocab"}, "written for kd_method shared_prefix, this run has shared_vocab"),
+        ("prefix", {"kd_temperature": 2.0}, "written for kd_temperature 1.0, this run has 2.0"),
+        ("prefix", {"max_length": 40}, "written for max_length 48, this run has 40"),
+        ("prefix", {"eval_tokens": 200}, "written for eval_tokens 300"),
+        ("prefix", {"dataset": "other.jsonl"}, "of another run: the text"),
+        ("prefix", {"student": "other"}, "of another run: the student's tokenizer"),
+        ("prefix", {"teacher": "other"}, "written by a teacher with another tokenizer"),
+        ("bare", {"contrastive_weight": 0.1}, "contrastive_weight needs the teacher's hidden states"),
+        ("bare", {"kd_method": "projector"}, "kd_method projector needs the teacher's hidden states"),
+        ("nowhere", {}, "nowhere holds no teacher cache"),
+    ],
+)
+def test_what_a_cache_can_not_serve_is_refused_in_one_line(caches, tmp_path, monkeypatch, name, changes, match):
+    settings, folder = caches["prefix"]
+    monkeypatch.chdir(tmp_path)
+    settings = {**settings, "contrastive_weight": 0.0}
+    if name == "bare":
+        folder = tmp_path / "bare"
+        written(settings, folder)
+    folder = tmp_path / "nowhere" if name == "nowhere" else folder
+    lines = "".join(json.dumps({"text": f"Another text, {i} of many."}) + "\n" for i in range(60))
+    (tmp_path / "other.jsonl").write_text(lines)
+    tokenizer = byte_level(300)
+    tiny.save(tiny_model(tokenizer, 16), tokenizer, tmp_path / "other")
+    config = Config.from_dict({**settings, "teacher_cache": str(folder), **changes})
+    with pytest.raises(ValueError, match=match) as refused:
+        inputs.load(config)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kd_top_k": 8}, {"kd_method": "chunk_likelihood", "kd_temperature": 5.0}, {"kd_method": "projector"},
+                {"batch_size": 5, "learning_rate": 0.1, "seed": 3, "kd_divergence": "reverse_kl"}]
+)  # fmt: skip
+def test_what_a_cache_can_serve_is_served(caches, tmp_path, changes):
+    settings, folder = caches["prefix"]
+    tokenizer = models.load_tokenizer(settings["student"], "student")
+    tiny.save(tiny_model(tokenizer, 24), tokenizer, tmp_path / "wider")  # another student with the same tokenizer
+    changes = {"teacher": "", "student": str(tmp_path / "wider"), "teacher_cache": str(folder), **changes}
+    found = list(session.distill(Config.from_dict({**settings, **changes}), tmp_path / "out"))
+    assert found[-1]["kind"] == "verdict"
+
+
+def damaged(folder, what):
+    shard = folder / "train-00001.safetensors"
+    if what == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif what == "empty":
+        shard.write_bytes(b"")
+    elif what == "not one of ours":
+        safetensors.torch.save_file({"ids": torch.zeros(3)}, shard)
+    elif what == "its numbers changed":
+        content = bytearray(shard.read_bytes())
+        content[-100] ^= 1
+        shard.write_bytes(bytes(content))
+    elif what == "fewer windows":
+        tensors, told = (
+            safetensors.torch.load_file(shard),
+            signals._opened(shard, signals.key_of(signals.read_facts(folder)))[1],
+        )
+        tensors["counts"] = tensors["counts"][:-1]
+        safetensors.torch.save_file(tensors, shard, metadata={"kdlib": json.dumps(told)})
+
+
+@pytest.mark.parametrize("what", ["cut off", "empty", "not one of ours", "its numbers changed", "fewer windows"])
+def test_a_damaged_shard_is_named(caches, tmp_path, what):
+    _settings, folder = caches["vocab"]
+    shutil.copytree(folder, tmp_path / "copy")
+    damaged(tmp_path / "copy", what)
+    with pytest.raises(ValueError, match=r"train-00001.safetensors of the teacher cache is damaged"):
+        teacher = signals.CachedTeacher([tmp_path / "copy"])
+        for place in range(len(teacher.shards.counts)):
+            teacher.shards.window(place)
+
+
+def test_shards_of_another_cache_are_refused(caches, tmp_path):
+    shutil.copytree(caches["prefix"][1], tmp_path / "copy")
+    shutil.copy(caches["all"][1] / "train-00000.safetensors", tmp_path / "copy")
+    with pytest.raises(ValueError, match="is a shard of another teacher cache"):
+        signals.CachedTeacher([tmp_path / "copy"])
+    with pytest.raises(ValueError, match="hold parts of different teacher caches"):
+        signals.CachedTeacher([caches["prefix"][1], caches["all"][1]])
+
+
+def test_a_folder_is_never_mixed_up(caches, tmp_path):
+    settings, folder = caches["prefix"]
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=r"holds another teacher cache \(kd_top_k was 64, is 5\)"):
+        written({**settings, "kd_top_k": 5}, folder)
+    with pytest.raises(ValueError, match="holds another teacher cache"):
+        written({**settings, "kd_top_k": 5}, tmp_path / "out", others=[folder])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        written(settings, tmp_path / "full")
+    with pytest.raises(ValueError, match="give --teacher, not --teacher-cache"):
+        written({**settings, "teacher_cache": str(folder)}, tmp_path / "out")
+    assert files_of(folder) == before
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(caches, tmp_path, monkeypatch):
+    settings, _ = caches["prefix"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=16 * 2**20 + 1000))
+    with pytest.raises(ValueError, match=r"the cache needs \d+\.\d\d GB more"):
+        written(settings, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_where_memory_runs_out_the_batch_is_halved(caches, tmp_path, monkeypatch):
+    settings, folder = caches["prefix"]
+    ask = cache.Pass._ask
+
+    def short_of_memory(self, windows, wanted):
+        if self.batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ask(self, windows, wanted)
+
+    monkeypatch.setattr(cache.Pass, "_ask", short_of_memory)
+    assert written(settings, tmp_path / "out")[-1]["missing"] == 0
+    ours, theirs = (safetensors.torch.load_file(f / "train-00000.safetensors") for f in (tmp_path / "out", folder))
+    torch.testing.assert_close(ours["spans"], theirs["spans"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_writes_and_the_run_reads(caches, tmp_path, capsys):
+    settings, _ = caches["prefix"]
+    words = [w for name, value in settings.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    assert cli.main(["cache", *words, "--out", str(tmp_path / "cache")]) == 0
+    said = capsys.readouterr().out
+    assert "positions of text" in said and "bytes each" in said and "The cache is complete" in said
+    assert cli.main(["cache", *words, "--out", str(tmp_path / "part"), "--writer", "2/3"]) == 0
+    assert "shards are for others to write" in capsys.readouterr().out
+    assert cli.main(["cache", *words, "--out", str(tmp_path / "merged"), "--resume", str(tmp_path / "part")]) == 0
+    capsys.readouterr()
+    assert cli.main(["cache", *words, "--out", str(tmp_path / "c"), "--writer", "4/3"]) == 2
+    assert "--writer takes which one this is of how many" in capsys.readouterr().err
+    assert (
+        cli.main(["distill", *words, "--teacher-cache", str(tmp_path / "merged"), "--out", str(tmp_path / "run")]) == 0
+    )
+    assert cli.main(["evaluate", *words[:6], "--teacher-cache", str(tmp_path / "merged")]) == 2
+    assert records.read_json(tmp_path / "run" / "verdict.json")["bits_per_byte"]["teacher"] > 0
