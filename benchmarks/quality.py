@@ -1,9 +1,9 @@
 """Does it help? Every method against plain training, at equal steps and at equal wall-clock, over seeds.
 
-    python -m benchmarks.quality [--study methods|parts] [--data FOLDER] [--seeds 3] [--steps 600] [--out FILE.jsonl]
+    python -m benchmarks.quality [--study methods|parts|cache] [--data FOLDER] [--seeds 3] [--steps 600] [--out FILE.jsonl]
 
 `methods` compares the ways of kd, at equal steps and at equal wall-clock; `parts` adds one part at a time to the default,
-at equal steps.
+at equal steps; `cache` sets runs from a teacher cache against the live teacher, at equal steps.
 
 Settings: `default` is the embedded default of `kdlib demo`. With `--data` (a folder with `texts/` and `models/`, as
 described in RESULTS.md) `stories` adds a real pretrained teacher with its own SentencePiece tokenizer. Every finished run
@@ -21,7 +21,7 @@ import accelerate
 import numpy as np
 import torch
 
-from kdlib import budget, cli, env, evaluate, inputs, records, tiny, verdict
+from kdlib import budget, cache, cli, env, evaluate, inputs, records, signals, tiny, verdict
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
 
@@ -57,7 +57,8 @@ PARTS = {
         "label_smoothing": 0.0,
     },
 }
-STUDIES = {"methods": METHODS, "parts": PARTS}
+CACHE = {"shared_prefix": {}, **{f"from a cache of {k}": {"kd_top_k": k} for k in (16, 64, 256)}}
+STUDIES = {"methods": METHODS, "parts": PARTS, "cache": CACHE}
 
 
 @dataclasses.dataclass
@@ -68,6 +69,7 @@ class Setting:
     config: object
     inputs: object
     student: object
+    caches: dict = dataclasses.field(default_factory=dict)
 
 
 def main():
@@ -148,8 +150,9 @@ def run(setting, name, seed, steps, num_steps, changes):
     windows = [by_index(window) for window in loaded.train] if name.startswith("index") else loaded.train
     student = setting.student(seed)
     torch.manual_seed(seed)
-    objective = inputs.make_objective(loaded.pair, config, student)
-    teacher = loaded.pair.teacher if config.needs_teacher else None
+    pair = cached(setting, config) if name.startswith("from a cache") else loaded.pair
+    objective = inputs.make_objective(pair, config, student)
+    teacher = pair.teacher if config.needs_teacher else None
     machine = accelerate.Accelerator(cpu=True)
     best, score, best_step, seconds = float("inf"), None, 0, []
     for record in Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), loaded.pair.pads):
@@ -164,6 +167,17 @@ def run(setting, name, seed, steps, num_steps, changes):
         "best_step": best_step, "step_s": statistics.median(seconds), "train_s": sum(seconds), **score.summary(),
         "bits": score.bits.tolist(), "num_bytes": score.num_bytes.tolist(),
     }  # fmt: skip
+
+
+def cached(setting, config):
+    """The setting's pair with a cached teacher in place of the live one; the cache is written where there is none."""
+    if config.kd_top_k not in setting.caches:
+        folder = tempfile.mkdtemp(prefix="kdlib-cache-")
+        for _ in cache.write(config, Path(folder) / "cache"):
+            pass
+        teacher = signals.CachedTeacher([Path(folder) / "cache"])
+        setting.caches[config.kd_top_k] = dataclasses.replace(setting.inputs.pair, teacher=teacher)
+    return setting.caches[config.kd_top_k]
 
 
 def _without(config, changes):

@@ -19,7 +19,7 @@ LOSSES, ALIGN, DATA, TRAIN = "test_losses.py", "test_align.py", "test_data.py", 
 EVALUATE, VERDICT, VOCAB, SESSION = "test_evaluate.py", "test_verdict.py", "test_vocab.py", "test_session.py"
 PARTS, ATTENTION = "test_parts.py", "test_attention.py"
 CHECKPOINT, EMA, FAULTS, TIME = "test_checkpoint.py", "test_ema.py", "test_faults.py", "test_time.py"
-RESUME = "test_resume.py"
+RESUME, CACHE = "test_resume.py", "test_cache.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -157,9 +157,9 @@ MUTANTS = {
     "spans over changed tokens": ("data.py", "told = student.faithful & student.is_text & student.learn", "told = student.is_text & student.learn", [PARTS]),
     "spans off by one": ("data.py", "np.diff(n[end + 1]) == 0", "np.diff(n[end]) == 0", [PARTS]),
     "spans cut by a chunk": ("objective.py", "fused.lay_out(~inside | known, known,", "fused.lay_out(known | True, known,", [PARTS]),
-    "teacher's spans a token late": ("teacher.py", "rows = batch.teacher_rows[span_of] + torch", "rows = 1 + batch.teacher_rows[span_of] + torch", [PARTS]),
+    "teacher's spans a token late": ("teacher.py", "inside = batch.teacher_rows[span_of] + torch", "inside = 1 + batch.teacher_rows[span_of] + torch", [PARTS]),
     "spans averaged over all positions": ("parts.py", 'Part(chunk_likelihood, "spans")', 'Part(chunk_likelihood, "aligned")', [PARTS]),
-    "temperature on tokens, not on buckets": ("parts.py", "if objective.config.kd_temperature != 1.0:", "if False:", [PARTS]),
+    "temperature on tokens, not on buckets": ("parts.py", "return told if temperature == 1.0 else losses.log_probs(told, temperature)", "return told", [PARTS]),
     "features at every position": ("objective.py", "Match(seen, signal, hidden[batch.student_rows], by_window)",
                                    "Match(seen, signal, hidden[batch.student_rows - 1], by_window)", [PARTS]),
     "curriculum by absolute steps": ("train.py", "self._weights(self.step / self.num_steps)", "self._weights(self.step / 1000)", [PARTS]),
@@ -210,6 +210,20 @@ MUTANTS = {
     "the plan forgets evaluations": ("plan.py", 'evaluations * expected("evaluate") + tests', "tests", [TIME]),
     "the session's age unknown": ("session.py", "clock.now() - env.session_age_s()", "clock.now()", [TIME]),
     "a control with its teacher": ("config.py", 'return self.replace(kd_method="none", kd_top_k=0,', "return self.replace(kd_top_k=0,", ["test_config.py", SESSION]),
+    "top tokens from the tail too": ("teacher.py", "told[:, :-1].topk(", "told.topk(", [CACHE]),
+    "top tokens without temperature": ("teacher.py", "        if self.temperature != 1.0:\n", "        if False:\n", [CACHE]),
+    "teacher ids for student ids": ("teacher.py", "TopTokens(self.student_ids.to(device)[likeliest], ", "TopTokens(likeliest, ", [CACHE]),
+    "cut tokens forgotten": ("teacher.py", "tail = self.log_probs[:, k:].logsumexp(dim=-1, keepdim=True)", "tail = self.log_probs[:, -1:]", [CACHE]),
+    "the kept tokens in the tail too": ("losses.py", "rest = log_probs_NV.exp().scatter(1, ids_NK, 0.0)", "rest = log_probs_NV.exp()", [CACHE]),
+    "a window's signal a position late": ("signals.py", "start = int(self.start_of[place]) if count else 0", "start = int(self.start_of[place]) + 1 if count else 0", [CACHE]),
+    "shards by windows, not documents": ("signals.py", " and window.document != windows[index - 1].document:", ":", [f"{CACHE}::test_a_shard_holds_whole_documents"]),
+    "signals in the order of lengths": ("cache.py", "return [found[place] for place in range(len(windows))]", "return list(found.values())", [CACHE]),
+    "a shard without its checksum": ("signals.py", "if _hash(file.get_tensor(name)) != told:", "if False:", [CACHE]),
+    "any shard will do": ("signals.py", 'if told["key"] != key:', "if False:", [CACHE]),
+    "any text will do": ("signals.py", "            if ours != held:\n                raise ValueError(\n                    f\"the teacher cache is of", "            if False:\n                raise ValueError(\n                    f\"the teacher cache is of", [CACHE]),
+    "a shard written in place": ("signals.py", 'beside = Path(f"{path}.{writer}.tmp")', "beside = Path(path)", [CACHE]),
+    "kd over all of the teacher's own k": ("parts.py", "top = rows.top.cut(config.kd_top_k) if config.kd_top_k else rows.top", "top = rows.top", [CACHE]),
+    "rounded numbers no distribution": ("signals.py", '        found["log_probs"] -= sums', "        pass", [CACHE]),
 }  # fmt: skip
 
 

@@ -457,6 +457,16 @@ def test_a_folder_is_never_mixed_up(caches, tmp_path):
     assert files_of(folder) == before
 
 
+def test_a_shard_holds_whole_documents(loaded):
+    _, live, cached = loaded["prefix"]
+    shards = cached.pair.teacher.facts["shards"]["train"]
+    documents = [{live.train[place].document for place in range(*shard)} for shard in shards]
+    assert len(shards) > 2 and not any(a & b for a, b in itertools.combinations(documents, 2))
+    assert [place for shard in shards for place in range(*shard)] == list(range(len(live.train)))
+    counts = [sum(len(live.train[place].student_rows) for place in range(*shard)) for shard in shards]
+    assert min(counts[:-1]) >= SMALL
+
+
 def test_a_disk_without_room_is_told_before_anything_is_written(caches, tmp_path, monkeypatch):
     settings, _ = caches["prefix"]
     usage = shutil.disk_usage(tmp_path)
