@@ -13,6 +13,24 @@ RELATION_HEADS = 12
 """Relation heads at most; more heads see finer relations. Wang et al. 2021 use 12 to 48."""
 
 
+def block_diagonal(windows_BL):
+    """Who sees whom, bool `[B, 1, L, L]`: positions up to one's own, of one's own window only. `windows_BL` says which
+    window each position belongs to (0, the padding, is one more). Every position sees itself, so no row is empty.
+    """
+    length = windows_BL.shape[1]
+    past = torch.ones(length, length, dtype=torch.bool, device=windows_BL.device).tril()
+    return ((windows_BL[:, :, None] == windows_BL[:, None, :]) & past)[:, None]
+
+
+def restarted(windows_BL):
+    """Positions `[B, L]` counted from the beginning of each window; 0 for padding."""
+    places = torch.arange(windows_BL.shape[1], device=windows_BL.device).expand_as(windows_BL)
+    begins = torch.ones_like(windows_BL, dtype=torch.bool)
+    begins[:, 1:] = windows_BL[:, 1:] != windows_BL[:, :-1]
+    firsts = torch.where(begins, places, 0).cummax(dim=1).values
+    return (places - firsts) * (windows_BL > 0)
+
+
 def span_map(query_HKD, key_HSD, ends_K, scaling):
     """Log of the attention from the last token of each span to whole spans, `[K, K]`, heads averaged.
 

@@ -11,6 +11,7 @@ KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "chunk_likelihood", 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 CONTROLS = ("full", "short", "off")
 AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
+PACKINGS = ("auto", "on", "off")
 FEATURES = ("layerwise", "attention", "attention_alignment", "routing_feature", "contrastive")
 SHARES = {
     "kd": 0.47, "layerwise": 0.27, "lm": 0.20, "attention_alignment": 0.04, "routing_feature": 0.01, "attention": 0.007,
@@ -48,6 +49,10 @@ class Config:
     """Student tokens in one window of text, at most."""
     batch_size: int = 8
     """Windows in one forward pass of one process."""
+    packing: str = "auto"
+    """Whether windows share rows of a batch, each seeing only itself, where that computes less padding: `auto`, student and
+    teacher each if it gives the same hidden states that way; `on` refuses a model that does not; `off`: each window has a
+    row. The result stays the same."""
     grad_accumulation: int = 1
     """Forward passes of one process in one optimizer step."""
     epochs: float = 1.0
@@ -245,7 +250,9 @@ class Config:
         return cls.from_dict(values)
 
 
-_CHOICES = {"kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES}
+_CHOICES = {
+    "kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES, "packing": PACKINGS,
+}  # fmt: skip
 
 AUTO, DURATION = int | str, float | str
 _HUGE = 10**12

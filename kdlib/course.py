@@ -128,8 +128,9 @@ class Course:
     def _training(self, objective, config, num_steps):
         teacher = self.pair.teacher if config.needs_teacher else None
         return Training(
-            objective, teacher, self.inputs.train, num_steps, config, self.accelerator, self.clock, self.pair.pads
-        )
+            objective, teacher, self.inputs.train, num_steps, config, self.accelerator, self.clock, self.pair.pads,
+            self.pair.widest,
+        )  # fmt: skip
 
     def _train(self, leg):
         """Train one leg from where it is to its last step."""

@@ -45,9 +45,10 @@ class Score:
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Held-out windows in batches, with the `TeacherSignal`s at their aligned positions (on the CPU, made once: the teacher
-    does not change): last hidden states that `teacher_head` decodes, or top tokens where that is None. `buckets` are the
-    `vocab.tail_buckets` of the pair; `same[j]` is the student id with the bytes of teacher column j, or -1. `known`: the
-    teacher's own score, where a cache knows it.
+    does not change): last hidden states that `teacher_head` decodes, or top tokens where that is None. `windows` are those
+    of each batch, in its order; `pads` and `widest` as for `batching.collate`. `buckets` are the `vocab.tail_buckets` of the
+    pair; `same[j]` is the student id with the bytes of teacher column j, or -1. `known`: the teacher's own score, where a
+    cache knows it.
     """
 
     batches: list
@@ -59,28 +60,30 @@ class HeldOut:
     num_buckets: int
     same: torch.Tensor
     pads: tuple
+    widest: tuple
     known: Score | None = None
 
     def halved(self):
         """The same text in batches half as large; None where each holds one window already."""
         if max(map(len, self.windows)) == 1:
             return None
-        groups, signals = [], []
-        for windows, signal in zip(self.windows, self.signals, strict=True):
-            middle = (len(windows) + 1) // 2
-            first = sum(len(w.student_rows) for w in windows[:middle])
-            halves = (windows[:middle], slice(0, first)), (windows[middle:], slice(first, None))
-            groups += [half for half, _ in halves if half]
-            signals += [signal.rows(part) for half, part in halves if half]
-        batches = [batching.collate(group, *self.pads) for group in groups]
+        batches, groups, signals = [], [], []
+        for whole, windows, signal in zip(self.batches, self.windows, self.signals, strict=True):
+            rows, middle = torch.arange(whole.num_aligned).split(whole.rows_by_window), (len(windows) + 1) // 2
+            for half in (slice(0, middle), slice(middle, None)):
+                if windows[half]:
+                    batches.append(batching.collate(windows[half], *self.pads, self.widest))
+                    groups.append([windows[half][i] for i in batches[-1].order])
+                    signals.append(signal.rows(torch.cat([rows[half][i] for i in batches[-1].order])))
         return dataclasses.replace(self, batches=batches, windows=groups, signals=signals)
 
 
-def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
+def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0)):
     """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them."""
     ordered = sorted(windows, key=lambda window: len(window.student_ids))
     groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-    batches = [batching.collate(group, *pads) for group in groups]
+    batches = [batching.collate(group, *pads, widest) for group in groups]
+    groups = [[group[i] for i in batch.order] for group, batch in zip(groups, batches, strict=True)]
     signals = [teacher(batch).to("cpu") for batch in batches]
     buckets = vocab.tail_buckets(student_head.vocabulary, teacher.reader.vocabulary, shared)
     ours, theirs, same = student_head.by_column(buckets.student), None, None
@@ -90,7 +93,7 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0)):
             teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared)),
         )
     known = teacher.known
-    return HeldOut(batches, groups, signals, teacher.head, ours, theirs, buckets.num, same, pads, known)
+    return HeldOut(batches, groups, signals, teacher.head, ours, theirs, buckets.num, same, pads, widest, known)
 
 
 @torch.no_grad()
@@ -107,9 +110,10 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
         for batch, windows, signal in zip(held_out.batches, held_out.windows, held_out.signals, strict=True):
             tick()
             moved = batch.to(model.device)
-            states = models.last_hidden(model, moved.student_ids, moved.student_mask).flatten(0, 1)
-            scored = _stack([w.student_scored for w in windows], batch.student_ids.shape)
-            tally.add_text(head, states, moved.labels.flatten(), scored, windows, chunk_size)
+            states = models.last_hidden(model, moved.student_ids, moved.student_windows, batch.student_packed)
+            states = states.flatten(0, 1)
+            of_window = batch.student_windows * batch.student_scored
+            tally.add_text(head, states, moved.labels.flatten(), of_window.flatten(), windows, chunk_size)
             for first in range(0, len(moved.student_rows), chunk_size):
                 part = slice(first, first + chunk_size)
                 tally.add_pairs(head, states[moved.student_rows[part]], signal.rows(part), held_out)
@@ -128,11 +132,12 @@ def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
     tally = _Tally(held_out.windows)
     for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
         tick()
-        ids, mask = batch.teacher_ids.to(teacher.model.device), batch.teacher_mask.to(teacher.model.device)
-        states = models.last_hidden(teacher.model, ids, mask).flatten(0, 1)
-        labels = _stack([w.teacher_labels for w in windows], batch.teacher_ids.shape, IGNORE).to(states.device)
-        scored = _stack([w.teacher_scored for w in windows], batch.teacher_ids.shape)
-        tally.add_text(teacher.head, states, labels, scored, windows, chunk_size)
+        moved = batch.to(teacher.model.device)
+        states = models.last_hidden(teacher.model, moved.teacher_ids, moved.teacher_windows, batch.teacher_packed)
+        of_window = (batch.teacher_windows * batch.teacher_scored).flatten()
+        tally.add_text(
+            teacher.head, states.flatten(0, 1), moved.teacher_labels.flatten(), of_window, windows, chunk_size
+        )
     return dataclasses.replace(tally.score(), kl_to_teacher=0.0, top1_agreement=1.0)
 
 
@@ -147,8 +152,10 @@ class _Tally:
         self.token_nats, self.num_tokens = 0.0, 0
         self.kl, self.agreed, self.num_pairs = 0.0, 0, 0
 
-    def add_text(self, head, states, labels, scored, windows, chunk_size):
-        """Token losses of a batch: all of them for the perplexity, the scored ones for the bits."""
+    def add_text(self, head, states, labels, of_window, windows, chunk_size):
+        """Token losses of a batch: all of them for the perplexity, the scored ones for the bits. `of_window` (on the CPU)
+        says in which window a position is scored, counted from 1; 0 in none.
+        """
         rows = (labels != IGNORE).nonzero().squeeze(1)
         nats = torch.zeros(len(labels), dtype=torch.float64)
         for chunk in rows.split(chunk_size):
@@ -156,7 +163,7 @@ class _Tally:
             nats[chunk.cpu()] = values.double().cpu()
         self.token_nats += float(nats.sum())
         self.num_tokens += len(rows)
-        by_window = (nats * scored).view(len(windows), -1).sum(dim=1)
+        by_window = nats.new_zeros(len(windows) + 1).index_add(0, of_window, nats)[1:]
         for window, value in zip(windows, by_window.tolist(), strict=True):
             self.nats[self.place[window.document]] += value
             self.bytes[self.place[window.document]] += window.num_bytes
@@ -202,13 +209,6 @@ class _Tally:
             bits=self.nats / LN2,
             num_bytes=self.bytes.copy(),
         )
-
-
-def _stack(rows, shape, fill=0):
-    out = np.full(shape, fill, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out).flatten()
 
 
 def opening(held_out, tokenizer, num_tokens=24):

@@ -23,8 +23,8 @@ MEASURED_TOKENS = 4096
 @dataclasses.dataclass
 class Pair:
     """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher;
-    `buckets`: the `vocab.Buckets` by `kd_method`, as far as they were asked for; `sample`: training windows that features
-    are measured on.
+    `widest`: how wide their rows of several windows may be, 0 where they can't be shared; `buckets`: the `vocab.Buckets` by
+    `kd_method`, as far as they were asked for; `sample`: training windows that features are measured on.
     """
 
     teacher: Teacher
@@ -33,6 +33,7 @@ class Pair:
     head: models.Head
     shared: vocab.SharedVocabulary
     pads: tuple
+    widest: tuple = (0, 0)
     buckets: dict = dataclasses.field(default_factory=dict)
     sample: list = dataclasses.field(default_factory=list)
 
@@ -60,6 +61,7 @@ def load(config, device="cpu", teacher_dtype=torch.float32):
     pair = load_pair(config, device, teacher_dtype)
     train, validation, test = (_windows(part, pair, config.max_length) for part in documents)
     _check_amount(train, config)
+    pair.widest = _widest(pair, config, train + validation + test)
     pair.sample = _sample(train, MEASURED_TOKENS)
     _check_scored({"validation": validation, "test": test})
     alignment = _report(train, documents[0], pair)
@@ -89,6 +91,7 @@ def load_for_evaluation(config, device="cpu"):
     pair = load_pair(config, device, torch.float32)
     windows = _windows(documents, pair, config.max_length)
     _check_scored({"given": windows})
+    pair.widest = _widest(pair, config, windows)
     return pair, _hold_out(windows, pair, config), _report(windows, documents, pair)
 
 
@@ -186,9 +189,9 @@ def _sampled_features(pair, config, student, layers):
     student.eval()
     found = []
     for i in range(0, len(pair.sample), config.batch_size):
-        batch = batching.collate(pair.sample[i : i + config.batch_size], *pair.pads).to(student.device)
-        at = batch.student_rows, batch.rows_by_window
-        ours = models.read(student, batch.student_ids, batch.student_mask, *at, models.Taps(layers[0]))
+        batch = batching.collate(pair.sample[i : i + config.batch_size], *pair.pads, pair.widest).to(student.device)
+        at = batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window
+        ours = models.read(student, *at, models.Taps(layers[0]), batch.student_spots)
         theirs = pair.teacher(batch, models.Taps(layers[1]))
         state = ours.last.flatten(0, 1)[batch.student_rows]
         found.append([part.float().cpu() for part in (state, *ours.layers, theirs.hidden, *theirs.layers)])
@@ -254,9 +257,31 @@ def _numbered(windows):
     return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
 
 
+def _numbered(windows):
+    return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
+
+
 def _hold_out(windows, pair, config, split=None):
     """The `evaluate.HeldOut` of some windows; `split`: what a teacher cache knows them as."""
-    return evaluate.hold_out(windows, pair.teacher.of(split), pair.head, pair.shared, config.batch_size, pair.pads)
+    teacher = pair.teacher.of(split)
+    return evaluate.hold_out(windows, teacher, pair.head, pair.shared, config.batch_size, pair.pads, pair.widest)
+
+
+def _widest(pair, config, windows):
+    """`Pair.widest` for these windows: twice the longest, which is as wide as was tried; a teacher cache reads none.
+    ValueError where `packing` is on and a model can't.
+    """
+    found = []
+    for side, model in (("student", pair.student), ("teacher", pair.teacher.model)):
+        longest = max(len(getattr(window, f"{side}_ids")) for window in windows)
+        fits = config.packing != "off" and model is not None and models.packs(model, longest)
+        if config.packing == "on" and model is not None and not fits:
+            raise ValueError(
+                f"packing is on, but the {side} ({type(model).__name__}) does not read windows of {longest} tokens in one "
+                "row as it reads each alone; set packing auto or off"
+            )
+        found.append(2 * longest if fits else 0)
+    return tuple(found)
 
 
 def _report(windows, documents, pair):

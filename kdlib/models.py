@@ -9,6 +9,8 @@ import transformers
 from kdlib import attention, data, hooks, vocab
 
 PROBE_TOLERANCE = 1e-2
+SHARED_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far hidden states may be moved by another layout of the rows, as a share of their norm; 1e-4 in other types."""
 
 
 def load_tokenizer(source, role):
@@ -136,9 +138,32 @@ class Head:
         return values if self.kept is None else values[self.kept]
 
 
-def last_hidden(model, ids, mask):
-    """Hidden states `[B, L, D]` after the final norm, without decoding them."""
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+def last_hidden(model, ids, windows, packed=False):
+    """Hidden states `[B, L, D]` after the final norm, without decoding them. `windows` `[B, L]` is 0 for padding; where rows
+    are `packed` with several windows it says which one each position belongs to, and none sees another.
+    """
+    more = {"attention_mask": (windows > 0).long()}
+    if packed:
+        more = {"attention_mask": attention.block_diagonal(windows), "position_ids": attention.restarted(windows)}
+    return model.base_model(input_ids=ids, use_cache=False, **more).last_hidden_state
+
+
+@torch.no_grad()
+def packs(model, length):
+    """Whether windows of `length` tokens that share a row come out as each does alone: found out by two of them. They do not
+    in models that keep a state from token to token, see a part of the row only, count positions by themselves, or take
+    no mask of ours.
+    """
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    places = torch.arange(1, 3, device=model.device)[:, None].expand_as(ids)
+    alone = last_hidden(model, ids, places).double()
+    try:
+        shared = last_hidden(model, ids.reshape(1, -1), places.reshape(1, -1), packed=True).double()
+    except Exception:  # noqa: BLE001 - a model that takes no such mask or positions says so in its own way
+        return False
+    moved = (shared.view_as(alone) - alone).norm(dim=-1) / alone.norm(dim=-1)
+    return bool((moved < SHARED_TOLERANCE.get(model.dtype, 1e-4)).all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +193,15 @@ class Features:
     below: torch.Tensor | None = None
 
 
-def read(model, ids, mask, rows, rows_by_window, taps):
-    """The `Features` of a forward pass at the flat positions `rows` `[N]`, `rows_by_window` of them in each window."""
+def read(model, ids, windows, rows, rows_by_window, taps, spots=None):
+    """The `Features` of a forward pass at the flat positions `rows` `[N]`, `rows_by_window` of them in each window.
+    `windows` as for `last_hidden`; `spots` as in `batching.Batch` (None: each window has a row).
+    """
+    spots = spots or [(row, 0, ids.shape[1]) for row in range(len(ids))]
     with hooks.watch(model, taps.layers, sorted({*taps.maps, *taps.vectors})) as seen:
-        last = last_hidden(model, ids, mask)
+        last = last_hidden(model, ids, windows, packed=len(spots) > len(ids))
     layers = tuple(seen.layers[i].flatten(0, 1)[rows] for i in taps.layers)
-    maps = tuple(_span_maps(*seen.attention[i], rows, rows_by_window) for i in taps.maps)
+    maps = tuple(_span_maps(*seen.attention[i], rows.split(rows_by_window), spots) for i in taps.maps)
     vectors = tuple(
         tuple(part.transpose(1, 2).flatten(2).flatten(0, 1)[rows] for part in seen.attention[i][:3])
         for i in taps.vectors
@@ -181,12 +209,12 @@ def read(model, ids, mask, rows, rows_by_window, taps):
     return Features(last, layers, maps, vectors, seen.below)
 
 
-def _span_maps(query, key, _, scaling, rows, rows_by_window):
+def _span_maps(query, key, _, scaling, rows_of_windows, spots):
     length, maps = query.shape[2], []
     with torch.autocast(query.device.type, enabled=False):
-        for window, places in enumerate(rows.split(rows_by_window)):
-            ends = places - window * length
-            maps.append(attention.span_map(query[window][:, ends], key[window], ends, scaling))
+        for rows, (row, start, stop) in zip(rows_of_windows, spots, strict=True):
+            ends = rows - (row * length + start)
+            maps.append(attention.span_map(query[row][:, start + ends], key[row, :, start:stop], ends, scaling))
     return maps
 
 

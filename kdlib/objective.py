@@ -78,8 +78,9 @@ class Objective(torch.nn.Module):
         weights = self.weights() if weights is None else weights
         by_window = batch.rows_by_window
         seen = models.read(
-            self.student, batch.student_ids, batch.student_mask, batch.student_rows, by_window, self._taps(weights, 0)
-        )
+            self.student, batch.student_ids, batch.student_windows, batch.student_rows, by_window,
+            self._taps(weights, 0), batch.student_spots,
+        )  # fmt: skip
         hidden = seen.last.flatten(0, 1)
         loss, parts, squares = self._on_logits(batch, hidden, signal, counts, weights, measure)
         if any(weights[name] > 0 and part.on != "logits" for name, part in self.parts.items()):

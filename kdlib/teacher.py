@@ -20,7 +20,7 @@ class TopTokens:
     best: torch.Tensor | None = None
 
     def rows(self, part):
-        """The same of some of the positions (a slice)."""
+        """The same of some of the positions (a slice, or indices)."""
         return TopTokens(self.ids[part], self.log_probs[part], None if self.best is None else self.best[part])
 
     def to(self, device):
@@ -51,7 +51,7 @@ class TeacherSignal:
     vectors: tuple = ()
 
     def rows(self, part):
-        """Hidden states, spans and top tokens of some of the positions (a slice)."""
+        """Hidden states, spans and top tokens of some of the positions (a slice, or indices)."""
         hidden, spans = (None if each is None else each[part] for each in (self.hidden, self.spans))
         return TeacherSignal(hidden, spans, self.top and self.top.rows(part))
 
@@ -107,8 +107,9 @@ class Teacher:
         moved = batch.to(device)
         with torch.inference_mode():
             found = models.read(
-                self.model, moved.teacher_ids, moved.teacher_mask, moved.teacher_rows, batch.rows_by_window, taps
-            )
+                self.model, moved.teacher_ids, moved.teacher_windows, moved.teacher_rows, batch.rows_by_window, taps,
+                batch.teacher_spots,
+            )  # fmt: skip
             last = found.last.flatten(0, 1)
             told, top = self._decoded(last, moved, spans, shortlist) if spans or shortlist else (None, None)
             signal = TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors)

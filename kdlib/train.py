@@ -19,7 +19,7 @@ class StepRecord:
     student (`Objective.forward`); None where it was not measured. `figures`: values that are no losses (`kd_covered`: the
     teacher's probability that `kd_top_k` keeps; `routing_0`, ...: mean weight of each tapped teacher layer). `skipped`: why
     this step changed nothing, or empty.
-    `micro_batch`: windows in one forward pass.
+    `micro_batch`: windows in one forward pass. `computed_per_token`: by side, tokens with padding for each one without.
     """
 
     step: int
@@ -35,6 +35,7 @@ class StepRecord:
     grad_shares: dict | None
     skipped: str
     micro_batch: int
+    computed_per_token: dict
 
 
 def make_optimizer(objective, config):
@@ -78,16 +79,16 @@ class Training:
     after any of them, and gone on with by another object, elsewhere, that was given its `tensors` and `facts`.
 
     `objective` is an `Objective`; `teacher` maps a batch to a `TeacherSignal`, or is None where no part needs one;
-    `windows` are the training windows, `pads` the padding ids of student and teacher. A step's loss and gradient are
+    `windows` are the training windows, `pads` and `widest` as for `batching.collate`. A step's loss and gradient are
     means over its positions, however it is cut into micro-batches and processes; where memory runs out, the micro-batch
     is halved and the step taken again.
 
     A step whose loss or gradient is no number changes no weight; FloatingPointError after `non_finite_steps` in a row.
     """
 
-    def __init__(self, objective, teacher, windows, num_steps, config, accelerator, clock, pads=(0, 0)):
+    def __init__(self, objective, teacher, windows, num_steps, config, accelerator, clock, pads=(0, 0), widest=(0, 0)):
         self.objective, self.teacher, self.windows, self.num_steps = objective, teacher, windows, num_steps
-        self.config, self.accelerator, self.clock, self.pads = config, accelerator, clock, pads
+        self.config, self.accelerator, self.clock, self.layout = config, accelerator, clock, (*pads, widest)
         self.prepared, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, config))
         self.scheduler = make_schedule(self.optimizer.optimizer, num_steps, config.warmup)
         self.average = ema.average(objective.student, config.ema_decay) if config.use_ema else None
@@ -127,8 +128,9 @@ class Training:
         if skipped:
             skipped += f" (documents {_documents(taken)})"
         return StepRecord(
-            self.step, total, parts, shares, lr, norm, counts["tokens"], self.clock.now() - started, weights, figures,
-            _norm_shares(squares), skipped, self.micro_batch,
+            self.step, total, parts, shares, lr, norm, counts["student_tokens"], self.clock.now() - started, weights,
+            figures, _norm_shares(squares), skipped, self.micro_batch,
+            batching.computed_per_token(counts, self.teacher and self.teacher.model),
         )  # fmt: skip
 
     def _weights(self, progress):
@@ -158,7 +160,7 @@ class Training:
     def _gradients(self, taken, weights, measure):
         """`(counts, found)`: the gradients of a whole step are in place; what each micro-batch came to."""
         accelerator = self.accelerator
-        batches = _own_share(taken, self.config.batch_size, self.micro_batch, accelerator, self.pads)
+        batches = _own_share(taken, self.config.batch_size, self.micro_batch, accelerator, self.layout)
         counts = _counts(batches, accelerator)
         found = []
         for i, batch in enumerate(batches):
@@ -223,7 +225,7 @@ class Training:
 
     def _kept_by(self, windows, trained):
         """Bytes that the forward pass over some windows, side by side, leaves to its backward pass."""
-        batch = batching.collate(windows, *self.pads).to(self.accelerator.device)
+        batch = batching.collate(windows, *self.layout).to(self.accelerator.device)
         weights = self.objective.weights()
         signal = self.teacher(batch, **self.objective.wants(weights)) if self.teacher else None
         counts = dict.fromkeys(("labels", "aligned", "spans"), 1)
@@ -292,16 +294,16 @@ class Training:
         seeds.put_back(tensors["random"], self.accelerator)
 
 
-def _own_share(windows, batch_size, micro_batch, accelerator, pads):
+def _own_share(windows, batch_size, micro_batch, accelerator, layout):
     """The micro-batches of this process, in order."""
     blocks = range(accelerator.process_index, len(windows) // batch_size, accelerator.num_processes)
     mine = [window for i in blocks for window in windows[i * batch_size : (i + 1) * batch_size]]
-    return [batching.collate(mine[i : i + micro_batch], *pads) for i in range(0, len(mine), micro_batch)]
+    return [batching.collate(mine[i : i + micro_batch], *layout) for i in range(0, len(mine), micro_batch)]
 
 
 def _counts(batches, accelerator):
     """Positions of the whole step over all micro-batches and processes."""
-    names = ("labels", "aligned", "spans", "tokens")
+    names = ("labels", "aligned", "spans", "student_tokens", "student_computed", "teacher_tokens", "teacher_computed")
     own = [sum(getattr(batch, f"num_{name}") for batch in batches) for name in names]
     whole = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
     return dict(zip(names, whole, strict=True))

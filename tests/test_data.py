@@ -155,7 +155,7 @@ def test_collate_pads_on_the_right_and_moves_the_rows():
     assert batch.teacher_ids[1, len(short.teacher_ids) :].unique().tolist() == [9]
     assert (batch.labels[1, len(short.student_ids) :] == data.IGNORE).all()
     assert batch.student_mask.sum(1).tolist() == [len(long.student_ids), len(short.student_ids)]
-    assert batch.num_tokens == len(long.student_ids) + len(short.student_ids)
+    assert batch.num_student_tokens == len(long.student_ids) + len(short.student_ids)
     assert batch.num_labels == sum(int((w.student_labels != data.IGNORE).sum()) for w in windows)
     flat = batch.student_ids.flatten()[batch.student_rows]
     assert flat.tolist() == [*long.student_ids[long.student_rows], *short.student_ids[short.student_rows]]
@@ -187,6 +187,6 @@ def test_batches_move_between_devices_whole():
     batch = batching.collate(windows_of("The cat."))
     moved = batch.to("meta")
     tensors = [value for f in dataclasses.fields(moved) if isinstance(value := getattr(moved, f.name), torch.Tensor)]
-    assert len(tensors) == len(dataclasses.fields(moved)) - 1
+    assert len(tensors) == len(dataclasses.fields(moved)) - 4
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.rows_by_window == batch.rows_by_window == (moved.num_aligned,)
