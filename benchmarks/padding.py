@@ -2,9 +2,9 @@
 
     python -m benchmarks.padding [--batch-size 8] [--accumulation 1] [--seeds 3] [DATASET STUDENT TEACHER]
 
-Lengths like those of instruction data (log-normal, mean 113, 90th percentile about 180, cut at 384; the teacher's windows are
-0.95 times as long, give or take 6 %), and the windows of the embedded default. Or the windows of at most `--max-length`
-student tokens of a data set as kdlib reads it, with two folders of tokenizers.
+Lengths like those of instruction data (log-normal, mean 113, 90th percentile about 180, cut at 384; the teacher's windows
+are 0.95 times as long, give or take 6 %), and the windows of the embedded default. Or the windows of at most
+`--max-length` student tokens of a data set as kdlib reads it, with two folders of tokenizers.
 
 *cap*: every window padded to the longest there is. *random*: batches in random order, padded to their longest. *bucketed*:
 similar lengths together (`batching.batch_order`). *packed*: random order, windows share rows (`batching.lay_out`).
@@ -47,7 +47,10 @@ def embedded_default():
 
 def per_token(lengths, way, batch_size, accumulation, seed):
     """Tokens computed for each real one of an epoch: student's, teacher's."""
-    windows = [types.SimpleNamespace(student_ids=np.empty(size)) for size in lengths[0]]
+    sizes = zip(*lengths, strict=True)
+    windows = [
+        types.SimpleNamespace(student_ids=np.empty(ours), teacher_ids=np.empty(theirs)) for ours, theirs in sizes
+    ]
     if way in ("bucketed", "auto"):
         steps = np.array(batching.batch_order(windows, batch_size * accumulation, seed, epoch=0))
     else:
