@@ -49,6 +49,8 @@ class Batch:
     """Which windows of their split these are."""
     order: tuple
     """Which of the windows that were given is the first here, the second, ..."""
+    stamp: object = dataclasses.field(default_factory=object, compare=False)
+    """Tells a batch, and its copies on other devices, from any other."""
 
     @property
     def student_mask(self):

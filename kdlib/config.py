@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 from pathlib import Path
 
 from kdlib import budget
@@ -117,6 +118,9 @@ class Config:
     """Share of the label's probability spread over the vocabulary in the training loss (never in a perplexity)."""
     loss_chunk_size: int | str = "auto"
     """Rows of the output head decoded at once; `auto`: by the memory that is free. The result stays the same."""
+    teacher_device: str = "auto"
+    """Where the teacher runs: `cpu`, `cuda:1`, ...; elsewhere than the student it works one batch ahead. `auto`: on the
+    second card where there are two and one process, else where the student is."""
     amp_dtype: str = "auto"
     """Arithmetic of the forward passes: `bf16` where the card really has it, else `fp16` on a card, `fp32` on a CPU."""
     eval_steps: int = 0
@@ -156,6 +160,8 @@ class Config:
             value = getattr(self, name)
             if value != "auto" and not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.teacher_device):
+            raise ValueError(f"unknown teacher_device {self.teacher_device!r}; have auto, cpu, cuda:0, cuda:1, ...")
         if not self.lm_weight + sum(getattr(self, f"{name}_weight") for name in self._teaching()) > 0:
             raise ValueError("the weights of all parts are 0; nothing would be learned")
         if self.kd_top_k and self.kd_method == "chunk_likelihood":

@@ -93,7 +93,7 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0), wi
             teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared)),
         )
     known = teacher.known
-    return HeldOut(batches, groups, signals, teacher.head, ours, theirs, buckets.num, same, pads, widest, known)
+    return HeldOut(batches, groups, signals, teacher.near, ours, theirs, buckets.num, same, pads, widest, known)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ import torch
 HARMLESS = {
     "teacher", "teacher_cache", "student", "dataset", "eval_dataset", "text_field",  # their content is compared
     "epochs", "batch_size", "grad_accumulation",  # the plan and the windows in a step are compared
-    "packing", "loss_chunk_size", "amp_dtype", "share_steps", "log_steps", "eval_steps", "save_steps", "keep_checkpoints",
-    "time_budget", "early_stopping_patience", "non_finite_steps", "check_teacher",
+    "packing", "loss_chunk_size", "amp_dtype", "teacher_device", "share_steps", "log_steps", "eval_steps", "save_steps",
+    "keep_checkpoints", "time_budget", "early_stopping_patience", "non_finite_steps", "check_teacher",
 }  # fmt: skip
 NAMES = {
     "student": "the student's weights",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kdlib import batching, corpus, data, evaluate, hooks, identity, models, signals, vocab
+from kdlib.ahead import Ahead
 from kdlib.objective import Objective
 from kdlib.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.router import LayerRouter
@@ -54,11 +55,11 @@ class Inputs:
     identity: dict
 
 
-def load(config, device="cpu", teacher_dtype=torch.float32):
-    """The `Inputs` of a run. Every mistake a user can make raises ValueError with one line."""
+def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None):
+    """The `Inputs` of a run; devices as in `load_pair`. Every mistake a user can make raises ValueError with one line."""
     config.require_inputs()
     documents = _documents(config)
-    pair = load_pair(config, device, teacher_dtype)
+    pair = load_pair(config, device, teacher_dtype, teacher_device)
     train, validation, test = (_windows(part, pair, config.max_length) for part in documents)
     _check_amount(train, config)
     pair.widest = _widest(pair, config, train + validation + test)
@@ -95,9 +96,11 @@ def load_for_evaluation(config, device="cpu"):
     return pair, _hold_out(windows, pair, config), _report(windows, documents, pair)
 
 
-def load_pair(config, device, teacher_dtype):
-    """Load teacher and student, each with its own tokenizer; ValueError where nothing connects them."""
-    teacher = _load_teacher(config, device, teacher_dtype)
+def load_pair(config, device, teacher_dtype, teacher_device=None):
+    """Load teacher and student, each with its own tokenizer; ValueError where nothing connects them. A teacher with another
+    `teacher_device` than the student's `device` works one batch ahead.
+    """
+    teacher = _load_teacher(config, torch.device(device), teacher_dtype, torch.device(teacher_device or device))
     student = models.load_model(config.student, "student").to(device)
     student_reader = models.load_reader(config.student, "student", student.config)
     shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
@@ -108,11 +111,12 @@ def load_pair(config, device, teacher_dtype):
     return Pair(teacher, student, student_reader, head, shared, pads)
 
 
-def _load_teacher(config, device, dtype):
+def _load_teacher(config, device, dtype, away):
     """The live teacher, or the one that a cache stands for: then nothing but its tokenizer is loaded."""
     if not config.teacher_cache:
-        model = models.load_model(config.teacher, "teacher", dtype).to(device)
-        return Teacher(model, models.load_reader(config.teacher, "teacher", model.config))
+        model = models.load_model(config.teacher, "teacher", dtype).to(away)
+        reader = models.load_reader(config.teacher, "teacher", model.config)
+        return Teacher(model, reader) if away == device else Ahead(model, reader, device)
     cached = signals.CachedTeacher(signals.folders_of(config.teacher_cache))
     signals.refuse_settings(config, cached.settings)
     if config.teacher:
@@ -140,7 +144,7 @@ def make_objective(pair, config, student=None):
         beside["projector"] = TeacherToStudentProjector(theirs.shape[1], head.width)
         beside["projector"].start_from(head.rows(torch.from_numpy(pair.shared.student_ids)).cpu(), theirs)
     elif config.kd_method in ("shared_vocab", "shared_prefix"):
-        more = {"teacher_head": pair.teacher.head, "buckets": buckets_of(pair, config.kd_method)}
+        more = {"teacher_head": pair.teacher.near, "buckets": buckets_of(pair, config.kd_method)}
     layers, attention = _tapped(student.config, pair.teacher.config, config)
     beside |= _feature_modules(pair, config, student, layers)
     objective = Objective(student, head, config, beside, layers=layers, attention_layers=attention, **more)

@@ -1,5 +1,6 @@
 """Loading models and tokenizers, the output head that every loss decodes through, and what is read off a forward pass."""
 
+import copy
 import dataclasses
 
 import torch
@@ -99,6 +100,12 @@ class Head:
     @property
     def width(self):
         return self.module.weight.shape[1]
+
+    def on(self, device):
+        """This head, of a model that never changes, on another device: a copy of its weight."""
+        made = copy.copy(self)
+        made.module = copy.deepcopy(self.module).to(device)
+        return made
 
     def rows(self, ids):
         """The head's rows of some token ids, `[len(ids), D]`, without gradient."""

@@ -15,6 +15,20 @@ def accelerator(amp_dtype):
     return accelerate.Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype)
 
 
-def teacher_dtype(accelerator):
-    """What a teacher is loaded in beside it."""
+def teacher_device(wanted, accelerator):
+    """The device of a teacher beside it; `wanted` as in the config. ValueError where the machine has no such card."""
+    own = torch.device(accelerator.device)
+    count = torch.cuda.device_count()
+    if wanted == "auto":
+        wanted = "cuda:1" if own.type == "cuda" and count > 1 and accelerator.num_processes == 1 else own
+    there = torch.device(wanted)
+    if there.type == "cuda" and (there.index or 0) >= count:
+        raise ValueError(f"teacher_device is {wanted}, and this machine has {count} cards; use auto or cpu")
+    return own if (there.type, there.index or 0) == (own.type, own.index or 0) else there
+
+
+def teacher_dtype(accelerator, device="cuda"):
+    """What a teacher on `device` is loaded in beside it: no half precision on a CPU, which is slow at it."""
+    if torch.device(device).type == "cpu" and torch.device(accelerator.device).type != "cpu":
+        return torch.float32
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]

@@ -226,7 +226,7 @@ class CachedTeacher:
         if other := [folder for folder, facts in zip(self.folders, every, strict=True) if facts != self.facts]:
             raise ValueError(f"{other[0]} and {self.folders[0]} hold parts of different teacher caches")
         self.settings = self.facts["settings"]
-        self.model = self.head = None
+        self.model = self.head = self.near = None
         self.num_columns = 0
         self.config = models.load_config(self.folders[0] / READER, "cached teacher")
         self.reader = models.load_reader(self.folders[0] / READER, "cached teacher", self.config)

@@ -24,7 +24,7 @@ class TopTokens:
         return TopTokens(self.ids[part], self.log_probs[part], None if self.best is None else self.best[part])
 
     def to(self, device):
-        return _outside(self, device)
+        return _copied(self, lambda tensor: tensor.to(device))
 
     def cut(self, k):
         """The same with the likeliest `k` tokens only; the others join the tail."""
@@ -55,12 +55,16 @@ class TeacherSignal:
         hidden, spans = (None if each is None else each[part] for each in (self.hidden, self.spans))
         return TeacherSignal(hidden, spans, self.top and self.top.rows(part))
 
+    def copied(self, copy):
+        """The signal of `copy(tensor)`s."""
+        return _copied(self, copy)
+
     def to(self, device):
-        """The same on a device, in tensors that may be saved for a backward pass."""
-        return TeacherSignal(*(_outside(getattr(self, field.name), device) for field in dataclasses.fields(self)))
+        """The same on a device."""
+        return self.copied(lambda tensor: tensor.to(device))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Shortlist:
     """How a `TopTokens` is made: the `k` likeliest of `num_buckets` buckets at a `temperature`, the last of them the tail.
 
@@ -90,21 +94,26 @@ class Teacher:
     """A live teacher. Not an `nn.Module`: nothing that sets a whole model to training, moves or averages it gets here.
 
     `teacher(batch)` gives the `TeacherSignal` on the batch's device; `taps` (`models.Taps`), `spans` and `shortlist`
-    (`Shortlist`) ask for more of it.
+    (`Shortlist`) ask for more of it. `head` decodes where the model is, `near` where the student is.
     """
 
     def __init__(self, model, reader):
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
-        self.head = models.Head(model, reader.vocabulary)
+        self.head = self.near = models.Head(model, reader.vocabulary)
         self.config = model.config
         self.known = None
         self.num_columns = self.head.num_rows
         """Logits of its own that a row is compared with."""
 
     def __call__(self, batch, taps=models.Taps(), spans=False, shortlist=None):  # noqa: B008 - frozen
-        device, away = self.model.device, batch.student_ids.device
-        moved = batch.to(device)
+        away = batch.student_ids.device
+        # copies made outside: a tensor born in inference mode can't be saved for a backward pass
+        return self.read(batch, taps, spans, shortlist).copied(lambda tensor: tensor.clone().to(away))
+
+    def read(self, batch, taps, spans, shortlist=None):
+        """The signal where the teacher is, of tensors that only a copy makes fit for a backward pass."""
+        moved = batch.to(self.model.device)
         with torch.inference_mode():
             found = models.read(
                 self.model, moved.teacher_ids, moved.teacher_windows, moved.teacher_rows, batch.rows_by_window, taps,
@@ -112,8 +121,7 @@ class Teacher:
             )  # fmt: skip
             last = found.last.flatten(0, 1)
             told, top = self._decoded(last, moved, spans, shortlist) if spans or shortlist else (None, None)
-            signal = TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors)
-        return signal.to(away)  # outside: a tensor born in inference mode can't be saved for a backward pass
+            return TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors)
 
     def of(self, split):
         """The teacher of one split of the text: a live one reads all."""
@@ -149,11 +157,9 @@ class Teacher:
         return told, TopTokens(*found)
 
 
-def _outside(found, device):
-    if found is None:
-        return None
-    if isinstance(found, torch.Tensor):
-        return found.clone().to(device)
-    if isinstance(found, TopTokens):
-        return TopTokens(*(_outside(getattr(found, field.name), device) for field in dataclasses.fields(found)))
-    return type(found)(_outside(part, device) for part in found)
+def _copied(found, copy):
+    if found is None or isinstance(found, torch.Tensor):
+        return None if found is None else copy(found)
+    parts = [getattr(found, f.name) for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else found
+    made = [_copied(part, copy) for part in parts]
+    return type(found)(*made) if dataclasses.is_dataclass(found) else type(found)(made)

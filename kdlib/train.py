@@ -78,7 +78,8 @@ class Training:
     """A student in training: iterate over it for a `StepRecord` after each of `num_steps` optimizer steps. It may be left
     after any of them, and gone on with by another object, elsewhere, that was given its `tensors` and `facts`.
 
-    `objective` is an `Objective`; `teacher` maps a batch to a `TeacherSignal`, or is None where no part needs one;
+    `objective` is an `Objective`; `teacher` maps a batch to a `TeacherSignal`, or is None where no part needs one; one that
+    works ahead (`ahead.Ahead`) is asked for each batch while the student learns from the one before;
     `windows` are the training windows, `pads` and `widest` as for `batching.collate`. A step's loss and gradient are
     means over its positions, however it is cut into micro-batches and processes; where memory runs out, the micro-batch
     is halved and the step taken again.
@@ -89,30 +90,36 @@ class Training:
     def __init__(self, objective, teacher, windows, num_steps, config, accelerator, clock, pads=(0, 0), widest=(0, 0)):
         self.objective, self.teacher, self.windows, self.num_steps = objective, teacher, windows, num_steps
         self.config, self.accelerator, self.clock, self.layout = config, accelerator, clock, (*pads, widest)
+        self.asks = hasattr(teacher, "ask")
         self.prepared, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, config))
         self.scheduler = make_schedule(self.optimizer.optimizer, num_steps, config.warmup)
         self.average = ema.average(objective.student, config.ema_decay) if config.use_ema else None
         targets = config.target_shares()
         self.balance = schedule.Balance(targets) if targets else None
         self.step, self.in_a_row, self.micro_batch = 0, 0, config.batch_size
+        self.collated = (None, None, None)
 
     def __iter__(self):
         per_step = self.config.effective_batch * self.accelerator.num_processes
         self.objective.train()
-        for taken in steps_of(self.windows, per_step, self.config.seed, self.step):
-            if self.step >= self.num_steps:
-                return
-            record = self._one(taken)
-            yield record
-            if self.in_a_row >= self.config.non_finite_steps:
-                raise FloatingPointError(self._no_way_on(record))
+        try:
+            for taken, coming in itertools.pairwise(steps_of(self.windows, per_step, self.config.seed, self.step)):
+                if self.step >= self.num_steps:
+                    return
+                record = self._one(taken, coming)
+                yield record
+                if self.in_a_row >= self.config.non_finite_steps:
+                    raise FloatingPointError(self._no_way_on(record))
+        finally:
+            if self.asks:
+                self.teacher.forget()
 
-    def _one(self, taken):
-        """One optimizer step on these windows."""
+    def _one(self, taken, coming):
+        """One optimizer step on these windows; those of the next one are `coming`."""
         started = self.clock.now()
         weights = self._weights(self.step / self.num_steps)
         measure = self.config.share_steps > 0 and (self.step + 1) % self.config.share_steps == 0
-        counts, found = self._gradients_that_fit(taken, weights, measure)
+        counts, found = self._gradients_that_fit(taken, weights, measure, coming)
         lr = self.scheduler.get_last_lr()[0]
         norm = _clip(self.objective, self.config.max_grad_norm, self.accelerator, self.optimizer)
         values, squares = (_summed([pair[side] for pair in found], self.accelerator) for side in (0, 1))
@@ -140,11 +147,11 @@ class Training:
             return weights
         return self.balance.weights(weights, {name: self.objective.phase_factor(name, progress) for name in weights})
 
-    def _gradients_that_fit(self, taken, weights, measure):
+    def _gradients_that_fit(self, *what):
         """`_gradients`, in micro-batches that the memory has room for."""
         while True:
             try:
-                return self._gradients(taken, weights, measure)
+                return self._gradients(*what)
             except Exception as error:
                 if not memory.ran_out(error) or self.accelerator.num_processes > 1:
                     raise
@@ -157,15 +164,18 @@ class Training:
             self.optimizer.zero_grad()
             memory.let_go()
 
-    def _gradients(self, taken, weights, measure):
+    def _gradients(self, taken, weights, measure, coming):
         """`(counts, found)`: the gradients of a whole step are in place; what each micro-batch came to."""
-        accelerator = self.accelerator
-        batches = _own_share(taken, self.config.batch_size, self.micro_batch, accelerator, self.layout)
+        accelerator, wants = self.accelerator, self.objective.wants(weights)
+        batches = self._batches(taken)
         counts = _counts(batches, accelerator)
+        later = [(batch, wants) for batch in batches[1:]] + (self._first_of(coming) if self.asks else [])
         found = []
         for i, batch in enumerate(batches):
             batch = batch.to(accelerator.device)
-            signal = self.teacher(batch, **self.objective.wants(weights)) if self.teacher else None
+            signal = self.teacher(batch, **wants) if self.teacher else None
+            if self.asks and i < len(later):
+                self.teacher.ask(later[i][0], **later[i][1])
             syncing = i == len(batches) - 1  # processes exchange gradients once a step
             with contextlib.nullcontext() if syncing else accelerator.no_sync(self.prepared):
                 loss, values, squares = self.prepared(batch, signal, counts, weights, measure)
@@ -173,6 +183,19 @@ class Training:
                 accelerator.backward(loss * accelerator.num_processes)
             found.append(({name: value.detach() for name, value in values.items()}, squares))
         return counts, found
+
+    def _batches(self, taken):
+        """The micro-batches of this process, in order; the same objects where they were the last to be made."""
+        if self.collated[0] is not taken or self.collated[1] != self.micro_batch:
+            share = _own_share(taken, self.config.batch_size, self.micro_batch, self.accelerator, self.layout)
+            self.collated = taken, self.micro_batch, share
+        return self.collated[2]
+
+    def _first_of(self, coming):
+        """The next step's first micro-batch and what its teacher will be asked for, in a list; [] after the last step."""
+        if self.step + 1 >= self.num_steps:
+            return []
+        return [(self._batches(coming)[0], self.objective.wants(self._weights((self.step + 1) / self.num_steps)))]
 
     def _update(self, skipped):
         """Let the optimizer, the schedule and the average take their step."""

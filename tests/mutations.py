@@ -19,7 +19,7 @@ LOSSES, ALIGN, DATA, TRAIN = "test_losses.py", "test_align.py", "test_data.py", 
 EVALUATE, VERDICT, VOCAB, SESSION = "test_evaluate.py", "test_verdict.py", "test_vocab.py", "test_session.py"
 PARTS, ATTENTION = "test_parts.py", "test_attention.py"
 CHECKPOINT, EMA, FAULTS, TIME = "test_checkpoint.py", "test_ema.py", "test_faults.py", "test_time.py"
-RESUME, CACHE = "test_resume.py", "test_cache.py"
+RESUME, CACHE, AHEAD = "test_resume.py", "test_cache.py", "test_ahead.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -224,6 +224,15 @@ MUTANTS = {
     "a shard written in place": ("signals.py", 'beside = Path(f"{path}.{writer}.tmp")', "beside = Path(path)", [CACHE]),
     "kd over all of the teacher's own k": ("parts.py", "top = rows.top.cut(config.kd_top_k) if config.kd_top_k else rows.top", "top = rows.top", [CACHE]),
     "rounded numbers no distribution": ("signals.py", '        found["log_probs"] -= sums', "        pass", [CACHE]),
+    "any batch taken for the one asked for": ("ahead.py", "asked[:2] != (batch.stamp, wants)", "asked[1] != wants", [AHEAD]),
+    "less taken than was wanted": ("ahead.py", "asked[:2] != (batch.stamp, wants)", "asked[0] is not batch.stamp", [AHEAD]),
+    "nothing asked for": ("train.py", "self.teacher.ask(later[i][0], **later[i][1])", "pass", [AHEAD]),
+    "the teacher asked too late": ("train.py", "if self.asks and i < len(later):", "if self.asks and i < len(later) - 1:", [AHEAD]),
+    "the teacher's head far away": ("inputs.py", '"teacher_head": pair.teacher.near', '"teacher_head": pair.teacher.head', [AHEAD]),
+    "asked for past the last step": ("train.py", "if self.step + 1 >= self.num_steps:", "if False:", [AHEAD]),
+    "the next step's phase unknown": ("train.py", "self._weights((self.step + 1) / self.num_steps)", "self._weights(0.0)", [AHEAD]),
+    "what was asked for is kept": ("train.py", "                self.teacher.forget()", "                pass", [AHEAD]),
+    "one card taken for two": ("precision.py", "count > 1", "count > 0", [AHEAD]),
 }  # fmt: skip
 
 

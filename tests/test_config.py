@@ -44,6 +44,7 @@ def test_is_frozen_and_flat():
         ({"kd_method": "shared_vocabulary"}, r"unknown kd_method .*; have .* did you mean 'shared_vocab'\?"),
         ({"kd_divergence": "kl"}, "unknown kd_divergence 'kl'; have forward_kl"),
         ({"control": "ful"}, r"did you mean 'full'\?"),
+        ({"teacher_device": "gpu1"}, "unknown teacher_device 'gpu1'; have auto, cpu, cuda:0, cuda:1, ..."),
         ({"check_teacher": 1}, "check_teacher takes true or false, got 1"),
         ({"lm_weight": 0.0, "kd_weight": 0.0}, "nothing would be learned"),
     ],

@@ -14,7 +14,7 @@ FLOORS = [
     "leg report inputs",
     "plots train verdict",
     "signals",
-    "evaluate objective checkpoint export identity plan",
+    "evaluate objective checkpoint export identity plan ahead",
     "teacher parts router",
     "models projector",
     "batching hooks ema seeds",
