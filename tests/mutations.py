@@ -19,7 +19,7 @@ LOSSES, ALIGN, DATA, TRAIN = "test_losses.py", "test_align.py", "test_data.py", 
 EVALUATE, VERDICT, VOCAB, SESSION = "test_evaluate.py", "test_verdict.py", "test_vocab.py", "test_session.py"
 PARTS, ATTENTION = "test_parts.py", "test_attention.py"
 CHECKPOINT, EMA, FAULTS, TIME = "test_checkpoint.py", "test_ema.py", "test_faults.py", "test_time.py"
-RESUME, CACHE, AHEAD = "test_resume.py", "test_cache.py", "test_ahead.py"
+RESUME, CACHE, AHEAD, BATCHING = "test_resume.py", "test_cache.py", "test_ahead.py", "test_batching.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -52,12 +52,11 @@ MUTANTS = {
     "teacher rows off by one": ("data.py", "teacher_rows=rows[1] + len(teacher_prefix)",
                                 "teacher_rows=rows[1] + len(teacher_prefix) + 1", [DATA]),
     "BOS forgotten in the rows": ("data.py", "student_rows=rows[0] + len(student_prefix)", "student_rows=rows[0]", [DATA]),
-    "teacher fed student ids": ("batching.py", "teacher_ids, teacher_mask = _padded([w.teacher_ids for w in windows]",
-                                "teacher_ids, teacher_mask = _padded([w.student_ids for w in windows]", [DATA, TRAIN]),
-    "rows of a batch not moved": ("batching.py", "getattr(w, name) + i * ids.shape[1] for", "getattr(w, name) for", [DATA]),
+    "teacher fed student ids": ("batching.py", '_side(windows, "teacher", theirs', '_side([dataclasses.replace(w, teacher_ids=w.student_ids, teacher_labels=w.student_labels, teacher_scored=w.student_scored) for w in windows], "teacher", theirs', [DATA, TRAIN]),
+    "rows of a batch not moved": ("batching.py", "[row * shape[1] + start for row, start, _ in spots]", "[start for row, start, _ in spots]", [DATA]),
     "prompts learned too": ("data.py", "return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every & learn)",
                             "return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every)", [DATA]),
-    "padding not masked": ("batching.py", "mask[i, : len(row)] = 1", "mask[i, :] = 1", [DATA, TRAIN]),
+    "padding not masked": ("batching.py", "(pad, np.int64), (0, np.int64),", "(pad, np.int64), (1, np.int64),", [DATA]),
     "boundaries inside characters": ("align.py", "alone & _between_characters(data, ends) & _last_with_its_end(ends)",
                                      "alone & _last_with_its_end(ends)", [ALIGN]),
     "first of several tokens at one end": ("align.py", "(np.diff(ends, append=-1) != 0)", "(np.diff(ends, prepend=-1) != 0)",
@@ -100,7 +99,7 @@ MUTANTS = {
                                        [TRAIN]),
     "scheduler not stepped": ("train.py", "        self.scheduler.step()\n", "", [TRAIN]),
     "bits in nats": ("evaluate.py", "self.nats.sum() / LN2 / max", "self.nats.sum() / max", [EVALUATE]),
-    "all labels scored": ("evaluate.py", "(nats * scored)", "nats", [EVALUATE]),
+    "all labels scored": ("evaluate.py", "batch.student_windows * batch.student_scored", "batch.student_windows", [EVALUATE]),
     "perplexity of the scored tokens' sum": ("evaluate.py", "self.token_nats / max(1, self.num_tokens)",
                                              "self.token_nats / max(1, self.bytes.sum())", [EVALUATE]),
     "gain with the wrong sign": ("verdict.py", "np.atleast_2d(control_bits) - np.atleast_2d(distilled_bits)",
@@ -209,6 +208,23 @@ MUTANTS = {
     "a step before the first look at the clock": ("course.py", "        yield self._room(leg)\n        yield from self._duties(leg)\n", "        yield from self._duties(leg)\n", [TIME]),
     "the plan forgets evaluations": ("plan.py", 'evaluations * expected("evaluate") + tests', "tests", [TIME]),
     "the session's age unknown": ("session.py", "clock.now() - env.session_age_s()", "clock.now()", [TIME]),
+    "windows of a row see each other": ("attention.py", "(windows_BL[:, :, None] == windows_BL[:, None, :]) & past", "past.expand(len(windows_BL), -1, -1)", [BATCHING]),
+    "positions that go on through a row": ("attention.py", "(places - firsts) * (windows_BL > 0)", "places", [BATCHING]),
+    "maps over a whole row": ("models.py", "query[row][:, start + ends], key[row, :, start:stop]", "query[row][:, ends], key[row]", [BATCHING]),
+    "a packed row taken for a plain one": ("models.py", "packed=len(spots) > len(ids))", "packed=False)", [BATCHING]),
+    "a teacher's windows each in a row": ("batching.py", "theirs = lay_out([len(w.teacher_ids) for w in windows], widest[1])", "theirs = [[k] for k in range(len(windows))]", [BATCHING]),
+    "windows in the order that was given": ("batching.py", "windows, place = [windows[i] for i in order], iter", "windows, place = list(windows), iter", [BATCHING]),
+    "a probe too short for a sliding window": ("models.py", "torch.randint(model.config.vocab_size, (2, length),", "torch.randint(model.config.vocab_size, (2, 8),", [BATCHING]),
+    "a model that can't pack packs": ("models.py", "return bool((moved < SHARED_TOLERANCE", "return True or bool((moved < SHARED_TOLERANCE", [BATCHING]),
+    "one side's probe for both": ("inputs.py", "found.append(2 * longest if fits else 0)", "found.append(2 * longest if fits or not found else 0)", [BATCHING]),
+    "rows as wide as they like": ("batching.py", "if width <= widest and", "if", [BATCHING]),
+    "wide rows for nothing": ("batching.py", "return num_rows * width * (1.0 + width / WIDE_ROW)", "return num_rows * width", [BATCHING]),
+    "the shortest window first": ("batching.py", "key=lambda i: -lengths[i]", "key=lambda i: lengths[i]", [BATCHING]),
+    "steps alike on one side": ("batching.py", "np.argmax(both.std(axis=1) / both.mean(axis=1))", "0", [BATCHING]),
+    "the longest windows always left out": ("batching.py", "random.permutation(len(windows))[: num_steps * per_step]", "np.argsort(lengths[0])[: num_steps * per_step]", [BATCHING]),
+    "halves with each other's signals": ("evaluate.py", "signal.rows(torch.cat([rows[half][i] for i in batches[-1].order]))", "signal.rows(torch.cat(rows[half]))", [BATCHING]),
+    "held-out windows in the order that was given": ("evaluate.py", "    groups = [[group[i] for i in batch.order] for group, batch in zip(groups, batches, strict=True)]\n", "", [BATCHING]),
+    "padding not told": ("batching.py", "return self.student_ids.numel()", "return self.num_student_tokens", [BATCHING]),
     "a control with its teacher": ("config.py", 'return self.replace(kd_method="none", kd_top_k=0,', "return self.replace(kd_top_k=0,", ["test_config.py", SESSION]),
     "top tokens from the tail too": ("teacher.py", "told[:, :-1].topk(", "told.topk(", [CACHE]),
     "top tokens without temperature": ("teacher.py", "        if self.temperature != 1.0:\n", "        if False:\n", [CACHE]),
