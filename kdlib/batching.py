@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kdlib.data import IGNORE
+from kdlib.windows import lengths_of
 
 POOL_STEPS = 64
 """Optimizer steps among which windows of similar length are put together: more waste less padding, fewer mix better."""
@@ -121,7 +122,7 @@ def batch_order(windows, per_step, seed, epoch):
     does not fill a step is left for another epoch's shuffle.
     """
     random = np.random.default_rng([seed, epoch])
-    lengths = np.array([[len(w.student_ids) for w in windows], [len(w.teacher_ids) for w in windows]])
+    lengths = np.array([lengths_of(windows, side) for side in ("student", "teacher")])
     num_steps = len(windows) // per_step
     steps = random.permutation(len(windows))[: num_steps * per_step].reshape(num_steps, per_step)
     pools = np.array_split(steps, max(2, -(-num_steps // POOL_STEPS)))

@@ -8,6 +8,7 @@ import torch
 
 from kdlib import batching, budget, env, evaluate, inputs, memory, precision, records, signals, vocab
 from kdlib.signals import HEAD, INDEX, READER
+from kdlib.windows import Windows
 
 SAFETY = 1.25
 """Times what the slowest shard took must be left for the next one."""
@@ -104,13 +105,13 @@ class Pass:
         """How much it will be; ValueError where the disk has no room for it."""
         rows, width = self.pair.student_reader.vocabulary.num_rows, self.pair.teacher.head.width
         a_position = signals.bytes_a_position(self.facts["settings"], rows, width)
-        positions = {split: sum(len(w.student_rows) for w in windows) for split, windows in self.windows.items()}
+        positions = {split: Windows.of(windows).total("student_rows") for split, windows in self.windows.items()}
         size = a_position * sum(positions.values())
         there = [folder for folder in (self.out, *self.others) if (folder / INDEX).exists()]
         return {
             "kind": "plan",
             "windows": sum(map(len, self.windows.values())),
-            "tokens": sum(len(w.student_ids) for w in self.windows["train"]),
+            "tokens": Windows.of(self.windows["train"]).total("student_ids"),
             "positions": sum(positions.values()),
             "shards": len(self._every()),
             "missing": len(signals.missing(there, self.facts)),

@@ -275,5 +275,9 @@ def _shifted(encoded, scored, prefix, suffix):
     ids = np.concatenate([prefix, encoded.ids, suffix]).astype(np.int64)
     target = np.concatenate([np.zeros(len(prefix), bool), encoded.learn, np.ones(len(suffix), bool)])
     score = np.concatenate([np.zeros(len(prefix), bool), scored, np.zeros(len(suffix), bool)])
-    labels = np.where(np.append(target[1:], False), np.append(ids[1:], 0), IGNORE)
-    return ids, labels, np.append(score[1:], False)
+    return ids, labels_of(ids, np.append(target[1:], False)), np.append(score[1:], False)
+
+
+def labels_of(ids, learned):
+    """The labels of the rows of a window: the token that follows where it is `learned`, else IGNORE."""
+    return np.where(learned, np.append(ids[1:], 0), IGNORE)

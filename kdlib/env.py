@@ -1,5 +1,6 @@
 """The machine and its folders: what is installed, where caches lie."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -38,6 +39,25 @@ def disk_reserve_bytes():
     return (1024 if on_kaggle() else 16) * 2**20
 
 
+def num_processors():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@contextlib.contextmanager
+def single_tokenizer_thread():
+    """For processes forked meanwhile: they would hang on the threads of the tokenizers library, which a fork loses."""
+    environment, before = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003 - datasets puts a copy in its place
+        del environment["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            environment["TOKENIZERS_PARALLELISM"] = before
+
+
 def describe(devices=()):
     """Versions and machine of this run, for `env.json`. `devices` are the names of the accelerators in use."""
     versions = {}
@@ -49,7 +69,7 @@ def describe(devices=()):
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": num_processors(),
         "image": os.environ.get("KAGGLE_DOCKER_IMAGE"),
         "devices": list(devices),
         "versions": versions,

@@ -7,8 +7,9 @@ where it lies may differ.** Models, tokenizers and text are compared by their co
 
 import hashlib
 
-import numpy as np
 import torch
+
+from kdlib.windows import Windows
 
 HARMLESS = {
     "teacher", "teacher_cache", "student", "dataset", "eval_dataset", "text_field",  # their content is compared
@@ -37,9 +38,7 @@ def of_inputs(teacher, student, teacher_reader, student_reader, documents, windo
         "student_tokenizer": _hash([repr(student_reader.vocabulary.tokens).encode()]),
         "teacher_tokenizer": _hash([repr(teacher_reader.vocabulary.tokens).encode()]),
         "text": _hash(repr(document).encode() for part in documents for document in part),
-        "windows": _hash(
-            np.concatenate([w.student_ids, w.student_labels, w.teacher_ids]).tobytes() for part in windows for w in part
-        ),
+        "windows": _hash(Windows.of(part).digest().encode() for part in windows),
     }
 
 

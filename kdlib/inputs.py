@@ -12,9 +12,9 @@ from kdlib.objective import Objective
 from kdlib.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.router import LayerRouter
 from kdlib.teacher import Teacher
+from kdlib.windows import Windows, cut_all, lengths_of
 
 MIN_COVERAGE = 0.01
-REPORTED_DOCUMENTS = 50
 TEST_FACTOR = 4
 HELD_OUT = ("validation", "test")
 MEASURED_TOKENS = 4096
@@ -48,7 +48,7 @@ class Inputs:
     """
 
     pair: Pair
-    train: list
+    train: Windows
     validation: evaluate.HeldOut
     test: evaluate.HeldOut
     alignment: dict
@@ -60,12 +60,12 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None)
     config.require_inputs()
     documents = _documents(config)
     pair = load_pair(config, device, teacher_dtype, teacher_device)
-    train, validation, test = (_windows(part, pair, config.max_length) for part in documents)
+    train, validation, test = (_windows(part, pair, config) for part in documents)
     _check_amount(train, config)
-    pair.widest = _widest(pair, config, train + validation + test)
+    pair.widest = _widest(pair, config, (train, validation, test))
     pair.sample = _sample(train, MEASURED_TOKENS)
     _check_scored({"validation": validation, "test": test})
-    alignment = _report(train, documents[0], pair)
+    alignment = _report(train, pair)
     if alignment["coverage"] < MIN_COVERAGE:
         raise ValueError(
             f"only {alignment['coverage']:.1%} of the student's tokens have a comparable teacher position; "
@@ -90,10 +90,10 @@ def load_for_evaluation(config, device="cpu"):
         raise ValueError("evaluate reads the teacher itself; give --teacher, not --teacher-cache")
     documents = corpus.read_documents(config.dataset, config.text_field)
     pair = load_pair(config, device, torch.float32)
-    windows = _windows(documents, pair, config.max_length)
+    windows = _windows(documents, pair, config)
     _check_scored({"given": windows})
-    pair.widest = _widest(pair, config, windows)
-    return pair, _hold_out(windows, pair, config), _report(windows, documents, pair)
+    pair.widest = _widest(pair, config, [windows])
+    return pair, _hold_out(windows, pair, config), _report(windows, pair)
 
 
 def load_pair(config, device, teacher_dtype, teacher_device=None):
@@ -210,7 +210,8 @@ def check_teacher(teacher, train, held_out):
     (each counted once more than seen): its ids are not its own.
     """
     counts = np.ones(teacher.reader.vocabulary.num_rows)
-    np.add.at(counts, _labels(train), 1.0)
+    for labels in Windows.of(train).labels("teacher"):
+        counts += np.bincount(labels, minlength=len(counts))
     frequencies = -float(
         np.log(counts / counts.sum())[_labels([w for group in held_out.windows for w in group])].mean()
     )
@@ -248,17 +249,8 @@ def _documents(config):
     return corpus.split_documents(documents)
 
 
-def _windows(documents, pair, max_length):
-    readers = pair.student_reader, pair.teacher.reader
-    windows = []
-    for number, document in enumerate(documents):
-        ours, theirs = (data.encode(document, reader) for reader in readers)
-        windows += data.cut_windows(document, ours, theirs, *readers, max_length, number)
-    return _numbered(windows)
-
-
-def _numbered(windows):
-    return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
+def _windows(documents, pair, config):
+    return cut_all(documents, pair.student_reader, pair.teacher.reader, config.max_length)
 
 
 def _numbered(windows):
@@ -271,13 +263,13 @@ def _hold_out(windows, pair, config, split=None):
     return evaluate.hold_out(windows, teacher, pair.head, pair.shared, config.batch_size, pair.pads, pair.widest)
 
 
-def _widest(pair, config, windows):
-    """`Pair.widest` for these windows: twice the longest, which is as wide as was tried; a teacher cache reads none.
+def _widest(pair, config, splits):
+    """`Pair.widest` for the windows of these splits: twice the longest, as wide as was tried; a teacher cache reads none.
     ValueError where `packing` is on and a model can't.
     """
     found = []
     for side, model in (("student", pair.student), ("teacher", pair.teacher.model)):
-        longest = max(len(getattr(window, f"{side}_ids")) for window in windows)
+        longest = max(int(lengths_of(windows, side).max(initial=0)) for windows in splits)
         fits = config.packing != "off" and model is not None and models.packs(model, longest)
         if config.packing == "on" and model is not None and not fits:
             raise ValueError(
@@ -288,19 +280,17 @@ def _widest(pair, config, windows):
     return tuple(found)
 
 
-def _report(windows, documents, pair):
-    """How the pair of tokenizers fits this text; faithfulness is read off the first documents."""
-    sample = documents[:REPORTED_DOCUMENTS]
-    faithful = {}
-    for side, reader in (("student", pair.student_reader), ("teacher", pair.teacher.reader)):
-        coded = [data.encode(document, reader) for document in sample]
-        kept = sum(int((one.faithful & one.is_text).sum()) for one in coded)
-        faithful[f"faithful_{side}"] = kept / max(1, sum(int(one.is_text.sum()) for one in coded))
+def _report(windows, pair):
+    """How the pair of tokenizers fits this text."""
+    total = windows.total
     return {
-        "coverage": sum(len(w.student_rows) for w in windows) / max(1, sum(w.num_positions for w in windows)),
+        "coverage": total("student_rows") / max(1, total("num_positions")),
         "shared_student": pair.shared.student_share,
         "shared_teacher": pair.shared.teacher_share,
-        **faithful,
+        **{
+            f"faithful_{side}": total(f"{side}_faithful") / max(1, total(f"{side}_text"))
+            for side in ("student", "teacher")
+        },
     }
 
 
@@ -315,16 +305,16 @@ def _check_amount(windows, config):
 
 def _check_scored(parts):
     for name, windows in parts.items():
-        if not sum(w.num_bytes for w in windows):
+        if not windows.total("num_bytes"):
             raise ValueError(f"the {name} text is too short to score; give more text")
 
 
 def _sample(windows, num_tokens):
     """Windows of about `num_tokens` student tokens, spread over the documents; the same ones every time."""
-    chosen, size = [], 0
+    chosen, size, lengths = [], 0, lengths_of(windows)
     for index in np.random.default_rng(0).permutation(len(windows)):
         if size >= num_tokens:
             break
         chosen.append(windows[index])
-        size += len(windows[index].student_ids)
+        size += lengths[index]
     return chosen

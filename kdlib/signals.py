@@ -19,6 +19,7 @@ import torch
 
 from kdlib import evaluate, identity, models, records, vocab
 from kdlib.teacher import Shortlist, TeacherSignal, TopTokens
+from kdlib.windows import Windows
 
 FORMAT = 1
 """Goes up when a cache of before can no longer be read."""
@@ -87,12 +88,13 @@ def bytes_a_position(settings, student_rows, teacher_width):
 
 def plan(windows):
     """Shards `[first, last)` of windows: whole documents, at least SHARD_POSITIONS aligned positions but for the last."""
-    shards, first, count = [], 0, 0
-    for index, window in enumerate(windows):
-        if count >= SHARD_POSITIONS and window.document != windows[index - 1].document:
+    shards, first, count, whole = [], 0, 0, Windows.of(windows)
+    begins = np.diff(whole.column("document"), prepend=-1) != 0
+    for index, (num_rows, begins_document) in enumerate(zip(whole.column("student_rows"), begins, strict=True)):
+        if count >= SHARD_POSITIONS and begins_document:
             shards.append([first, index])
             first, count = index, 0
-        count += len(window.student_rows)
+        count += int(num_rows)
     return [*shards, [first, len(windows)]]
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 
 from kdlib import batching, ema, memory, models, schedule, seeds
+from kdlib.windows import longest_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +238,7 @@ class Training:
         self.objective.train()
         trained = list(self.objective.parameters())
         weights = sum(p.numel() * p.element_size() for p in trained if p.requires_grad)
-        longest = sorted(self.windows, key=lambda window: len(window.student_ids))[-self.micro_batch :]
+        longest = longest_of(self.windows, self.micro_batch)
         few, more = min(2, len(longest)), min(4, len(longest))
         with torch.random.fork_rng():
             less, kept = (self._kept_by(longest[-count:], trained) for count in (few, more))

@@ -1,8 +1,13 @@
+import atexit
 import json
 import os
 import random
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it to fail
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdlib-datasets-")  # nor finds what another run left
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

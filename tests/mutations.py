@@ -19,7 +19,13 @@ LOSSES, ALIGN, DATA, TRAIN = "test_losses.py", "test_align.py", "test_data.py", 
 EVALUATE, VERDICT, VOCAB, SESSION = "test_evaluate.py", "test_verdict.py", "test_vocab.py", "test_session.py"
 PARTS, ATTENTION = "test_parts.py", "test_attention.py"
 CHECKPOINT, EMA, FAULTS, TIME = "test_checkpoint.py", "test_ema.py", "test_faults.py", "test_time.py"
-RESUME, CACHE, AHEAD, BATCHING = "test_resume.py", "test_cache.py", "test_ahead.py", "test_batching.py"
+RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
+    "test_resume.py",
+    "test_cache.py",
+    "test_ahead.py",
+    "test_batching.py",
+    "test_windows.py",
+)
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -45,10 +51,9 @@ MUTANTS = {
     "sum over positions": ("losses.py", "values_N.sum() / max(1, num_positions)", "values_N.sum()", [LOSSES]),
     "ignored labels count": ("losses.py", "ignore_index=-100", "ignore_index=0", [LOSSES]),
     "smoothing ignored": ("losses.py", "if not smoothing:", "if True:", [LOSSES]),
-    "labels not shifted": ("data.py", "np.where(np.append(target[1:], False), np.append(ids[1:], 0), IGNORE)",
-                           "np.where(target, ids, IGNORE)", [DATA]),
-    "labels shifted the wrong way": ("data.py", "np.where(np.append(target[1:], False), np.append(ids[1:], 0), IGNORE)",
-                                     "np.where(np.append(False, target[:-1]), np.append(0, ids[:-1]), IGNORE)", [DATA]),
+    "labels not shifted": ("data.py", "np.where(learned, np.append(ids[1:], 0), IGNORE)", "np.where(learned, ids, IGNORE)", [DATA]),
+    "labels shifted the wrong way": ("data.py", "np.where(learned, np.append(ids[1:], 0), IGNORE)",
+                                     "np.where(learned, np.append(0, ids[:-1]), IGNORE)", [DATA]),
     "teacher rows off by one": ("data.py", "teacher_rows=rows[1] + len(teacher_prefix)",
                                 "teacher_rows=rows[1] + len(teacher_prefix) + 1", [DATA]),
     "BOS forgotten in the rows": ("data.py", "student_rows=rows[0] + len(student_prefix)", "student_rows=rows[0]", [DATA]),
@@ -232,7 +237,7 @@ MUTANTS = {
     "cut tokens forgotten": ("teacher.py", "tail = self.log_probs[:, k:].logsumexp(dim=-1, keepdim=True)", "tail = self.log_probs[:, -1:]", [CACHE]),
     "the kept tokens in the tail too": ("losses.py", "rest = log_probs_NV.exp().scatter(1, ids_NK, 0.0)", "rest = log_probs_NV.exp()", [CACHE]),
     "a window's signal a position late": ("signals.py", "start = int(self.start_of[place]) if count else 0", "start = int(self.start_of[place]) + 1 if count else 0", [CACHE]),
-    "shards by windows, not documents": ("signals.py", " and window.document != windows[index - 1].document:", ":", [f"{CACHE}::test_a_shard_holds_whole_documents"]),
+    "shards by windows, not documents": ("signals.py", " and begins_document:", ":", [f"{CACHE}::test_a_shard_holds_whole_documents"]),
     "signals in the order of lengths": ("cache.py", "return [found[place] for place in range(len(windows))]", "return list(found.values())", [CACHE]),
     "a shard without its checksum": ("signals.py", "if _hash(file.get_tensor(name)) != told:", "if False:", [CACHE]),
     "any shard will do": ("signals.py", 'if told["key"] != key:', "if False:", [CACHE]),
@@ -249,6 +254,21 @@ MUTANTS = {
     "the next step's phase unknown": ("train.py", "self._weights((self.step + 1) / self.num_steps)", "self._weights(0.0)", [AHEAD]),
     "what was asked for is kept": ("train.py", "                self.teacher.forget()", "                pass", [AHEAD]),
     "one card taken for two": ("precision.py", "count > 1", "count > 0", [AHEAD]),
+    "half a pass taken for whole": ("windows.py", "if any((folder / name).stat().st_size != size for name, size in files.items()):", "if False:", [WINDOWS]),
+    "what a killed pass left stays": ("windows.py", "            _clear(folder)\n            _write", "            _write", [WINDOWS]),
+    "what a failed pass left stays": ("windows.py", "            _clear(folder)\n            raise", "            raise", [WINDOWS]),
+    "windows named by their text alone": ("windows.py", "facts = [used.backend_tokenizer.to_str(), ", "facts = [", [WINDOWS]),
+    "a name that forgets the template": ("windows.py", "marks = used.chat_template, ", "marks = ", [WINDOWS]),
+    "a name that forgets the length": ("windows.py", "{transformers.__version__} {max_length}", "{transformers.__version__}", [WINDOWS]),
+    "made again by who waited": ("windows.py", "if (table := _kept(folder)) is not None:", "if False:", [WINDOWS]),
+    "a cache that must take it": ("windows.py", "    except OSError as error:", "    except ZeroDivisionError as error:", [WINDOWS]),
+    "windows by the row of their batch": ("windows.py", "slice(place - self._starts[which], 1)", "slice(place, 1)", [WINDOWS]),
+    "windows without a place": ("windows.py", "**numbers, place=place)", "**numbers)", [WINDOWS]),
+    "labels that run into the next batch": ("windows.py", "yield np.append(ids[1:], 0)[learned]", "yield ids[learned]", [WINDOWS]),
+    "a hash without its windows": ("windows.py", "digest.update(_numbers(batch.column(name).value_lengths()).tobytes())", "pass", [WINDOWS]),
+    "counts of the last document only": ("windows.py", "[: len(cut)]", "[: len(cut) - 1] + [[0] * 4]", [WINDOWS]),
+    "an environment left changed": ("env.py", "        os.environ = environment  # noqa", "        pass  # noqa", [WINDOWS]),
+    "documents numbered anew in each process": ("windows.py", '"number": [number for number, _ in batch]', '"number": [0 for number, _ in batch]', [WINDOWS]),
 }  # fmt: skip
 
 

@@ -191,3 +191,4 @@ def test_batches_move_between_devices_whole():
     assert len(tensors) == 12
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.rows_by_window == batch.rows_by_window == (moved.num_aligned,)
+    assert moved.stamp is batch.stamp is not batching.collate(windows_of("The cat.")).stamp

@@ -18,6 +18,7 @@ FLOORS = [
     "teacher parts router",
     "models projector",
     "batching hooks ema seeds",
+    "windows",
     "data corpus",
     "align vocab fused attention",
     "losses",

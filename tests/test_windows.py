@@ -1,0 +1,328 @@
+"""Tokenized text on the disk: the same windows as made by hand, made once, and never taken for whole before they are."""
+
+import dataclasses
+import errno
+import itertools
+import os
+import signal
+import warnings
+
+import datasets
+import datasets.arrow_writer
+import numpy as np
+import pyarrow as pa
+import pytest
+import transformers
+from families import FAMILIES, LINES, reader
+
+from kdlib import batching, data, env, windows
+from kdlib.corpus import Document
+
+CHAT = Document("", (("user", "The cat sat?"), ("assistant", "Yes, on the mat.")))
+DOCUMENTS = [Document(f"{line} Number {i}.") for i, line in enumerate(LINES)] + [CHAT, Document("é"), CHAT]
+PAIR = reader("unigram"), reader("byte_level")
+
+
+def by_hand(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
+    made = []
+    for number, document in enumerate(documents):
+        coded = data.encode(document, ours), data.encode(document, theirs)
+        made += data.cut_windows(document, *coded, ours, theirs, max_length, number)
+    return [dataclasses.replace(window, place=place) for place, window in enumerate(made)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "kdlib"
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setattr(env, "num_processors", lambda: 2)
+    monkeypatch.setattr(windows, "PARALLEL_CHARS", 1)
+
+
+def cut_all(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
+    return windows.cut_all(documents, ours, theirs, max_length)
+
+
+def assert_same(found, wanted):
+    assert len(found) == len(wanted) > 0
+    for ours, theirs in zip(found, wanted, strict=True):
+        for field in dataclasses.fields(data.Window):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            assert np.array_equal(a, b), field.name
+            assert type(a) is type(b), field.name
+            assert getattr(a, "dtype", None) == getattr(b, "dtype", None), field.name
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many documents were read, by either tokenizer."""
+    seen, real = [], data.encode
+    monkeypatch.setattr(data, "encode", lambda *given: seen.append(given) or real(*given))
+    return seen
+
+
+@pytest.mark.parametrize("theirs", FAMILIES)
+def test_windows_are_what_the_documents_are_cut_into(theirs, monkeypatch):
+    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    assert_same(cut_all(theirs=reader(theirs)), by_hand(theirs=reader(theirs)))
+
+
+def test_several_processes_make_the_same_windows(two_processes, cache, monkeypatch):
+    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    environment = os.environ
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    found = cut_all()
+    assert os.environ is environment
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    assert_same(found, by_hand())
+    assert found.digest() == windows.Windows.of(by_hand()).digest()
+    assert len(list(cache.glob("*/windows_*_of_00002.arrow"))) == 2
+
+
+def test_a_second_start_reads_nothing_again(read, cache):
+    first = cut_all()
+    assert len(read) == 2 * len(DOCUMENTS)
+    assert_same(cut_all(), first)
+    assert len(read) == 2 * len(DOCUMENTS)
+    assert {path.name for path in cache.glob("*/*")} == {"lock", "whole.json", "windows.arrow"}
+
+
+def other(tokenizer, change):
+    core = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    change(made)
+    return made
+
+
+CHANGES = {
+    "text": lambda: {"documents": [Document(LINES[0])] + DOCUMENTS[1:]},
+    "order": lambda: {"documents": DOCUMENTS[::-1]},
+    "where documents end": lambda: {"documents": [Document(DOCUMENTS[0].text[:-1]), *DOCUMENTS[1:]]},
+    "conversation": lambda: {"documents": DOCUMENTS[:-1] + [Document("", (("assistant", "The cat sat?"),))]},
+    "length": lambda: {"max_length": 25},
+    "context": lambda: {"theirs": dataclasses.replace(PAIR[1], context=77)},
+    "other teacher": lambda: {"theirs": reader("byte_level_trimmed")},
+    "sides": lambda: {"ours": PAIR[1], "theirs": PAIR[0]},
+    "prefix": lambda: {"ours": dataclasses.replace(PAIR[0], prefix=[])},
+    "template": lambda: {"ours": dataclasses.replace(PAIR[0], tokenizer=other(
+        PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")))},
+    "added token": lambda: {"ours": dataclasses.replace(PAIR[0], tokenizer=other(
+        PAIR[0].tokenizer, lambda t: t.add_tokens(["<new>"])))},
+    "special token": lambda: {"ours": dataclasses.replace(PAIR[0], tokenizer=other(
+        PAIR[0].tokenizer, lambda t: setattr(t, "eos_token", "<s>")))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_name_tells_whatever_decides_the_windows(change, read):
+    cut_all()
+    read.clear()
+    changed = CHANGES[change]()
+    found = cut_all(**changed)
+    assert len(read) == 2 * len(DOCUMENTS)
+    assert_same(found, by_hand(**changed))
+
+
+def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
+    how = {"student": PAIR[0], "teacher": PAIR[1], "max_length": 24}
+    keys = [windows._key(DOCUMENTS, **how)]
+    again = dataclasses.replace(PAIR[0], tokenizer=other(PAIR[0].tokenizer, lambda t: None))
+    assert windows._key(list(DOCUMENTS), **{**how, "student": again}) == keys[0]
+    for target, name in ((windows, "FORMAT"), (transformers, "__version__")):
+        monkeypatch.setattr(target, name, "next")
+        keys.append(windows._key(DOCUMENTS, **how))
+    assert len(set(keys)) == 3
+
+
+def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
+    """In a process of its own, by SIGKILL, when some windows lie in the file: half-made files are left, and cleared away."""
+    monkeypatch.setattr(windows, "BATCH_CHARS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        real, calls = data.cut_windows, itertools.count()
+        data.cut_windows = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 9 else real(*given)
+        cut_all()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    left = {path.name for path in cache.glob("*/*")}
+    assert {"lock", "documents.arrow"} < left
+    assert not left & {"whole.json", "windows.arrow"}
+    assert_same(cut_all(), by_hand())
+    assert {path.name for path in cache.glob("*/*")} == {"lock", "whole.json", "windows.arrow"}
+
+
+def test_a_worker_that_is_killed_hangs_nothing_and_leaves_nothing(two_processes, cache, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "cut_windows", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(RuntimeError, match="abruptly died"):
+            cut_all()
+    assert {path.name for path in cache.glob("*/*")} == {"lock"}
+    assert_same(cut_all(), by_hand())
+
+
+@pytest.mark.parametrize("damage", ["shortened", "lost", "not Arrow", "not JSON"])
+def test_files_that_are_not_whole_are_made_again(cache, read, damage):
+    cut_all()
+    (file,) = cache.glob("*/windows.arrow")
+    if damage == "shortened":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "lost":
+        file.unlink()
+    elif damage == "not Arrow":
+        file.write_bytes(b"x" * file.stat().st_size)
+    else:
+        (file.parent / "whole.json").write_text("{")
+    read.clear()
+    assert_same(cut_all(), by_hand())
+    assert len(read) == 4 * len(DOCUMENTS)  # ours, and those by hand
+
+
+def test_a_full_disk_is_told_and_the_windows_are_made_in_memory(cache, monkeypatch):
+    with monkeypatch.context() as patched:
+        real = pa.RecordBatchStreamWriter.write_table
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        class Full(pa.RecordBatchStreamWriter):
+            def write_table(self, *given):
+                if self.schema_names == windows.SCHEMA.names:
+                    raise full
+                return real(self, *given)
+
+        def writer(stream, schema):
+            made = Full(stream, schema)
+            made.schema_names = schema.names
+            return made
+
+        patched.setattr(datasets.arrow_writer.pa, "RecordBatchStreamWriter", writer)
+        with pytest.warns(UserWarning, match=r"does not take the tokenized text \(No space left on device\)"):
+            found = cut_all()
+    assert {path.name for path in cache.glob("*/*")} == {"lock"}
+    assert_same(found, by_hand())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_cache_that_takes_nothing_is_told(cache, several, request):
+    if several:
+        request.getfixturevalue("two_processes")
+    cache.write_text("in the way")
+    with pytest.warns(UserWarning, match=r"the cache folder .*kdlib does not take the tokenized text"):
+        found = cut_all()
+    assert_same(found, by_hand())
+    assert [window.place for window in found] == list(range(len(found)))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request, monkeypatch):
+    if several:
+        request.getfixturevalue("two_processes")
+    monkeypatch.setattr(windows, "BATCH_CHARS", 100)
+    rude = other(PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "Hello"))
+    with pytest.raises(ValueError, match="leaves out or changes a user message") as raised:
+        cut_all(ours=dataclasses.replace(PAIR[0], tokenizer=rude))
+    assert "\n" not in str(raised.value)
+    assert {path.name for path in cache.glob("*/*")} == {"lock"}
+
+
+def test_who_waited_for_another_process_takes_what_that_one_made(monkeypatch, read):
+    real = windows.fcntl.flock
+
+    def waited(file, how):
+        monkeypatch.setattr(windows.fcntl, "flock", real)
+        cut_all()
+
+    monkeypatch.setattr(windows.fcntl, "flock", waited)
+    assert len(cut_all()) > 0
+    assert len(read) == 2 * len(DOCUMENTS)
+
+
+def test_numbers_over_all_windows_are_those_of_each(monkeypatch):
+    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    found, each = cut_all(), by_hand()
+    for side in ("student", "teacher"):
+        lengths = [len(getattr(w, f"{side}_ids")) for w in each]
+        assert windows.lengths_of(found, side).tolist() == windows.lengths_of(each, side).tolist() == lengths
+    assert found.column("document").tolist() == [w.document for w in each]
+    assert found.total("student_rows") == sum(len(w.student_rows) for w in each)
+    assert found.total("num_bytes") == sum(w.num_bytes for w in each)
+    assert found.total("num_positions") == sum(w.num_positions for w in each)
+    for side in ("student", "teacher"):
+        wanted = np.concatenate([getattr(w, f"{side}_labels") for w in each])
+        assert np.concatenate(list(found.labels(side))).tolist() == wanted[wanted != data.IGNORE].tolist()
+        coded = [data.encode(d, PAIR[side == "teacher"]) for d in DOCUMENTS]
+        assert found.total(f"{side}_text") == sum(int(c.is_text.sum()) for c in coded)
+        assert found.total(f"{side}_faithful") == sum(int((c.faithful & c.is_text).sum()) for c in coded)
+
+
+def test_what_a_normaliser_changed_is_counted():
+    lower = reader("byte_level_lower")
+    found = cut_all([Document("THE QUICK BROWN FOX jumps"), Document("The cat sat.")], theirs=lower)
+    assert 0 < found.total("teacher_faithful") < found.total("teacher_text")
+    assert found.total("student_faithful") == found.total("student_text")
+
+
+def test_a_sequence_in_every_way(monkeypatch):
+    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    found, each = cut_all(), by_hand()
+    assert_same(list(found), each)
+    assert_same(found[3:40:5], each[3:40:5])
+    assert_same([found[-1], found[np.int64(7)]], [each[-1], each[7]])
+    for place in (len(each), -len(each) - 1):
+        with pytest.raises(IndexError):
+            found[place]
+    assert batching.batch_order(found, 4, 3, 1) == batching.batch_order(each, 4, 3, 1)
+
+
+def test_the_hash_is_of_the_content_and_not_of_its_pieces(monkeypatch):
+    each = by_hand()
+    wanted = windows.Windows.of(each).digest()
+    for size in (1, 7):
+        pieces = [pa.table(windows.table_of(each[i : i + size])) for i in range(0, len(each), size)]
+        assert windows.Windows(pa.concat_tables(pieces)).digest() == wanted
+    assert cut_all().digest() == wanted
+    ids, labels = each[5].student_ids.copy(), each[5].student_labels.copy()
+    ids[1] += 1
+    labels[np.flatnonzero(labels != data.IGNORE)[0]] = data.IGNORE
+    moved = [np.append(each[4].student_ids, each[5].student_ids[0]), each[5].student_ids[1:]]
+    moved_labels = [np.append(each[4].student_labels, each[5].student_labels[0]), each[5].student_labels[1:]]
+    for changes in (
+        {5: {"student_ids": ids}},
+        {5: {"student_labels": labels}},
+        {5: {"teacher_ids": each[5].teacher_ids[::-1]}},
+        {4 + i: {"student_ids": moved[i], "student_labels": moved_labels[i]} for i in (0, 1)},
+    ):
+        changed = [dataclasses.replace(w, **changes.get(i, {})) for i, w in enumerate(each)]
+        assert windows.Windows.of(changed).digest() != wanted
+
+
+def test_text_that_makes_no_window_is_an_empty_sequence(monkeypatch):
+    monkeypatch.setattr(data, "cut_windows", lambda *given: [])
+    for documents in ([Document("é")], []):
+        for _ in range(2):
+            found = cut_all(documents)
+            assert (len(found), list(found), windows.lengths_of(found).tolist(), found.total("num_bytes")) == (
+                0,
+                [],
+                [],
+                0,
+            )
+            assert list(found.labels("teacher")) == []
+
+
+def test_only_what_takes_long_shows_a_bar(capfd, monkeypatch):
+    datasets.enable_progress_bars()
+    cut_all()
+    assert capfd.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()
+    monkeypatch.setattr(windows, "SHOWN_CHARS", 10)
+    cut_all(max_length=30)
+    assert "Tokenizing the text, once" in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    cut_all(max_length=31)
+    assert capfd.readouterr().err == ""
