@@ -61,7 +61,7 @@ def gold_hybrid_by_bytes(hidden, weight, teacher, labels):
 
 def gold(hidden, weight, teacher, labels, hybrid=False, by_bytes=False):
     """GOLD shifts labels by itself, so the sequence gets one more token in front and one unused row at the end."""
-    loss_of = gold_loss(len(weight), hybrid, by_bytes)
+    loss_of = gold_loss(range(len(weight)), range(len(weight)), hybrid, by_bytes)
     logits, target = both_logits(F.pad(hidden, (0, 0, 0, 1)), weight, F.pad(teacher, (0, 0, 0, 1)))
     shifted, ids = F.pad(labels, (1, 0), value=-100)[None], F.pad(labels, (1, 0))[None]
     ends = torch.arange(ids.shape[1])
@@ -70,11 +70,12 @@ def gold(hidden, weight, teacher, labels, hybrid=False, by_bytes=False):
 
 
 @functools.cache
-def gold_loss(num_tokens, hybrid, by_bytes):
+def gold_loss(student_names, teacher_names, hybrid, by_bytes):
+    """GOLD's loss for two vocabularies, ranges of names: tokens with a name in both are shared."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
-    vocabulary = {str(token): token for token in range(num_tokens)}
-    tokenizer = types.SimpleNamespace(get_vocab=lambda: vocabulary)
+    vocabularies = [{str(name): i for i, name in enumerate(names)} for names in (student_names, teacher_names)]
+    tokenizers = [types.SimpleNamespace(get_vocab=lambda known=known: known) for known in vocabularies]
     config = types.SimpleNamespace(
         uld_crossentropy_weight=0.5,
         uld_distillation_weight=0.5,
@@ -90,7 +91,7 @@ def gold_loss(num_tokens, hybrid, by_bytes):
         uld_hybrid_unmatched_weight=None,
         beta=0.0,
     )
-    return ULDLoss(config, tokenizer, tokenizer)
+    return ULDLoss(config, *tokenizers)
 
 
 def liger(hidden, weight, teacher, labels, chunk_size=1024):
