@@ -19,9 +19,11 @@ TARGET = 2.0**4
 CACHE_BYTES = 3 * 2**18
 """Size of a block's logits on a processor: a few such tensors fit its cache."""
 CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 512 * 2**20}
-"""Logits of student and teacher that `auto` decodes at once, at most."""
+"""Logits of student and teacher that `auto` decodes at once, or, where a teacher's own head makes them wide ..."""
+FULL_ROWS = 96
+"""... so many rows: fewer wait for the heads to be read (LOG.md) ..."""
 FREE_SHARE = 0.1
-"""... and at most this share of the memory that is free."""
+"""... but at most this share of the memory that is free."""
 MIN_ROWS = 16
 
 
@@ -39,8 +41,8 @@ def rows_at_once(num_columns, device, chunk_size="auto"):
     """
     kind = torch.device(device).type
     if chunk_size == "auto":
-        budget = min(CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]), FREE_SHARE * memory.free(device))
-        chunk_size = max(MIN_ROWS, int(budget / (4 * num_columns)))
+        wanted = max(FULL_ROWS, int(CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]) / (4 * num_columns)))
+        chunk_size = max(MIN_ROWS, min(wanted, int(FREE_SHARE * memory.free(device) / (4 * num_columns))))
     block = max(1, CACHE_BYTES // (2 * num_columns)) if kind == "cpu" else chunk_size
     return chunk_size, min(block, chunk_size)
 

@@ -152,6 +152,7 @@ def test_blocks_take_known_rows_first_and_never_cut_a_span():
 def test_auto_takes_what_free_memory_allows(monkeypatch):
     monkeypatch.setattr(fused.memory, "free", lambda device: 10**12)
     assert fused.rows_at_once(2 * 49_152, "cpu") == (96, 4)
+    assert fused.rows_at_once(49_152 + 151_936, "cpu") == (96, 1)
     assert fused.rows_at_once(2 * 49_152, "cuda") == (1365, 1365)
     monkeypatch.setattr(fused.memory, "free", lambda device: 10**8)
     assert fused.rows_at_once(2 * 49_152, "cpu") == (25, 4)
