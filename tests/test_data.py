@@ -2,7 +2,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from families import LINES, LOSSLESS, byte_level, reader, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
