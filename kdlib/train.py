@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from kdlib import batching, ema, memory, models, schedule, seeds
+from kdlib import batching, ema, memory, models, optimizer, schedule, seeds
 from kdlib.windows import longest_of
 
 
@@ -39,29 +39,6 @@ class StepRecord:
     computed_per_token: dict
 
 
-def make_optimizer(objective, config):
-    """AdamW over the student (decay on matrices only) and, at a rate of its own, what is trained beside it."""
-    trained = [p for p in objective.student.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.ndim >= 2],
-            "lr": config.learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in trained if p.ndim < 2], "lr": config.learning_rate, "weight_decay": 0.0},
-    ]
-    beside = list(objective.beside.parameters())
-    groups.append({"params": beside, "lr": config.projector_learning_rate, "weight_decay": 0.0})
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
-
-
-def make_schedule(optimizer, num_steps, warmup):
-    """One factor for all groups, counted in optimizer steps of the whole plan."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule.learning_rate_factor(step, num_steps, warmup)
-    )
-
-
 def steps_of(windows, per_step, seed, start=0):
     """Endless lists of windows, one an optimizer step; epoch after epoch, each in its own order. The first `start` are
     passed over. ValueError where all windows together do not fill one step (of all processes): there would never be one.
@@ -80,10 +57,9 @@ class Training:
     after any of them, and gone on with by another object, elsewhere, that was given its `tensors` and `facts`.
 
     `objective` is an `Objective`; `teacher` maps a batch to a `TeacherSignal`, or is None where no part needs one; one that
-    works ahead (`ahead.Ahead`) is asked for each batch while the student learns from the one before;
-    `windows` are the training windows, `pads` and `widest` as for `batching.collate`. A step's loss and gradient are
-    means over its positions, however it is cut into micro-batches and processes; where memory runs out, the micro-batch
-    is halved and the step taken again.
+    works ahead (`ahead.Ahead`) is asked for each batch while the student learns from the one before; `windows` are the
+    training windows, `pads` and `widest` as for `batching.collate`. A step's loss and gradient are means over its positions,
+    however it is cut into micro-batches and processes; where memory runs out, it is taken again with half the micro-batch.
 
     A step whose loss or gradient is no number changes no weight; FloatingPointError after `non_finite_steps` in a row.
     """
@@ -92,8 +68,8 @@ class Training:
         self.objective, self.teacher, self.windows, self.num_steps = objective, teacher, windows, num_steps
         self.config, self.accelerator, self.clock, self.layout = config, accelerator, clock, (*pads, widest)
         self.asks = hasattr(teacher, "ask")
-        self.prepared, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, config))
-        self.scheduler = make_schedule(self.optimizer.optimizer, num_steps, config.warmup)
+        self.prepared, self.optimizer = accelerator.prepare(objective, optimizer.make_optimizer(objective, config))
+        self.scheduler = optimizer.make_schedule(self.optimizer.optimizer, num_steps, config.warmup)
         self.average = ema.average(objective.student, config.ema_decay) if config.use_ema else None
         targets = config.target_shares()
         self.balance = schedule.Balance(targets) if targets else None

@@ -96,7 +96,7 @@ MUTANTS = {
                                                     "for n, p in self.parts.items() if weights[n] > 0}", [TRAIN]),
     "KD over all rows' labels": ("parts.py", '"shared_prefix": {"kd": Part(shared_tokens, "aligned")}',
                                  '"shared_prefix": {"kd": Part(shared_tokens, "labels")}', [TRAIN]),
-    "projector not in the optimizer": ("train.py", "beside = list(objective.beside.parameters())", "beside = []", [TRAIN]),
+    "projector not in the optimizer": ("optimizer.py", "beside = list(objective.beside.parameters())", "beside = []", [TRAIN]),
     "one clip for both": ("train.py", "torch.nn.utils.clip_grad_norm_(objective.student.parameters(), limit)",
                           "torch.nn.utils.clip_grad_norm_(objective.parameters(), limit)", [TRAIN]),
     "zero_grad forgotten": ("train.py", "        self.scheduler.step()\n        self.optimizer.zero_grad()\n", "        self.scheduler.step()\n", [TRAIN]),

@@ -17,7 +17,7 @@ FLOORS = [
     "evaluate objective checkpoint export identity plan ahead",
     "teacher parts router",
     "models projector",
-    "batching hooks ema seeds",
+    "batching hooks ema seeds optimizer",
     "windows",
     "data corpus",
     "align vocab fused attention",

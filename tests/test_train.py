@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlib import batching, budget, inputs, losses, schedule, train
+from kdlib import batching, budget, inputs, losses, optimizer, schedule, train
 from kdlib.config import Config
 
 METHODS = ("shared_vocab", "shared_prefix", "projector", "none")
@@ -204,10 +204,8 @@ def test_the_projectors_loss_is_cross_entropy_through_the_live_head(loaded, sett
 def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, settings):
     config = config_of(settings, kd_method="projector", projector_learning_rate=0.05, max_grad_norm=1e-3)
     objective = fresh(loaded, config)
-    optimizer = train.make_optimizer(objective, config)
-    (group,) = [
-        g for g in optimizer.param_groups if any(p is objective.beside["projector"].weight for p in g["params"])
-    ]
+    made = optimizer.make_optimizer(objective, config)
+    (group,) = [g for g in made.param_groups if any(p is objective.beside["projector"].weight for p in g["params"])]
     assert (group["lr"], len(group["params"])) == (0.05, 1)
     before = objective.beside["projector"].weight.detach().clone()
     run(loaded, config, num_steps=1, objective=objective)
