@@ -53,6 +53,8 @@ def test_windows_of_one_length_have_a_row_each():
 
 def test_rows_are_no_wider_than_was_told():
     assert batching.lay_out([8, 3, 5], 0) == batching.lay_out([8, 3, 5], 7) == [[0], [1], [2]]
+    assert width([5, 5, 4, 3, 3], batching._shared([5, 5, 4, 3, 3], 2)[0]) == 11
+    assert width([5, 5, 4, 3, 3], batching.lay_out([5, 5, 4, 3, 3], 10)) <= 10
     for widest in (100, 130, 200):
         assert width([90, 60, 40, 30, 20], batching.lay_out([90, 60, 40, 30, 20], widest)) <= widest
 
@@ -345,6 +347,16 @@ def test_at_most_a_twentieth_is_computed_for_nothing(batch_size, accumulation):
             rows = batching.lay_out(lengths[batch].tolist(), 2 * 384)
             computed += len(rows) * width(lengths[batch], rows)
         assert 1.0 <= computed / lengths[order].sum() <= 1.05
+
+
+@pytest.mark.parametrize("varied", [0, 1])
+def test_steps_are_alike_on_the_side_that_varies(varied):
+    chance = np.random.default_rng(0)
+    lengths = np.full((2, 512), 50)
+    lengths[varied] = chance.integers(20, 200, 512)
+    windows = [types.SimpleNamespace(student_ids=np.zeros(a), teacher_ids=np.zeros(b)) for a, b in lengths.T]
+    steps = np.array(batching.batch_order(windows, 8, seed=0, epoch=0))
+    assert 8 * lengths[varied][steps].max(axis=1).sum() < 1.1 * lengths[varied].sum()
 
 
 def test_every_window_has_its_turn_and_each_epoch_its_own_steps():
