@@ -35,7 +35,7 @@ def test_is_frozen_and_flat():
     ("values", "message"),
     [
         ({"kd_wieght": 1.0}, r"unknown key 'kd_wieght'; did you mean 'kd_weight'\?"),
-        ({"zzzzz": 1}, "unknown key 'zzzzz'; have teacher, student"),
+        ({"zzzzz": 1}, "unknown key 'zzzzz'; have teacher, teacher_cache, student"),
         ({"batch_size": "eight"}, "batch_size takes a whole number, got 'eight'"),
         ({"batch_size": 2.5}, "batch_size takes a whole number, got 2.5"),
         ({"batch_size": True}, "batch_size takes a whole number, got True"),
