@@ -215,7 +215,7 @@ def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, se
         for q in p.parameters():
             q.grad = torch.ones_like(q)
         norms.append(sum(q.numel() for q in p.parameters()) ** 0.5)
-    found = train._clip(objective, 1.0, accelerate.Accelerator(cpu=True), optimizer)
+    found = train._clip(objective, 1.0, accelerate.Accelerator(cpu=True), made)
     assert float(found) == pytest.approx(norms[1], rel=1e-5)
     assert objective.beside["projector"].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
 
