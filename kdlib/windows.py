@@ -8,6 +8,7 @@ import collections.abc
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import warnings
@@ -150,10 +151,8 @@ def cut_all(documents, student, teacher, max_length):
 
 def _key(documents, student, teacher, max_length):
     """A hash of all that decides what the windows are."""
-    import tokenizers
-    import transformers
-
-    digest = hashlib.sha256(f"{FORMAT} {tokenizers.__version__} {transformers.__version__} {max_length}".encode())
+    versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
+    digest = hashlib.sha256(repr((FORMAT, versions, max_length)).encode())
     for reader in (student, teacher):
         used = reader.tokenizer
         marks = used.chat_template, sorted(map(repr, used.special_tokens_map.items())), used.all_special_ids

@@ -259,7 +259,7 @@ MUTANTS = {
     "what a failed pass left stays": ("windows.py", "            _clear(folder)\n            raise", "            raise", [WINDOWS]),
     "windows named by their text alone": ("windows.py", "facts = [used.backend_tokenizer.to_str(), ", "facts = [", [WINDOWS]),
     "a name that forgets the template": ("windows.py", "marks = used.chat_template, ", "marks = ", [WINDOWS]),
-    "a name that forgets the length": ("windows.py", "{transformers.__version__} {max_length}", "{transformers.__version__}", [WINDOWS]),
+    "a name that forgets the length": ("windows.py", "repr((FORMAT, versions, max_length))", "repr((FORMAT, versions))", [WINDOWS]),
     "made again by who waited": ("windows.py", "if (table := _kept(folder)) is not None:", "if False:", [WINDOWS]),
     "a cache that must take it": ("windows.py", "    except OSError as error:", "    except ZeroDivisionError as error:", [WINDOWS]),
     "windows by the row of their batch": ("windows.py", "slice(place - self._starts[which], 1)", "slice(place, 1)", [WINDOWS]),

@@ -133,10 +133,14 @@ def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
     keys = [windows._key(DOCUMENTS, **how)]
     again = dataclasses.replace(PAIR[0], tokenizer=other(PAIR[0].tokenizer, lambda t: None))
     assert windows._key(list(DOCUMENTS), **{**how, "student": again}) == keys[0]
-    for target, name in ((windows, "FORMAT"), (transformers, "__version__")):
-        monkeypatch.setattr(target, name, "next")
+    monkeypatch.setattr(windows, "FORMAT", 0)
+    keys.append(windows._key(DOCUMENTS, **how))
+    for library in ("tokenizers", "transformers"):
+        monkeypatch.setattr(
+            windows.importlib.metadata, "version", lambda name, new=library: "9" if name == new else "1"
+        )
         keys.append(windows._key(DOCUMENTS, **how))
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 4
 
 
 def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
