@@ -24,7 +24,7 @@ from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.objective import Objective
 
-RECIPE = 1
+RECIPE = 2
 """Goes up when anything below changes what is made, so that an old cache is not taken for a new one."""
 
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
