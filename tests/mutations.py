@@ -79,6 +79,7 @@ MUTANTS = {
                                      ["test_models.py", "test_projector.py"]),
     "only the last chunk's head gradient": ("fused.py", "into_weight.addmm_(gradient.T, states, beta=float(rows.start > 0))",
                                             "into_weight.copy_(gradient.T @ states)", ["test_fused.py"]),
+    "few rows under a wide head": ("fused.py", "wanted = max(FULL_ROWS, int(", "wanted = max(0, int(", ["test_fused.py"]),
     "the scaler's factor ignored": ("fused.py", "(g if whole else g.mul_(scale)).to(d)", "g.to(d)", ["test_fused.py"]),
     "half precision gradients not lifted": ("fused.py", "if compute != torch.float16:", "if True:", ["test_fused.py"]),
     "the bias of the head without gradient": ("fused.py", "into_bias += gradient.sum(dim=0)", "pass", ["test_fused.py"]),
