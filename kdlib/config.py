@@ -123,6 +123,13 @@ class Config:
     second card where there are two and one process, else where the student is."""
     amp_dtype: str = "auto"
     """Arithmetic of the forward passes: `bf16` where the card really has it, else `fp16` on a card, `fp32` on a CPU."""
+    gradient_checkpointing: str = "auto"
+    """`on`: the student's layers keep only what they are given and are made anew in the backward pass: the same result from
+    less memory, at about a third more time. `auto`: where a step would not fit in the memory otherwise."""
+    optimizer: str = "adamw"
+    """`adamw`, or `adamw_8bit`: the same with moments of 8 bits (2 bytes a weight instead of 8), by bitsandbytes."""
+    teacher_quantization: str = "none"
+    """Weights of the teacher's layers as `8bit` or `4bit` numbers, by bitsandbytes; `none`: as its dtype has them."""
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0: a twentieth of the plan."""
     eval_tokens: int = 50_000
@@ -258,6 +265,8 @@ class Config:
 
 _CHOICES = {
     "kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES, "packing": PACKINGS,
+    "gradient_checkpointing": ("auto", "on", "off"), "optimizer": ("adamw", "adamw_8bit"),
+    "teacher_quantization": ("none", "8bit", "4bit"),
 }  # fmt: skip
 
 AUTO, DURATION = int | str, float | str

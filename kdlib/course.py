@@ -2,11 +2,12 @@
 
 import copy
 import itertools
+import math
 import statistics
 
 import accelerate
 
-from kdlib import evaluate, inputs, memory, models, plan
+from kdlib import evaluate, inputs, memory, models, peak, plan
 from kdlib.leg import CONTROL, DISTILLED, Leg
 from kdlib.train import Training
 
@@ -59,6 +60,8 @@ class Course:
         self.scores = {name: evaluate.Score.from_dict(score) for name, score in facts["scores"].items()}
         for place, known in enumerate(facts["legs"]):
             self.legs.append(Leg.from_facts(known, groups.get(f"best_{place}"), records))
+            if self.config.gradient_checkpointing != "auto":  # then what it once decided is no matter
+                self.legs[-1].recomputes = None
         if not self.legs[-1].done:
             self.left_off = groups, facts["training"]
 
@@ -104,17 +107,30 @@ class Course:
             return Leg(name, repeat, max(1, round(steps * ratio)), compare, compare)
         return Leg(name, repeat, steps, steps, compare)
 
+    def _control_recomputes(self):
+        """What `gradient_checkpointing auto` says of the control: what the distilled student fits in has room for it."""
+        known, config = self.legs[-1].recomputes, self.config.plain()
+        if not known:
+            return known
+        training = self._training(inputs.make_objective(self.pair, config), config, 1)
+        self._make_fit(training)
+        return training.recomputes
+
     def _step_cost_ratio(self):
         """Seconds of a distilled step over seconds of a plain one, on copies that are thrown away: short blocks of both
         kinds in turn, so that a machine whose speed drifts favours neither; the first step of a block, whose caches the
         other kind has filled, does not count. The ratio of the medians. With a curriculum all parts are on: the
         control rather gets a little more time than it is due.
         """
-        streams = []
-        for config in (self.config.replace(use_curriculum=False), self.config.plain()):
+        streams, recomputes = [], (self.legs[-1].recomputes, self._control_recomputes())
+        for config, known in zip(
+            (self.config.replace(use_curriculum=False), self.config.plain()), recomputes, strict=True
+        ):
             student = copy.deepcopy(self.pair.student)
             models.put_back(student, self.start_weights)
-            streams.append(iter(self._training(inputs.make_objective(self.pair, config, student), config, 10**6)))
+            training = self._training(inputs.make_objective(self.pair, config, student), config, 10**6)
+            training.recomputes = training.recomputes or bool(known)
+            streams.append(iter(training))
         seconds = [[], []]
         for _ in range(CALIBRATION_BLOCKS):
             for kind, stream in enumerate(streams):
@@ -159,15 +175,45 @@ class Course:
                     break
 
     def _room(self, leg):
-        """Predict the memory that training will take; the alert of a leg that begins without enough of it."""
-        now = memory.usage(self.accelerator.device)
-        self.predicted_bytes = (now["used_bytes"] or 0) + self.training.predicted_bytes()
-        if leg.step or self.predicted_bytes <= now["total_bytes"]:
+        """Predict the memory that training will take, and make it fit where that was left open; the alerts of a leg that
+        begins.
+        """
+        predicted = self._make_fit(self.training, leg.recomputes)
+        self.predicted_bytes = predicted if math.isfinite(predicted) else None
+        if self.config.gradient_checkpointing == "auto":
+            leg.recomputes = self.training.recomputes
+        total = memory.usage(self.accelerator.device)["total_bytes"]
+        wanted, there = (f"{size / 2**30:.1f} GiB" for size in (predicted, total))
+        wanted = f"about {wanted}" if self.predicted_bytes else "more than that"
+        if leg.step:
             return []
-        wanted, there = (f"{size / 2**30:.1f} GiB" for size in (self.predicted_bytes, now["total_bytes"]))
-        meaning = f"training will take about {wanted} of memory, and there are {there}"
-        advice = "nothing is lost: the batch is halved when memory runs out. Or lower batch_size or max_length now"
-        return [{"kind": "alert", **self.place(), "sign": "memory", "part": None, "meaning": meaning, "advice": advice}]
+        if predicted > total:
+            told = (
+                f"there are {there} of memory, and training will take {wanted}",
+                "nothing is lost: the batch is halved when memory runs out. Or lower batch_size or max_length now",
+            )
+        elif leg.recomputes:
+            told = (
+                f"training takes {wanted} of {there} of memory because layers are made anew in the backward pass",
+                "the result is the same, a step takes about a third longer; a smaller batch_size with more "
+                "grad_accumulation may be faster, with gradient_checkpointing off",
+            )
+        else:
+            return []
+        return [
+            {"kind": "alert", **self.place(), "sign": "memory", "part": None, "meaning": told[0], "advice": told[1]}
+        ]
+
+    def _make_fit(self, training, recomputes=None):
+        """The predicted bytes of a training; under `gradient_checkpointing auto` it recomputes as was decided before, or as
+        the first process decides now.
+        """
+        if self.config.gradient_checkpointing != "auto" or recomputes is not None:
+            training.recomputes = training.recomputes or bool(recomputes)
+            return peak.predicted_bytes(training)
+        predicted = peak.fit(training, memory.usage(self.accelerator.device)["total_bytes"])
+        training.recomputes = accelerate.utils.broadcast_object_list([training.recomputes])[0]
+        return predicted
 
     def _duties(self, leg):
         """What is due at the step where a leg is, and was not done yet: evaluation, early end, tests."""

@@ -14,8 +14,9 @@ from kdlib.windows import Windows
 HARMLESS = {
     "teacher", "teacher_cache", "student", "dataset", "eval_dataset", "text_field",  # their content is compared
     "epochs", "batch_size", "grad_accumulation",  # the plan and the windows in a step are compared
-    "packing", "loss_chunk_size", "amp_dtype", "teacher_device", "share_steps", "log_steps", "eval_steps", "save_steps",
-    "keep_checkpoints", "time_budget", "early_stopping_patience", "non_finite_steps", "check_teacher",
+    "packing", "loss_chunk_size", "amp_dtype", "teacher_device", "gradient_checkpointing", "share_steps", "log_steps",
+    "eval_steps", "save_steps", "keep_checkpoints", "time_budget", "early_stopping_patience", "non_finite_steps",
+    "check_teacher",
 }  # fmt: skip
 NAMES = {
     "student": "the student's weights",
@@ -48,9 +49,15 @@ def of_teacher(model):
 
 
 def of_model(model):
-    """Hash of a model's weights, by name, shape and value."""
+    """Hash of a model's weights, by name, shape and value. A quantised model is told by those that were left whole: the
+    others' rounding differs from device to device, and on a CPU bitsandbytes spoils them when they are asked for.
+    """
+    if getattr(model, "is_quantized", False):
+        weights = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
+    else:
+        weights = model.state_dict()
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

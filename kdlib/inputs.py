@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from kdlib import batching, corpus, data, evaluate, hooks, identity, models, signals, vocab
+from kdlib import batching, corpus, data, evaluate, hooks, identity, memory, models, precision, signals, vocab
 from kdlib.ahead import Ahead
 from kdlib.objective import Objective
 from kdlib.projector import FeatureMap, TeacherToStudentProjector
@@ -58,8 +58,14 @@ class Inputs:
 def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None):
     """The `Inputs` of a run; devices as in `load_pair`. Every mistake a user can make raises ValueError with one line."""
     config.require_inputs()
+    if config.optimizer == "adamw_8bit":
+        precision.bitsandbytes("optimizer", config.optimizer, "adamw")
     documents = _documents(config)
     pair = load_pair(config, device, teacher_dtype, teacher_device)
+    if config.gradient_checkpointing == "on" and not memory.can_recompute(pair.student):
+        raise ValueError(
+            f"gradient_checkpointing on: {type(pair.student).__name__} has no support for it; set it to auto or off"
+        )
     train, validation, test = (_windows(part, pair, config) for part in documents)
     _check_amount(train, config)
     pair.widest = _widest(pair, config, (train, validation, test))
@@ -101,7 +107,7 @@ def load_pair(config, device, teacher_dtype, teacher_device=None):
     `teacher_device` than the student's `device` works one batch ahead.
     """
     teacher = _load_teacher(config, torch.device(device), teacher_dtype, torch.device(teacher_device or device))
-    student = models.load_model(config.student, "student").to(device)
+    student = models.load_model(config.student, "student", device=device)
     student_reader = models.load_reader(config.student, "student", student.config)
     shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
     if not len(shared):
@@ -114,7 +120,7 @@ def load_pair(config, device, teacher_dtype, teacher_device=None):
 def _load_teacher(config, device, dtype, away):
     """The live teacher, or the one that a cache stands for: then nothing but its tokenizer is loaded."""
     if not config.teacher_cache:
-        model = models.load_model(config.teacher, "teacher", dtype).to(away)
+        model = models.load_model(config.teacher, "teacher", dtype, away, config.teacher_quantization)
         reader = models.load_reader(config.teacher, "teacher", model.config)
         return Teacher(model, reader) if away == device else Ahead(model, reader, device)
     cached = signals.CachedTeacher(signals.folders_of(config.teacher_cache))

@@ -16,7 +16,8 @@ class Leg:
     `num_steps` is the plan its learning rate is fitted to, `last_step` where it stops, `compare_step` where it is set
     against the other leg; `step` where it is, `evaluated` the last step that was scored. `best_weights` are those of the
     best validation score so far, `best_averaged` says whether they are a running average. `at_compare` and `at_end` are
-    test scores of the best weights up to there.
+    test scores of the best weights up to there. `recomputes`: whether `gradient_checkpointing auto` turned it on, None where
+    it was not asked yet.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Leg:
     best_weights: dict | None = None
     since_best: int = 0
     num_tokens: int = 0
+    recomputes: bool | None = None
     train_s: float = 0.0
     compare_s: float = 0.0
     at_compare: evaluate.Score | None = None

@@ -1,5 +1,7 @@
 """How much memory is in use, how much there is, and what to do when there was too little."""
 
+import contextlib
+import functools
 import gc
 import os
 import weakref
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import accelerate
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def usage(device):
@@ -30,28 +33,86 @@ def free(device):
     return known[0] if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def saved_bytes(forward, known=()):
-    """Bytes that `forward()` leaves to its backward pass, each tensor's storage once; those of `known` tensors not."""
-    left_out = {tensor.untyped_storage().data_ptr() for tensor in known}
-    kept = weakref.WeakSet()
+class Tally(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made on `device` while it is on and are still there: `now`, and `most`, the
+    most since `mark`; `beside`: what is in use of the device besides, near that point. Tensors that were there before count
+    nothing; a storage counts once.
+    """
 
-    def pack(tensor):
-        held = _Held(tensor)
-        kept.add(held)
-        return held
+    def __init__(self, device):
+        super().__init__()
+        self.device = torch.device(device)
+        self.now = self.most = self.asked = self.beside = 0
+        self.known = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        made = forward()
-    storages = {held.tensor.untyped_storage().data_ptr(): held.tensor.untyped_storage().nbytes() for held in kept}
-    del made
-    return sum(size for place, size in storages.items() if place not in left_out)
+    def mark(self):
+        """`(most, beside)` since the last mark; from here on it is counted anew."""
+        found = self.most, self.beside
+        self.most, self.asked = self.now, 0
+        return found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # there an operation comes whole: what it is made of counts, too
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        for tensor in _tensors((args, kwargs.values())):
+            self._see(tensor, 0)
+        made = func(*args, **kwargs)
+        for tensor in _tensors((made,)):
+            self._see(tensor, tensor.untyped_storage().nbytes())
+        self.most = max(self.most, self.now)
+        if self.now > 1.05 * self.asked:
+            self.asked, self.beside = self.now, (usage(self.device)["used_bytes"] or 0) - self.now
+        return made
+
+    def _see(self, tensor, size):
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.known and tensor.device.type == self.device.type:
+            self.known[id(storage)] = weakref.ref(storage, functools.partial(self._gone, id(storage), size))
+            self.now += size
+
+    def _gone(self, key, size, _):
+        del self.known[key]
+        self.now -= size
 
 
-class _Held:
-    """A tensor that only an autograd graph holds: gone when the graph is."""
+def _tensors(nested):
+    for leaf in nested:
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, (tuple, list)) or type(leaf).__name__ == "dict_values":
+            yield from _tensors(leaf)
 
-    def __init__(self, tensor):
-        self.tensor = tensor
+
+def can_recompute(model):
+    """Whether transformers can make a model's layers a second time (`recomputed`)."""
+    try:
+        with recomputed(model):
+            return True
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def recomputed(model, on=True):
+    """Inside, a model in training keeps only what each layer is given, and makes the rest anew in the backward pass
+    (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174): the same loss and gradients from less memory, at the cost
+    of one more forward pass. Afterwards nothing of it is left on the model. ValueError where it has no support for it.
+    """
+    if not on:
+        yield
+        return
+    newer = hasattr(model, "activation_checkpointing_enable")  # where it is, the older name warns
+    name = "activation_checkpointing" if newer else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    model.disable_input_require_grads()  # only frozen embeddings would need it
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
 
 
 def ran_out(error):

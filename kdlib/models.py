@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from kdlib import attention, data, hooks, vocab
+from kdlib import attention, data, hooks, precision, vocab
 
 PROBE_TOLERANCE = 1e-2
 SHARED_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far hidden states may be moved by another layout of the rows, as a share of their norm; 1e-4 in other types."""
+QUANTISED_TOLERANCE = 0.1
+"""Of the largest logit: in 8 bits a row's rounding depends a little on other rows, where outliers are looked for too."""
 
 
 def load_tokenizer(source, role):
@@ -30,9 +32,10 @@ def load_config(source, role):
         raise ValueError(f"{role} {str(source)!r} is no model that loads: {_first_line(error)}") from None
 
 
-def load_model(source, role, dtype=torch.float32):
-    """A causal language model in evaluation mode. Raises ValueError for anything else: a folder that does not load, an
-    encoder, a model that sees the future, or one whose logits are not its output head times its last hidden state.
+def load_model(source, role, dtype=torch.float32, device="cpu", quantization="none"):
+    """A causal language model in evaluation mode, on `device`; with a `quantization` (`8bit`, `4bit`) its layers' weights
+    are quantised by bitsandbytes. Raises ValueError for anything else: a folder that does not load, an encoder, a model that
+    sees the future, or one whose logits are not its output head times its last hidden state.
     """
     config = load_config(source, role)
     names = getattr(config, "architectures", None) or []
@@ -41,13 +44,26 @@ def load_model(source, role, dtype=torch.float32):
         raise ValueError(
             f"{role} {source!r} is a {', '.join(names) or config.model_type}; expected a causal language model"
         )
+    told = _quantised(quantization, dtype, device)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **told)
     except Exception as error:  # noqa: BLE001
         raise ValueError(f"{role} {source!r} does not load as a causal language model: {_first_line(error)}") from None
     model.eval()
     _probe(model, f"{role} {source!r}")
-    return model
+    return model if told else model.to(device)  # quantised, it is there already and can't be moved
+
+
+def _quantised(quantization, dtype, device):
+    """What `from_pretrained` is told for quantised weights. The output head stays as it is, tied or not."""
+    if quantization == "none":
+        return {}
+    precision.bitsandbytes("teacher_quantization", quantization, "none")
+    known = {
+        "8bit": {"load_in_8bit": True},
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
+    }[quantization]
+    return {"quantization_config": transformers.BitsAndBytesConfig(**known), "device_map": {"": str(device)}}
 
 
 def load_reader(source, role, model_config=None):
@@ -234,9 +250,13 @@ def _probe(model, name):
     mask = torch.ones_like(ids)
     logits = model(input_ids=ids, attention_mask=mask).logits[0].float()
     later = model(input_ids=changed, attention_mask=mask).logits[0].float()
-    if not torch.allclose(logits[:3], later[:3], atol=PROBE_TOLERANCE):
+    quantised = getattr(model, "is_quantized", False)
+    tolerance = QUANTISED_TOLERANCE * float(logits.abs().max()) if quantised else PROBE_TOLERANCE
+    if not torch.allclose(logits[:3], later[:3], atol=tolerance):
         raise ValueError(f"{name} sees tokens that come later: it is no causal language model")
     head = model.get_output_embeddings()
+    if head is not None and not head.weight.is_floating_point():
+        raise ValueError(f"{name}: its output head is quantised; take the whole model and set teacher_quantization")
     hidden = last_hidden(model, ids, mask)[0] if head is not None else None
     if head is None or not torch.allclose(head(hidden).float(), logits, atol=PROBE_TOLERANCE):
         raise ValueError(f"{name}: its logits are not its output head times its last hidden state; not supported")

@@ -1,5 +1,7 @@
 """The arithmetic that a card really has."""
 
+import logging
+
 import accelerate
 import torch
 
@@ -13,6 +15,19 @@ def accelerator(amp_dtype):
     if amp_dtype == "fp16" and not cuda:
         raise ValueError("amp_dtype fp16 needs a CUDA card; use auto or fp32 on a CPU")
     return accelerate.Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype)
+
+
+def bitsandbytes(key, value, default):
+    """The optional package of 8 and 4 bit arithmetic; ValueError that names the setting which wants it."""
+    try:
+        import bitsandbytes as package
+    except Exception as error:  # noqa: BLE001 - built for another card, it raises whatever it likes
+        why = str(error).strip().splitlines()[0:1] or [type(error).__name__]
+        raise ValueError(
+            f"{key} {value} needs bitsandbytes ({why[0][:200]}): pip install bitsandbytes, or set {key} to {default}"
+        ) from None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at every product
+    return package
 
 
 def teacher_device(wanted, accelerator):

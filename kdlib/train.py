@@ -8,7 +8,6 @@ import math
 import torch
 
 from kdlib import batching, ema, memory, models, optimizer, schedule, seeds
-from kdlib.windows import longest_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Training:
     works ahead (`ahead.Ahead`) is asked for each batch while the student learns from the one before; `windows` are the
     training windows, `pads` and `widest` as for `batching.collate`. A step's loss and gradient are means over its positions,
     however it is cut into micro-batches and processes; where memory runs out, it is taken again with half the micro-batch.
+    Where `recomputes` is set, layers are made anew in the backward pass.
 
     A step whose loss or gradient is no number changes no weight; FloatingPointError after `non_finite_steps` in a row.
     """
@@ -75,6 +75,7 @@ class Training:
         self.balance = schedule.Balance(targets) if targets else None
         self.step, self.in_a_row, self.micro_batch = 0, 0, config.batch_size
         self.collated = (None, None, None)
+        self.recomputes = config.gradient_checkpointing == "on"
 
     def __iter__(self):
         per_step = self.config.effective_batch * self.accelerator.num_processes
@@ -128,7 +129,8 @@ class Training:
         """`_gradients`, in micro-batches that the memory has room for."""
         while True:
             try:
-                return self._gradients(*what)
+                with memory.recomputed(self.objective.student, self.recomputes):
+                    return self._gradients(*what)
             except Exception as error:
                 if not memory.ran_out(error) or self.accelerator.num_processes > 1:
                     raise
@@ -206,32 +208,6 @@ class Training:
             f"{weights}; lower learning_rate, or look at these documents"
         )
 
-    def predicted_bytes(self):
-        """What the first steps will take beside what is in use now: gradients, moments, average, one chunk of logits, and
-        what the forward pass of the longest micro-batch keeps: measured on two and on four windows, it grows with their
-        number. No random number is used up.
-        """
-        self.objective.train()
-        trained = list(self.objective.parameters())
-        weights = sum(p.numel() * p.element_size() for p in trained if p.requires_grad)
-        longest = longest_of(self.windows, self.micro_batch)
-        few, more = min(2, len(longest)), min(4, len(longest))
-        with torch.random.fork_rng():
-            less, kept = (self._kept_by(longest[-count:], trained) for count in (few, more))
-        activations = kept + max(0, kept - less) / max(1, more - few) * (len(longest) - more)
-        columns = self.objective.head.num_rows + (self.objective.teacher_head or self.objective.head).num_rows
-        chunk = 2 * 4 * columns * self.objective.rows_at_once[0]
-        return round((3 + bool(self.average)) * weights + activations + chunk)
-
-    def _kept_by(self, windows, trained):
-        """Bytes that the forward pass over some windows, side by side, leaves to its backward pass."""
-        batch = batching.collate(windows, *self.layout).to(self.accelerator.device)
-        weights = self.objective.weights()
-        signal = self.teacher(batch, **self.objective.wants(weights)) if self.teacher else None
-        counts = dict.fromkeys(("labels", "aligned", "spans"), 1)
-        with self.accelerator.autocast():
-            return memory.saved_bytes(lambda: self.objective(batch, signal, counts, weights), trained)
-
     def is_finite(self):
         """Whether every trained weight is a number."""
         return all(bool(tensor.isfinite().all()) for tensor in self.objective.parameters())
@@ -241,11 +217,7 @@ class Training:
         kept = {
             "student": models.copy_of(self.objective.student),
             "beside": models.copy_of(self.objective.beside),
-            "optimizer": {
-                f"{index}.{name}": torch.as_tensor(value).detach().to("cpu", copy=True)
-                for index, entry in self.optimizer.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            },
+            "optimizer": optimizer.tensors_of(self.optimizer.optimizer),
             "random": seeds.states(self.accelerator),
         }
         if self.average:
@@ -273,13 +245,7 @@ class Training:
         """Go on from another's `tensors` and `facts`."""
         models.put_back(self.objective.student, tensors["student"])
         models.put_back(self.objective.beside, tensors.get("beside", {}))
-        state = {}
-        for key, tensor in tensors.get("optimizer", {}).items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
-        made = self.optimizer.optimizer.state_dict()["param_groups"]
-        groups = [{**group, "params": own["params"]} for group, own in zip(facts["groups"], made, strict=True)]
-        self.optimizer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.put_back(self.optimizer.optimizer, tensors.get("optimizer", {}), facts["groups"])
         self.scheduler.load_state_dict(facts["scheduler"])
         if self.accelerator.scaler is not None and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])

@@ -178,7 +178,7 @@ MUTANTS = {
     "a plateau by the total": ("alerts.py", "if name in self.parts[0][1] and name in record", "if name in record", ["test_alerts.py"]),
     "random numbers begin anew": ("train.py", 'seeds.put_back(tensors["random"], self.accelerator)', "pass", [CUT]),
     "python's random numbers forgotten": ("seeds.py", "random.setstate(", "(lambda *_: None)(", ["test_seeds.py"]),
-    "the optimizer's moments forgotten": ("train.py", "state.setdefault(int(index), {})[name] = tensor", "pass", [CUT]),
+    "the optimizer's moments forgotten": ("optimizer.py", "state.setdefault(int(index), {})[name] = tensor.item() if counts else tensor", "pass", [CUT]),
     "the text begins anew": ("train.py", "per_step, self.config.seed, self.step)", "per_step, self.config.seed, 0)", [CUT]),
     "an epoch begun in the middle begins anew": ("train.py", "order[passed if epoch == first else 0 :]", "order", [TRAIN]),
     "the schedule begins anew": ("train.py", 'self.scheduler.load_state_dict(facts["scheduler"])', "pass", [CUT]),

@@ -228,7 +228,9 @@ def test_no_weight_of_the_teacher_is_ever_loaded(caches, tmp_path, monkeypatch):
     settings, folder = caches["prefix"]
     wanted = []
     load = models.load_model
-    monkeypatch.setattr(models, "load_model", lambda source, *more: wanted.append(source) or load(source, *more))
+    monkeypatch.setattr(
+        models, "load_model", lambda source, *more, **named: wanted.append(source) or load(source, *more, **named)
+    )
     found = list(
         session.distill(Config.from_dict({**settings, "teacher": "", "teacher_cache": str(folder)}), tmp_path / "out")
     )

@@ -3,11 +3,10 @@
 import dataclasses
 import itertools
 
-import accelerate
 import pytest
 import torch
 
-from kdlib import budget, checkpoint, evaluate, inputs, memory, parts, records, report, session, train
+from kdlib import checkpoint, evaluate, memory, parts, records, report, session, train
 from kdlib.config import Config
 
 
@@ -58,7 +57,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(settings, tmp
     if where == "forward":
         monkeypatch.setattr(train.models, "read", failing(train.models.read, OUT_OF_MEMORY, {5, 7}, in_training))
     elif where == "backward":
-        monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, {3, 5}))
+        monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, {5, 7}))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", failing(torch.optim.AdamW.step, OUT_OF_MEMORY, {3}))
     found = distil(settings, tmp_path / "run")
@@ -191,35 +190,9 @@ def test_no_number_any_more_stops_the_run_at_a_state_that_can_be_gone_on_with(se
     assert found[-1]["kind"] == "verdict"
 
 
-@pytest.mark.parametrize("preset", [{}, {"preset": "documents"}], ids=["kd", "all"])
-def test_the_memory_of_a_step_is_predicted_from_a_few_windows(settings, preset):
-    """What the forward pass of a batch of eight keeps, from measuring two windows and four. Nothing random is used up."""
-    config = Config.from_dict({**settings, **preset, "batch_size": 8, "loss_chunk_size": 64, "use_ema": True})
-    loaded = inputs.load(config)
-    objective = inputs.make_objective(loaded.pair, config)
-    machine = accelerate.Accelerator(cpu=True)
-    training = train.Training(objective, loaded.pair.teacher, loaded.train, 9, config, machine, budget.Clock(), (0, 0))
-    before = torch.get_rng_state()
-    predicted = training.predicted_bytes()
-    assert torch.equal(torch.get_rng_state(), before)
-    longest = sorted(loaded.train, key=lambda window: len(window.student_ids))[-8:]
-    kept = training._kept_by(longest, list(objective.parameters()))
-    weights = sum(4 * p.numel() for p in objective.parameters())
-    columns = objective.head.num_rows + loaded.pair.teacher.head.num_rows
-    assert predicted - 4 * weights - 8 * 64 * columns == pytest.approx(kept, rel=0.05)
-    assert kept > 3 * training._kept_by(longest[:2], list(objective.parameters()))
-
-
 def test_too_little_memory_is_told_before_the_first_step(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 3 * 2**20, "total_bytes": 3 * 2**20 + 1000})
     found = distil(settings, tmp_path / "run", max_steps=1)
     (alert,) = [r for r in found if r["kind"] == "alert"]
     assert (alert["sign"], alert["step"]) == ("memory", 0)
     assert next(r for r in found if r["kind"] == "train")["memory"]["predicted_bytes"] > 3 * 2**20 + 1000
-
-
-def test_a_tensor_that_is_kept_twice_counts_once():
-    """x * x keeps x, and exp its result; weights that are known do not count."""
-    x, weight = torch.randn(100, requires_grad=True), torch.randn(100, requires_grad=True)
-    assert memory.saved_bytes(lambda: (x * x).exp()) == 400 + 400
-    assert memory.saved_bytes(lambda: x * weight, [weight]) == 400

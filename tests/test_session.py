@@ -241,11 +241,18 @@ def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path)
         def __init__(self, step_s):
             self.step_s = step_s
 
-    monkeypatch.setattr(
-        course, "Training",
-        lambda objective, *_, **__: (Record(3.0 if "kd" in objective.parts else 1.0) for _ in itertools.count()),
-    )  # fmt: skip
+    class Steps:
+        recomputes = False
+
+        def __init__(self, objective, *_, **__):
+            self.step_s = 3.0 if "kd" in objective.parts else 1.0
+
+        def __iter__(self):
+            return (Record(self.step_s) for _ in itertools.count())
+
+    monkeypatch.setattr(course, "Training", Steps)
     made = session.Session(Config.from_dict({**settings, "kd_method": "shared_prefix"}), tmp_path / "run", Fake())
+    made.course.legs.append(made.course._new_leg("distilled", 0))
     assert made.course._step_cost_ratio() == 3.0
 
 

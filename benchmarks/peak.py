@@ -1,0 +1,150 @@
+"""How well the peak of memory is foretold: what `peak.predicted_bytes` says before the first step, and what training took.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.peak [--steps 2] [WORD ...]     (all shapes, or those whose name holds a word)
+
+Every shape runs in a process of its own on a CPU: random Llama models of full width, windows of random tokens, all of the
+given length. Told: what the process holds before training and the prediction. Taken: the highest resident set of the
+process over real steps of `train.Training` (VmHWM, reset before the first one; Linux only), the optimizer's state
+included from the second step on. Prints a table in Markdown; exit status 1 where a prediction is off by over 15 %.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SHAPES = {
+    "base": {},
+    "half the batch": {"batch_size": 4},
+    "one window": {"batch_size": 1},
+    "short": {"length": 128},
+    "large vocabulary": {"rows": 49152},
+    "chunks of 512 rows": {"rows": 49152, "loss_chunk_size": 512},
+    "chunks of 32 rows": {"loss_chunk_size": 32},
+    "accumulation": {"batch_size": 2, "grad_accumulation": 4},
+    "average": {"use_ema": True},
+    "projector": {"kd_method": "projector"},
+    "no teacher": {"kd_method": "none"},
+    "all parts": {"preset": "documents", "kd_method": "projector", "use_curriculum": False},
+    "wide and short": {"width": 768, "layers": 4, "length": 64},
+    "untied head": {"tied": False},
+    "checkpointing": {"gradient_checkpointing": "on"},
+    "checkpointing, accumulation": {"gradient_checkpointing": "on", "batch_size": 4, "grad_accumulation": 2},
+}
+OFF = 0.15
+
+
+def models_of(shape):
+    """`(student, teacher)`, random, and the rows of their vocabularies."""
+    import transformers
+
+    rows, width, layers = shape.get("rows", 16384), shape.get("width", 512), shape.get("layers", 8)
+
+    def llama(rows, width, layers, heads, tied):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=rows, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=tied,
+        ))  # fmt: skip
+
+    return llama(rows, width, layers, 8, shape.get("tied", True)), llama(2 * rows, 640, 6, 10, True)
+
+
+def training_of(shape):
+    """The `Training` of a shape, over windows of random tokens that match one to one."""
+    import accelerate
+    import numpy as np
+    import torch
+
+    from kdlib import budget, data, inputs, models, teacher, train, vocab
+    from kdlib.config import Config
+
+    torch.manual_seed(0)
+    length = shape.get("length", 256)
+    names = {field.name for field in dataclasses.fields(Config)} | {"preset"}
+    config = Config.from_dict({"batch_size": 8, **{k: v for k, v in shape.items() if k in names}})
+    student, larger = models_of(shape)
+    readers = [
+        data.Reader(
+            None, vocab.Vocabulary(tuple(b"%d" % i for i in range(model.config.vocab_size)), (), False), [], [], 0
+        )
+        for model in (student, larger)
+    ]
+    both = [reader.vocabulary for reader in readers]
+    ids = np.arange(both[0].num_rows)
+    shared = vocab.SharedVocabulary(ids, ids, 1.0, 0.5)
+    chance, at = np.random.default_rng(0), np.arange(length - 1)
+
+    def window(number):
+        text = [chance.integers(0, vocabulary.num_rows, length) for vocabulary in both]
+        labels = [np.append(ids[1:], data.IGNORE) for ids in text]
+        none = np.zeros(length, dtype=bool)
+        rows = (at, at, at + 1, at + 1)
+        return data.Window(text[0], labels[0], none, text[1], labels[1], none, *rows, length, length, number)
+
+    windows = [window(number) for number in range(2 * config.effective_batch)]
+    head = models.Head(student, both[0])
+    pair = inputs.Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
+    pair.buckets["shared_prefix"] = vocab.tail_buckets(*both, shared)
+    pair.sample = windows[:2]
+    machine = accelerate.Accelerator(cpu=True)
+    objective = inputs.make_objective(pair, config)
+    needed = pair.teacher if config.needs_teacher else None
+    return train.Training(objective, needed, windows, 10**4, config, machine, budget.Clock())
+
+
+def resident():
+    """`(now, most)`: bytes of this process in memory."""
+    status = Path("/proc/self/status").read_text()
+    return tuple(1024 * int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
+
+
+def measure(shape, num_steps):
+    """`{"used", "told", "taken"}`, bytes."""
+    import time
+
+    from kdlib import peak
+
+    training = training_of(shape)
+    started = time.process_time()
+    used, _ = resident()
+    told = peak.predicted_bytes(training)
+    told_s = time.process_time() - started
+    Path("/proc/self/clear_refs").write_text("5")
+    started = time.process_time()
+    for record in training:
+        if record.step == num_steps:
+            break
+    step_s = (time.process_time() - started) / num_steps
+    return {"used": used, "told": told, "taken": resident()[1], "told_s": told_s, "step_s": step_s}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--shape")
+    given = parser.parse_args()
+    if given.shape:
+        print(json.dumps(measure(json.loads(given.shape), given.steps)))
+        return
+    off = []
+    print("| shape | before, MB | told, MB | taken, MB | told / taken | CPU seconds to tell | of a step |")
+    print("|---|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        if given.words and not any(word in name for word in given.words):
+            continue
+        command = [sys.executable, "-m", "benchmarks.peak", "--steps", str(given.steps), "--shape", json.dumps(shape)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        ratio = found["told"] / found["taken"]
+        off += [name] if abs(ratio - 1) > OFF else []
+        told = " | ".join(f"{found[key] / 2**20:.0f}" for key in ("used", "told", "taken"))
+        print(f"| {name} | {told} | {ratio:.3f} | {found['told_s']:.1f} | {found['step_s']:.1f} |", flush=True)
+    sys.exit(bool(off))
+
+
+if __name__ == "__main__":
+    main()

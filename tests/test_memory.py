@@ -1,0 +1,264 @@
+"""What training takes of a machine's memory: told before it begins, and made less of where there is too little."""
+
+import copy
+import math
+
+import accelerate
+import pytest
+import torch
+import transformers
+from families import ARCHITECTURES, byte_level, tiny_model, unigram
+
+from kdlib import (
+    budget,
+    course,
+    inputs,
+    memory,
+    models,
+    peak,
+    report,
+    session,
+    tiny,
+    train,
+)
+from kdlib.config import Config
+
+EVERYTHING = {
+    "preset": "documents",
+    "kd_method": "projector",
+    "use_curriculum": False,
+    "share_steps": 1,
+    "feature_layers": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+
+
+def distil(settings, out, cut_at=None):
+    found = []
+    run = session.distill(Config.from_dict(settings), out)
+    for record in run:
+        found.append(record)
+        if record["kind"] == "train" and record["step"] == cut_at:
+            run.close()
+    return found
+
+
+def training_of(settings, student=None, **changes):
+    config = Config.from_dict({**settings, "batch_size": 8, "loss_chunk_size": 32, **changes})
+    loaded = inputs.load(config)
+    student = loaded.pair.student if student is None else student
+    objective = inputs.make_objective(loaded.pair, config, student)
+    machine = accelerate.Accelerator(cpu=True)
+    return train.Training(
+        objective, loaded.pair.teacher, loaded.train, 9, config, machine, budget.Clock(), loaded.pair.pads
+    )
+
+
+def test_a_tally_counts_what_is_alive_once():
+    before = torch.zeros(1000)
+    with memory.Tally("cpu") as tally:
+        a = before + 1
+        b = a.view(10, 100)[2:]  # no memory of its own
+        before.add_(1)
+        assert (tally.now, tally.mark()[0]) == (4000, 4000)
+        a = a.double()
+        assert tally.now == 12000
+        del b
+        assert (tally.now, tally.mark()[0], tally.mark()[0]) == (8000, 12000, 8000)
+        with torch.inference_mode():
+            torch.nn.functional.linear(torch.ones(5, 10), torch.ones(20, 10), torch.ones(20))
+        assert (tally.now, tally.mark()[0]) == (8000, 8000 + 4 * (50 + 200 + 20 + 100))
+    assert torch.ones(7).sum() == 7 and tally.now == 8000
+
+
+SHAPES = {
+    "kd": {},
+    "everything": EVERYTHING,
+    "accumulation": {"batch_size": 4, "grad_accumulation": 2},
+    "average": {"use_ema": True},
+    "again": {"gradient_checkpointing": "on"},
+    "again, accumulation": {"gradient_checkpointing": "on", "batch_size": 4, "grad_accumulation": 2},
+    "one window": {"batch_size": 1},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
+    """From fewer windows than a step has, to 2 %; nothing random is used up, no gradient left, nothing learned."""
+    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 1000, "total_bytes": 10**12})
+    training = training_of(settings, **SHAPES[name])
+    longest = max(training.windows, key=lambda window: len(window.student_ids))
+    training.windows = [longest] * 8
+    state, weights = torch.get_rng_state(), models.copy_of(training.objective)
+    predicted = peak.predicted_bytes(training) - 1000
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in training.objective.parameters())
+    assert all(torch.equal(weights[key], value) for key, value in models.copy_of(training.objective).items())
+    steps = iter(training)
+    with memory.Tally("cpu") as tally:
+        for _ in range(3):
+            next(steps)
+    assert predicted == pytest.approx(tally.most, rel=0.02)
+    assert peak.predicted_bytes(training) - 1000 == pytest.approx(
+        predicted - 8 * sum(p.numel() for p in training.objective.parameters()), rel=0.02
+    )  # the moments are there now
+
+
+def test_what_an_allocator_keeps_grows_with_the_windows():
+    """Points of 2 and of 4 windows: 100 and 160 bytes alive, 20 and 50 more in use; ten windows."""
+    assert peak._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60) + (50 + 3 * 30)
+    assert peak._height(4, 4, 4, 1000, (100, 990), (100, 990)) == 100
+
+
+def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, monkeypatch):
+    training = training_of(settings)
+
+    def out(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peak, "_points", out)
+    assert peak.predicted_bytes(training) == math.inf
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_layers_made_anew_give_the_same_loss_and_gradients(settings, tmp_path, kind):
+    """All parts on, dropout drawn twice alike, gradients of the single parts measured on the way."""
+    tokenizer = unigram()
+    model = ARCHITECTURES[kind](tokenizer)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    found = []
+    for on in (False, True):
+        torch.manual_seed(2)
+        training = training_of(settings, copy.deepcopy(model), **EVERYTHING)
+        training.recomputes = on
+        training.objective.train()
+        torch.manual_seed(3)
+        with memory.Tally("cpu") as tally:
+            _, values = training._gradients_that_fit(training.windows[:8], training.objective.weights(), True, None)
+        gradients = {name: p.grad for name, p in training.objective.named_parameters()}
+        found.append((values, gradients, tally.most))
+    (values, gradients, most), (again, anew, less) = found
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
+    for (parts, squares), (others, measured) in zip(values, again, strict=True):
+        torch.testing.assert_close(others, parts)
+        torch.testing.assert_close(measured, squares)
+        assert len(squares) == 7
+    torch.testing.assert_close(anew, gradients)
+    assert less < most
+
+
+def test_nothing_is_left_of_making_layers_anew():
+    model = tiny_model(byte_level(), 16).train()
+    ids, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.long)
+    config = model.config.to_dict()
+    with memory.recomputed(model):
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    with memory.recomputed(model, False):
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert model.config.to_dict() == config
+    copied = copy.deepcopy(model)
+    assert torch.equal(models.last_hidden(copied, ids, mask), models.last_hidden(model, ids, mask))
+
+
+def limited(monkeypatch, total):
+    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 0, "total_bytes": total})
+
+
+def heights(settings, monkeypatch):
+    limited(monkeypatch, 0)
+    return [peak.predicted_bytes(training_of(settings, gradient_checkpointing=way)) for way in ("off", "on")]
+
+
+@pytest.fixture
+def tight(settings, pair, tmp_path, monkeypatch):
+    """Settings of a deeper student, and a machine that holds its training only with layers made anew."""
+    tiny.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
+    values = {
+        **settings,
+        "student": str(tmp_path / "student"),
+        "batch_size": 8,
+        "loss_chunk_size": 32,
+        "control": "off",
+    }
+    values |= {"max_steps": 3, "eval_tokens": 60}
+    plain, anew = heights(values, monkeypatch)
+    assert anew < 0.9 * plain
+    limited(monkeypatch, (plain + anew) // 2)
+    return values, plain, anew
+
+
+def test_layers_are_made_anew_where_a_step_would_not_fit(tight, tmp_path, monkeypatch):
+    settings, plain, anew = tight
+    seen, real = [], memory.recomputed
+    monkeypatch.setattr(memory, "recomputed", lambda model, on=True: seen.append(on) or real(model, on))
+    found = distil(settings, tmp_path / "run")
+    (alert,) = [r for r in found if r["kind"] == "alert"]
+    assert (alert["sign"], alert["step"], "made anew" in alert["meaning"]) == ("memory", 0, True)
+    assert {r["memory"]["predicted_bytes"] for r in found if r["kind"] == "train"} == {anew}
+    assert seen[-3:] == [True] * 3
+    seen.clear()
+    found = distil({**settings, "gradient_checkpointing": "off"}, tmp_path / "off")
+    (alert,) = [r for r in found if r["kind"] == "alert"]
+    assert "will take" in alert["meaning"] and not any(seen)
+    assert {r["memory"]["predicted_bytes"] for r in found if r["kind"] == "train"} == {plain}
+
+
+@pytest.mark.parametrize("then", ["auto", "off"])
+def test_what_was_decided_stays_over_a_resume(tight, tmp_path, monkeypatch, then):
+    """In a session with room enough; unless it is told otherwise."""
+    settings, *_ = tight
+    distil(settings, tmp_path / "run", cut_at=2)
+    limited(monkeypatch, 10**12)
+    seen, real = [], memory.recomputed
+    monkeypatch.setattr(memory, "recomputed", lambda model, on=True: seen.append(on) or real(model, on))
+    found = distil({**settings, "gradient_checkpointing": then}, tmp_path / "run")
+    assert (found[0]["resumed"], found[-1]["kind"]) == ("step-00000002", "verdict")
+    assert seen[-1] == (then == "auto")
+
+
+def test_the_control_decides_for_itself(tight, tmp_path, monkeypatch):
+    """It has no teacher signal to keep: with room for that alone it runs plain, and its steps are timed so."""
+    settings, *_ = tight
+    config = Config.from_dict(settings).plain().to_dict()
+    plain, _ = heights(config, monkeypatch)
+    whole, anew = heights(settings, monkeypatch)
+    assert max(plain, anew) < whole
+    limited(monkeypatch, (max(plain, anew) + whole) // 2)
+    seen, real = [], train.Training._gradients
+
+    def gradients(self, *given):
+        seen.append((self.teacher is not None, self.recomputes))
+        return real(self, *given)
+
+    monkeypatch.setattr(train.Training, "_gradients", gradients)
+    monkeypatch.setattr(course, "CALIBRATION_BLOCKS", 1)
+    monkeypatch.setattr(course, "CALIBRATION_STEPS", 2)
+    found = distil({**settings, "control": "full"}, tmp_path / "run")
+    assert found[-1]["kind"] == "verdict"
+    assert set(seen) == {(True, True), (False, False)}
+
+
+class Unable(transformers.LlamaForCausalLM):
+    supports_gradient_checkpointing = False
+
+
+def test_a_model_that_can_not_is_refused_or_left_alone(settings, tmp_path, monkeypatch):
+    assert memory.can_recompute(tiny_model(byte_level()))
+    config = tiny_model(unigram()).config
+    assert not memory.can_recompute(Unable(config))
+    monkeypatch.setattr(memory, "can_recompute", lambda model: False)
+    with pytest.raises(ValueError, match="gradient_checkpointing on: LlamaForCausalLM has no support for it") as error:
+        distil({**settings, "gradient_checkpointing": "on"}, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    limited(monkeypatch, 1)
+    training = training_of(settings)
+    peak.fit(training, 1)
+    assert not training.recomputes
