@@ -71,10 +71,10 @@ class Pass:
         told = self._plan()
         yield told
         self._open(told)
-        todo = signals.missing([self.out], self.facts)
+        lacking = signals.missing([self.out], self.facts)
         whole, slowest = sum(map(len, self.facts["shards"].values())), 0.0
         mine = [
-            which for place, which in enumerate(self._every()) if place % self.writers == self.mine and which in todo
+            which for place, which in enumerate(self._every()) if place % self.writers == self.mine and which in lacking
         ]
         self.interrupts.listen()
         try:
