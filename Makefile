@@ -31,4 +31,6 @@ $(VENV)/ready: pyproject.toml requirements.txt constraints.txt
 	$(RUN) pip install --quiet --upgrade pip
 	$(RUN) pip install --quiet -c constraints.txt torch
 	$(RUN) pip install --quiet -c constraints.txt -e ".[test]"
+	$(RUN) pip install --quiet --no-deps --target $(VENV)/clients/2.2.4 kaggle==2.2.4 kagglesdk==0.1.35
+	$(RUN) pip install --quiet --no-deps --target $(VENV)/clients/2.2.5 kaggle==2.2.5 kagglesdk==0.1.38
 	touch $@

@@ -10,10 +10,11 @@ every token (`--answer`: on the last share of each window), 85 % of them aligned
 weights. Tokens a second are those of the student's windows; *computed* are all that went through it, padding included.
 
 Each way is timed in a process of its own, in turn with *floor* (the teacher's body and a plain step: the least a live step
-could cost), after a step on tiny windows: *to floor* is the median of the pairs' ratios, with the least and the greatest,
-*by processor time* the same of the time that the process really ran, which neighbours disturb less; *to ce-only* and *to
-naive* are quotients of medians. Memory comes from another process that runs only this way: its highest
-resident size (a card's allocations) over what it held before, which is the models it needs, and AdamW's moments.
+could cost) and *ce-only*, after one whole round that does not count (memory is touched there for the first time): *to floor*
+and *to ce-only* are medians of the rounds' ratios by the time that the process really ran, which neighbours disturb less,
+the first with the least and the greatest; *by the clock* says the first again by wall-clock; *to naive* is the quotient of
+what both are to the floor. Memory comes from another process that runs only this way: its highest resident size (a card's
+allocations) over what it held before, which is the models it needs, and AdamW's moments.
 
 Every finished measurement is a line in `--out`, and one that is there is not made again. The ways of other projects that are
 not installed are left out (`benchmarks/peers.py` says how to install them). `--growth` measures few layers on more or longer
@@ -38,9 +39,11 @@ from benchmarks.ways import WAYS, World
 from kdlib import records
 
 COLUMNS = [
-    "way", "tokens a second", "seconds", "to floor", "by processor time", "to ce-only", "to naive", "computed a token",
+    "way", "tokens a second", "seconds", "to floor", "by the clock", "to ce-only", "to naive", "computed a token",
     "peak MB above", "peak GB in all",
 ]  # fmt: skip
+BESIDE = ("floor", "ce-only")
+"""Ways that are timed in turn with every other one."""
 SELDOM = ("TRL GOLD ULD, by position", "ours cached, projector")
 """Ways that are measured when they are asked for."""
 TEACHERS = {
@@ -114,12 +117,12 @@ def in_own_process(asked, limit):
 
 
 def time_of(name, world, repeats):
-    """`seconds` of every step of a way and of the floor's, run in turn on the same models."""
-    steps = [WAYS["floor"](world), WAYS[name](world)]
+    """`seconds` of every step of a way and of those BESIDE it, run in turn on the same models."""
+    steps = [WAYS[each](world) for each in (*BESIDE, name)]
     for step in steps:
-        step(world.brief)
-    pairs = [[seconds(world, step) for step in steps] for _ in range(repeats)]
-    return {"floor_s": [floor for floor, _ in pairs], "way_s": [own for _, own in pairs]}
+        step(world.windows)
+    rounds = [[seconds(world, step) for step in steps] for _ in range(repeats)]
+    return {f"{each}_s": list(taken) for each, taken in zip((*BESIDE, "way"), zip(*rounds, strict=True), strict=True)}
 
 
 def memory_of(name, world, repeats):
@@ -175,29 +178,28 @@ def table(options, measured):
         timed = kept if "failed" in kept else measured("time", way, world, options.repeats)
         found.append((way, timed, kept))
         if "failed" not in timed:
-            to_floor[way] = statistics.median(ratios(timed, 0))
+            to_floor[way] = statistics.median(ratios(timed, "floor"))
         print(row(*found[-1], to_floor), flush=True)
     minutes = (time.perf_counter() - started) / 60
     print("", head, *[row(*each, to_floor) for each in found], f"\n{minutes:.0f} minutes", sep="\n", flush=True)
 
 
-def ratios(timed, clock):
-    """Of each pair of a way's step and the floor's, by the clock (0) or by the processor (1)."""
-    return [own[clock] / floor[clock] for own, floor in zip(timed["way_s"], timed["floor_s"], strict=True)]
+def ratios(timed, beside, clock=1):
+    """Of a way's step to the one `beside` it in each round, by the processor (1) or by the clock (0)."""
+    return [own[clock] / other[clock] for own, other in zip(timed["way_s"], timed[f"{beside}_s"], strict=True)]
 
 
 def row(way, timed, kept, to_floor):
     """One way's row; `to_floor` holds its ratio and those of the others that were measured."""
     if "failed" in timed:
         return f"| {way} | {timed['failed']} |" + " |" * (len(COLUMNS) - 2)
-    middle, pairs = statistics.median(own for own, _ in timed["way_s"]), ratios(timed, 0)
-    others = [
-        f"{to_floor[way] / to_floor[name]:.2f}" if name in to_floor else "" for name in ("ce-only", "naive original")
-    ]
+    middle, rounds = statistics.median(own for own, _ in timed["way_s"]), ratios(timed, "floor")
     cells = [
         way, f"{kept['tokens'] / middle:.1f}", f"{middle:.2f}",
-        f"{to_floor[way]:.3f} ({min(pairs):.3f} to {max(pairs):.3f})", f"{statistics.median(ratios(timed, 1)):.3f}",
-        *others, f"{kept['computed'] / kept['tokens']:.2f}", f"{kept['above_bytes'] / 1e6:.0f}",
+        f"{to_floor[way]:.3f} ({min(rounds):.3f} to {max(rounds):.3f})",
+        f"{statistics.median(ratios(timed, 'floor', 0)):.3f}", f"{statistics.median(ratios(timed, 'ce-only')):.3f}",
+        f"{to_floor[way] / to_floor['naive original']:.3f}" if "naive original" in to_floor else "",
+        f"{kept['computed'] / kept['tokens']:.2f}", f"{kept['above_bytes'] / 1e6:.0f}",
         f"{kept['peak_bytes'] / 1e9:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -26,10 +26,26 @@ def on_kaggle():
     return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
-def session_age_s(processes=Path("/proc")):
-    """Seconds since the session began: on Kaggle since the machine's first process, elsewhere 0 (it begins with the run)."""
+MOUNTS = Path("/kaggle/input")
+
+
+def in_batch_kernel():
+    """Whether this is a Kaggle kernel that nobody sits in front of."""
+    return os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
+
+
+def mounts():
+    """Where Kaggle mounts a kernel's inputs; `$KDLIB_KAGGLE_INPUT` where the layout is rebuilt elsewhere."""
+    return Path(os.environ.get("KDLIB_KAGGLE_INPUT") or MOUNTS)
+
+
+def session_age_s(processes=None):
+    """Seconds since the session began: on Kaggle since the machine's first process, elsewhere 0 (it begins with the run).
+    `$KDLIB_PROC` stands for `/proc` where a kernel's machine is rebuilt elsewhere.
+    """
     if not on_kaggle():
         return 0.0
+    processes = processes or Path(os.environ.get("KDLIB_PROC") or "/proc")
     started = int((processes / "1" / "stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
     return max(0.0, float((processes / "uptime").read_text().split()[0]) - started)
 

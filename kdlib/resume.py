@@ -91,3 +91,10 @@ def take_over(found, folder):
             checkpoint.set_aside(path)
         checkpoint.clean(folder.checkpoints)
     folder.records.cut(found.facts["records_bytes"] if found.facts else 0)
+
+
+def bring_complete(found, folder, writes):
+    """Let go of `folder`, which holds the complete run: a copy where that came from elsewhere and this process writes."""
+    if writes and folder.path.resolve() != found.source.path.resolve():
+        shutil.copytree(found.source.path, folder.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+    folder.release()

@@ -105,7 +105,7 @@ class Session:
     def run(self):
         """All that is left of the run, or of the session's time. Keeps `status.json` true whatever happens."""
         if self.found and self.found.verdict is not None:
-            self.folder.release()
+            resume.bring_complete(self.found, self.folder, self.writes)
             yield {"kind": "verdict", **self.found.verdict}
             return
         self._open()

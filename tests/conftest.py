@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits f
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdlib-datasets-")  # nor finds what another run left
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+import kaggle_server
 import pytest
 import torch
 from families import LINES, byte_level, tiny_model, unigram
@@ -48,3 +49,12 @@ def settings(pair):
         "max_length": 48, "batch_size": 2, "max_steps": 4, "learning_rate": 1e-3, "check_teacher": False,
         "eval_tokens": 300, "control": "full",
     }  # fmt: skip
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Kaggle whose versions are complete at once, with what `kaggle_server.leave` writes."""
+    server = kaggle_server.KaggleServer(tmp_path / "kaggle", fates=["complete"] * 50, leave=kaggle_server.leave)
+    yield server
+    server.close()
+    assert server.connects == []  # nothing tried to leave this machine

@@ -8,7 +8,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
-    "cli tiny",
+    "cli tiny kernel",
     "session cache",
     "course conclusion resume",
     "leg report inputs peak",

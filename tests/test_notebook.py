@@ -64,8 +64,8 @@ def test_nbval(environment, tmp_path):
 
 def test_papermill_with_other_parameters(environment, tmp_path):
     """As Kaggle runs it: parameters injected, a batch run, and the run folder is there."""
-    parameters = {"max_steps": 6, "kd_method": "projector", "control": "short", "batch_size": 4, "out": "other"}
-    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    parameters = {"max_steps": 6, "kd_method": "projector", "control": "short", "batch_size": 4}
+    words = ["-p", "out", "other", "-y", json.dumps({"settings": parameters})]
     ran = subprocess.run(
         [sys.executable, "-m", "papermill", _copy(tmp_path), "out.ipynb", "--no-progress-bar", *words],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
@@ -73,9 +73,7 @@ def test_papermill_with_other_parameters(environment, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads((tmp_path / "other" / "status.json").read_text())["state"] == "complete"
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    assert {name: config[name] for name in parameters if name != "out"} == {
-        k: v for k, v in parameters.items() if k != "out"
-    }
+    assert {name: config[name] for name in parameters} == parameters
 
 
 def test_kernel_metadata_points_at_the_notebook():

@@ -84,8 +84,12 @@ def test_bytes_end_together_at_aligned_tokens_only():
         assert [ours[row] for row in window.student_rows] == [theirs[row] for row in window.teacher_rows] == common
 
 
-def test_a_row_is_told_by_its_pairs():
-    timed = {"way_s": [[2.0, 2.0], [6.0, 3.0]], "floor_s": [[1.0, 1.0], [2.0, 2.0]]}
+def test_a_row_is_told_by_its_rounds():
+    timed = {
+        "way_s": [[2.0, 2.0], [6.0, 3.0]],
+        "floor_s": [[1.0, 1.0], [2.0, 2.0]],
+        "ce-only_s": [[1.0, 0.5], [1.0, 1.5]],
+    }
     kept = {"tokens": 100, "computed": 150, "above_bytes": 2e6, "peak_bytes": 3e9}
-    told = step.row("ours", timed, kept, {"ours": 2.5, "ce-only": 0.5})
-    assert told == "| ours | 25.0 | 4.00 | 2.500 (2.000 to 3.000) | 1.750 | 5.00 |  | 1.50 | 2 | 3.00 |"
+    told = step.row("ours", timed, kept, {"ours": 1.75, "naive original": 7.0})
+    assert told == "| ours | 25.0 | 4.00 | 1.750 (1.500 to 2.000) | 2.500 | 3.000 | 0.250 | 1.50 | 2 | 3.00 |"

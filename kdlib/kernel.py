@@ -1,0 +1,125 @@
+"""A run inside a Kaggle kernel: finds what is mounted, knows when the session ends, and ends so that its files are kept.
+
+A version that ends with an error loses its outputs, so nothing may raise in a batch kernel: `guard` writes the failure into
+`status.json` and ends the notebook as if it were done. What is mounted lies in one of two layouts, so it is found by what it
+holds, never by its full path; two candidates are refused.
+"""
+
+import contextlib
+import sys
+import traceback
+from pathlib import Path
+
+from kdlib import env, records
+from kdlib.config import Config
+
+SESSION_S, MARGIN_S = 12 * 3600, 3600
+"""A session of Kaggle's, and what is left of it for packing up; the time budget of a run that was given none."""
+KINDS = ("datasets", "notebooks", "models")
+"""First parts of the newer layout's paths; the owner follows."""
+MARKS = {
+    "model": ("config.json", "tokenizer*", "*.model"),
+    "text": ("*.txt", "*.jsonl", "*.parquet"),
+    "cache": ("cache.json",),
+}
+"""Files by which a mounted folder is known: any model has a config, and a tokenizer beside it."""
+
+
+def time_budget(given):
+    """The `time_budget` of a session: as given, or what Kaggle's own limit leaves; empty elsewhere."""
+    return given or (f"{(SESSION_S - MARGIN_S) // 3600}h" if env.on_kaggle() else "")
+
+
+def config(teacher, student, dataset, settings, given_budget=""):
+    """The `Config` of a kernel's parameters: inputs found where they are mounted, the session's end known."""
+    named = {"teacher": teacher, "student": student, "dataset": dataset, **settings}
+    kinds = {
+        "teacher": "model",
+        "student": "model",
+        "dataset": "text",
+        "eval_dataset": "text",
+        "teacher_cache": "cache",
+    }
+    found = {name: located(named[name], kind) for name, kind in kinds.items() if named.get(name)}
+    return Config.from_dict({"time_budget": time_budget(given_budget), **named, **found})
+
+
+def located(name, kind):
+    """The path that `name` means: itself where it exists or where nothing mounted fits (a Hugging Face id, say); else the
+    one mounted folder that holds a `kind` (`model`, `text`, `cache`) and whose path has the parts of `name` in a row.
+    Several names may be separated by commas. ValueError for two candidates.
+    """
+    return ",".join(_located(each.strip(), kind) for each in name.split(","))
+
+
+def _located(name, kind):
+    root = env.mounts()
+    if not name or Path(name).exists() or not root.is_dir():
+        return name
+    parts = Path(name).relative_to(env.MOUNTS).parts if Path(name).is_relative_to(env.MOUNTS) else Path(name).parts
+    found = _below(root, parts)
+    if not found and parts[0] in KINDS:
+        found = _below(root, parts[2:])  # the newer layout's path, in the older one
+    if len(found) == 1 and found[0].is_file():
+        return str(found[0])
+    folders = {path.parent if path.is_file() else path for path in found if _is(path, kind)}
+    top = sorted(path for path in folders if not any(other in path.parents for other in folders))
+    if len(top) > 1:
+        listed = ", ".join(str(path) for path in top)
+        raise ValueError(f"{name!r} fits {len(top)} inputs: {listed}; give the full path of one")
+    return str(top[0]) if top else name
+
+
+def _below(root, parts):
+    """Files and folders below `root` in whose path `parts` stand in a row."""
+    rows = "/" + "/".join(parts) + "/"
+    return [path for path in root.rglob("*") if len(rows) > 2 and rows in f"/{path.relative_to(root).as_posix()}/"]
+
+
+def _is(path, kind):
+    """Whether a path is a folder of that kind, or for texts a file of one."""
+    if not path.is_dir():
+        return kind == "text" and any(path.match(mark) for mark in MARKS["text"])
+    if kind == "model":
+        config, *tokenizers = MARKS["model"]
+        return (path / config).exists() and any(list(path.glob(mark)) for mark in tokenizers)
+    return any(list(path.glob(mark)) for mark in MARKS[kind])
+
+
+def previous(out, wanted="auto"):
+    """What a session goes on with (`distill`'s third argument): `wanted` if that is said or `out` holds a run; else the one
+    mounted run that has a checkpoint or a verdict. ValueError for two of them.
+    """
+    root = env.mounts()
+    if wanted != "auto" or records.RunFolder(out).holds_run() or not root.is_dir():
+        return wanted
+    runs = [records.RunFolder(path.parent) for path in root.rglob("status.json")]
+    found = sorted(
+        str(run.path)
+        for run in runs
+        if run.holds_run() and (any(run.checkpoints.glob("step-*")) or (run.path / "verdict.json").exists())
+    )
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} runs are mounted: {', '.join(found)}; set resume to one of them, or to never")
+    return found[0] if found else wanted
+
+
+@contextlib.contextmanager
+def guard(out):
+    """A cell whose failure must not end a batch kernel with an error. There it is written into `status.json` of the run
+    folder `out` and to the log, and the notebook's other cells are skipped. Elsewhere it is raised as ever.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not env.in_batch_kernel():
+            raise
+        folder = records.RunFolder(out)
+        if folder.last_status().get("state") != "failed":
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.status("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0], step=0, max_steps=0)
+        if isinstance(error, ValueError):
+            sys.stderr.write(f"kdlib: {error}\n")
+        else:
+            traceback.print_exc()
+        raise SystemExit(0) from None

@@ -1,0 +1,160 @@
+"""What a run knows of the kernel it is in: mounted inputs in either layout, the session's end, an end that keeps files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kdlib import Config, distill, env, kernel, records
+
+NEW = {
+    "pair": "datasets/ann/pair", "qwen": "models/q/qwen/transformers/0.6b/1", "run": "notebooks/ann/kdlib-distill/run",
+}  # fmt: skip
+OLD = {"pair": "pair", "qwen": "qwen/transformers/0.6b/1", "run": "kdlib-distill/run"}
+
+
+@pytest.fixture(params=[NEW, OLD], ids=["new", "old"])
+def mounted(request, tmp_path, monkeypatch):
+    """A tree of inputs: a model, a student with texts, a finished session of a run."""
+    root = tmp_path / "input"
+    monkeypatch.setenv("KDLIB_KAGGLE_INPUT", str(root))
+    files = {
+        "qwen": {"config.json": "{}", "tokenizer.json": "{}"},
+        "pair": {"student/config.json": "{}", "student/tokenizer.json": "{}", "texts/a.jsonl": "", "texts/b.jsonl": ""},
+        "run": {
+            "status.json": '{"state": "paused"}',
+            "config.json": '{"kd_method": "none"}',
+            "checkpoints/step-1/x": "",
+        },
+    }
+    for name, inside in files.items():
+        for path, text in inside.items():
+            (root / request.param[name] / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / request.param[name] / path).write_text(text)
+    return root, request.param
+
+
+def test_inputs_are_found_by_their_marks_in_either_layout(mounted):
+    root, layout = mounted
+    assert kernel.located("qwen", "model") == str(root / layout["qwen"])
+    assert kernel.located("qwen/transformers/0.6b/1", "model") == str(root / layout["qwen"])
+    assert kernel.located("/kaggle/input/pair/student", "model") == str(root / layout["pair"] / "student")
+    assert kernel.located("/kaggle/input/datasets/ann/pair/student", "model") == str(root / layout["pair"] / "student")
+    assert kernel.located("pair/texts", "text") == str(root / layout["pair"] / "texts")
+    assert kernel.located("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
+
+
+def test_what_is_not_mounted_is_left_as_it_is(mounted, tmp_path):
+    for name in ("Qwen/Qwen3-0.6B", "", str(tmp_path), "0.6", "texts/c.jsonl"):
+        assert kernel.located(name, "model") == name
+
+
+def test_several_texts_are_found_one_by_one(mounted):
+    root, layout = mounted
+    texts = root / layout["pair"] / "texts"
+    assert kernel.located("texts/a.jsonl, texts/b.jsonl", "text") == f"{texts / 'a.jsonl'},{texts / 'b.jsonl'}"
+
+
+def test_two_candidates_are_refused(mounted):
+    root, layout = mounted
+    other = root / layout["qwen"].replace("0.6b", "1.7b")
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"'qwen' fits 2 inputs: .*0.6b/1, .*1.7b/1; give the full path"):
+        kernel.located("qwen", "model")
+    assert kernel.located("qwen/transformers/1.7b/1", "model") == str(other)
+
+
+def test_the_previous_session_is_found_and_two_are_refused(mounted, tmp_path):
+    root, layout = mounted
+    assert kernel.previous(tmp_path / "run") == str(root / layout["run"])
+    assert kernel.previous(tmp_path / "run", "never") == "never"
+    assert kernel.previous(tmp_path / "run", "/a/path") == "/a/path"
+    begun_only = root / "elsewhere" / "run"
+    begun_only.mkdir(parents=True)
+    (begun_only / "status.json").write_text('{"state": "failed"}')
+    (begun_only / "config.json").write_text('{"kd_method": "none"}')
+    assert kernel.previous(tmp_path / "run") == str(root / layout["run"])  # nothing to go on with in the other
+    (begun_only / "verdict.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"2 runs are mounted: .*; set resume to one of them, or to never"):
+        kernel.previous(tmp_path / "run")
+
+
+def test_a_run_in_the_folder_goes_before_a_mounted_one(mounted, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"kd_method": "none"}')
+    assert kernel.previous(tmp_path / "run") == "auto"
+
+
+def test_a_config_of_a_kernel_has_its_inputs_and_its_end(mounted, monkeypatch):
+    root, layout = mounted
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    config = kernel.config("qwen", "pair/student", "pair/texts", {"max_steps": 3})
+    assert config.teacher == str(root / layout["qwen"]) and config.max_steps == 3
+    assert config.time_budget == "11h"
+    assert kernel.config("a", "b", "c", {}, "40m").time_budget == "40m"
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    assert kernel.config("a", "b", "c", {}).time_budget == ""
+
+
+def test_the_age_of_a_session_is_that_of_its_machine(tmp_path, monkeypatch):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "stat").write_text("1 (a (b) c) S " + " ".join(["0"] * 18 + ["500"] + ["0"] * 20))
+    (tmp_path / "uptime").write_text("125.5 30.0")
+    monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
+    assert env.session_age_s() == 0.0
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.session_age_s() == 125.5 - 500 / env.os.sysconf("SC_CLK_TCK")
+
+
+def test_a_complete_run_is_taken_over_whole(settings, tmp_path):
+    config = Config.from_dict({**settings, "control": "off", "max_steps": 2})
+    for _ in distill(config, tmp_path / "first"):
+        pass
+    (record,) = distill(config, tmp_path / "second", resume=str(tmp_path / "first"))
+    assert record["kind"] == "verdict"
+    first, second = (
+        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("first", "second")
+    )
+    assert first == second
+
+
+CELL = "from kdlib import kernel\nwith kernel.guard('run'):\n    {}\nprint('not reached')"
+
+
+def in_kernel(code, folder, kind):
+    surroundings = {**env.os.environ, "KAGGLE_KERNEL_RUN_TYPE": kind}
+    return subprocess.run(
+        [sys.executable, "-c", CELL.format(code)], cwd=folder, env=surroundings, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "log"),
+    [
+        ("raise ValueError('no such text')", "ValueError: no such text", "kdlib: no such text\n"),
+        ("1 / 0", "ZeroDivisionError: division by zero", "Traceback"),
+    ],
+)
+def test_a_failure_in_a_batch_kernel_is_written_down_and_ends_well(tmp_path, code, reason, log):
+    ran = in_kernel(code, tmp_path, "Batch")
+    assert (ran.returncode, ran.stdout) == (0, "")
+    assert ran.stderr.startswith(log)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", reason)
+
+
+def test_a_failure_before_someones_eyes_is_raised(tmp_path):
+    ran = in_kernel("1 / 0", tmp_path, "Interactive")
+    assert ran.returncode == 1 and "ZeroDivisionError" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_failed_session_says_of_itself_stays(tmp_path):
+    records.RunFolder(tmp_path / "run").path.mkdir()
+    records.RunFolder(tmp_path / "run").status("failed", reason="the loss was no number", step=7, max_steps=9)
+    assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 7

@@ -1,0 +1,308 @@
+"""Pushing, fetching and relaying with the real client, both versions of it, against a Kaggle of our own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+HOUSE = Path(__file__).parent.parent
+sys.path.append(str(HOUSE / "kaggle"))
+BOTH = pytest.mark.parametrize("version", ["2.2.4", "2.2.5"])
+pytest.importorskip("kaggle", reason="the client needs Python 3.11")
+
+import kaggle_server  # noqa: E402
+import kernel  # noqa: E402
+import push  # noqa: E402
+from kaggle_server import CLIENTS, command, files_of, pushes, wait_until  # noqa: E402
+
+FIRST = ["--owner", "ann", "--param", "max_steps=7"]
+
+
+def parameters_of(request):
+    return kernel.parameters_of_sent(json.loads(request["text"]))
+
+
+# what is sent
+
+
+def test_the_package_is_the_same_for_the_same_source():
+    first = kernel.package()
+    kernel.package.cache_clear()
+    assert kernel.package() == first
+
+
+def test_a_built_kernel_has_no_outputs_and_all_it_needs(tmp_path):
+    built = kernel.build(HOUSE / "notebooks" / "distill.ipynb", {"out": "other"}, {"token": "t"})
+    code = [cell for cell in built.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert built.metadata.kernelspec.name == "python3"
+    assert set(built.metadata) == {"kernelspec", "language_info"}
+    assert [cell.metadata.tags for cell in code[:3]] == [["parameters"], ["injected-parameters"], ["kdlib"]]
+    assert "'out'" not in code[1].source and 'out = "other"' in code[1].source
+    assert len(json.dumps(built)) < 400_000
+
+
+def test_parameters_injected_twice_are_those_of_the_second_time(tmp_path):
+    import nbformat
+
+    once = kernel.build(HOUSE / "notebooks" / "distill.ipynb", {"out": "a", "resume": "never"}, {})
+    nbformat.write(once, tmp_path / "once.ipynb")
+    twice = kernel.build(tmp_path / "once.ipynb", {"out": "b"}, {})
+    assert kernel.parameters_of_sent(twice)["out"] == "b"
+    assert kernel.parameters_of_sent(twice)["resume"] == "auto"
+    assert sum("injected-parameters" in cell.metadata.tags for cell in twice.cells) == 1
+
+
+def run_cell(source, folder):
+    """The cell in an interpreter that has no kdlib of its own."""
+    code = source + "\nimport kdlib, importlib.metadata\nprint(kdlib.__file__, importlib.metadata.version('kdlib'))\n"
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_carrying_cell_brings_kdlib_and_leaves_its_stamp(tmp_path):
+    ran = run_cell(kernel.carrying_cell({"token": "abc"}), tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    path, version = ran.stdout.split()
+    assert Path(path).is_relative_to(tmp_path) and version == kernel.kdlib.__version__
+    assert json.loads((tmp_path / "kernel.json").read_text()) == {"token": "abc"}
+    ours = {path.name: path.read_bytes() for path in (HOUSE / "kdlib").glob("*.py")}
+    assert {p.name: p.read_bytes() for p in Path(path).parent.glob("*.py")} == ours
+    assert run_cell(kernel.carrying_cell({"token": "abc"}), tmp_path).returncode == 0  # a kernel restarted
+
+
+def test_a_changed_carrying_cell_says_so(tmp_path):
+    source = kernel.carrying_cell({})
+    start = source.index('PACKED = """') + 500
+    other = "A" if source[start] != "A" else "B"
+    ran = run_cell(source[:start] + other + source[start + 1 :], tmp_path)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("The cell that holds kdlib was changed")
+
+
+def typed(**texts):
+    known = kernel.parameters_of(json.loads((HOUSE / "notebooks" / "distill.ipynb").read_text()))
+    return kernel.typed(texts, known)
+
+
+def test_parameters_take_the_type_they_have_in_the_notebook():
+    assert typed(teacher_steps="20", teacher="1") == {"teacher_steps": 20, "teacher": "1"}
+    assert typed(**{"kd-top-k": "64", "use_ema": "true"}) == {"settings": {"kd_top_k": 64, "use_ema": True}}
+    assert typed(settings="{'max_steps': 3}", seed="4") == {"settings": {"max_steps": 3, "seed": 4}}
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ({"teacher_steps": "many"}, "takes a whole number, as 300 is; got 'many'"),
+        ({"taecher": "a/b"}, "did you mean 'teacher'?"),
+        ({"max_stpes": "3"}, "did you mean 'max_steps'?"),
+        ({"kd_method": "projektor"}, "did you mean 'projector'?"),
+        ({"max_length": "1"}, "max_length is 1"),
+        ({"settings": "[1]"}, "takes {'key': value}"),
+        ({"settings": "{'max_stpes': 3}"}, "did you mean 'max_steps'?"),
+        ({"time_budget": "soon"}, "time_budget takes hours"),
+    ],
+)
+def test_a_wrong_parameter_is_told_before_anything_is_sent(texts, says):
+    with pytest.raises(ValueError) as told:
+        typed(**texts)
+    assert says in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "left"), [("", "39600s"), ("12h", "39600s"), ("60s", "54s"), ("2h", "6480s"), ("20h", "39600s")]
+)
+def test_a_session_ends_itself_before_kaggle_does(timeout, left):
+    options = push.parser("").parse_args(["--owner", "ann", "--timeout", timeout])
+    notebook, *_ = push.prepared(options, "t")
+    assert kernel.parameters_of_sent(notebook)["time_budget"] == left
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12) | st.sampled_from(
+    [
+        "ann",
+        "kdlib-distill",
+        "a/b",
+        "a/b/c/d/1",
+        "NvidiaTeslaT4",
+        "12h",
+        "max_steps=3",
+        "teacher=a/b",
+        "seed=x",
+        "-",
+        "kd=1=2",
+    ]
+)
+FLAGS = st.sampled_from(
+    ["--owner", "--slug", "--title", "--param", "--accelerator", "--dataset", "--kernel-source", "--model", "--docker-image",
+     "--timeout"]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(FLAGS, WORDS), max_size=5), st.booleans())
+def test_whatever_is_asked_for_makes_a_sound_kernel_or_one_clear_line(capsys, pairs, named):
+    words = ["--owner", "ann"] * named + [f"{flag}={word}" for flag, word in pairs]
+    try:
+        assert push.run([*words, "--dry-run"]) == 0
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
+        return
+    except SystemExit as ended:
+        assert ended.code == 2
+        return
+    finally:
+        told = capsys.readouterr().out
+    sent = json.loads(told)
+    owner, slug = sent["id"].split("/")
+    assert owner and 5 <= len(slug) <= 50 and slug == slug.lower()
+    assert all(len(each.split("/")) == 2 for each in [*sent["dataset_sources"], *sent["kernel_sources"]])
+    assert all(len(each.split("/")) == 5 for each in sent["model_sources"])
+    assert sent["enable_internet"] is True and sent["is_private"] is True
+    assert sent["parameters"]["time_budget"]
+
+
+# push
+
+
+@BOTH
+def test_a_push_sends_what_was_asked_for(server, tmp_path, version):
+    words = [
+        *FIRST, "--param", "kd-top-k=32", "--dataset", "ann/texts", "--model", "q/qwen/transformers/0.6b/1",
+        "--timeout", "2h", "--no-internet", "--docker-image", "gcr.io/kaggle/python@sha256:" + "0" * 64, "--title", "My run",
+    ]  # fmt: skip
+    ran = command(server, tmp_path, "push", words, version)
+    assert (ran.returncode, ran.stdout.count("Version 1 was pushed")) == (0, 1), ran.stderr
+    (request,) = pushes(server)
+    assert (request["slug"], request["newTitle"]) == ("ann/my-run", "My run")
+    assert (request["language"], request["kernelType"], request["isPrivate"]) == ("python", "notebook", True)
+    assert (request["enableGpu"], request["machineShape"]) == (True, "NvidiaTeslaT4")
+    assert (request.get("enableInternet", False), request["sessionTimeoutSeconds"]) == (False, 7200)
+    assert request["datasetDataSources"] == ["ann/texts"] and request["modelDataSources"] == [
+        "q/qwen/transformers/0.6b/1"
+    ]
+    assert request["dockerImage"].startswith("gcr.io/kaggle/python@sha256:")
+    told = parameters_of(request)
+    assert told["settings"] == {"max_steps": 7, "kd_top_k": 32} and told["accelerator"] == "NvidiaTeslaT4"
+    assert told["time_budget"] == "6480s"
+
+
+@BOTH
+@pytest.mark.parametrize("fault", ["429", "500", "html", "drop", "drop after"])
+def test_one_version_is_made_whatever_happens_to_the_answer(server, tmp_path, version, fault):
+    server.faults["SaveKernel"] = [fault]
+    ran = command(server, tmp_path, "push", FIRST, version)
+    assert ran.returncode == 0, ran.stderr
+    assert "Version 1 was pushed" in ran.stdout
+    assert len(server.kernels["ann/kdlib-distill"]) == 1
+
+
+def test_a_push_that_never_gets_an_answer_ends_with_one_line(server, tmp_path):
+    server.faults["SaveKernel"] = ["500"] * 20
+    ran = command(server, tmp_path, "push", FIRST)
+    assert (ran.returncode, ran.stderr) == (
+        1, "kaggle: ann/kdlib-distill could not be pushed in 6 tries; no version was made as far as can be seen\n",
+    )  # fmt: skip
+    assert len(pushes(server)) == 6
+
+
+@BOTH
+def test_a_refused_push_is_no_success(server, tmp_path, version):
+    server.errors = ["Notebook title is already in use."]
+    ran = command(server, tmp_path, "push", FIRST, version)
+    assert (ran.returncode, ran.stderr) == (1, "kaggle: Kaggle refused the push: Notebook title is already in use.\n")
+    assert "Version" not in ran.stdout
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["Dataset", "Kernel", "Model"])
+def test_a_source_that_kaggle_does_not_find_is_no_success(server, tmp_path, version, kind):
+    server.invalid = {f"invalid{kind}Sources": ["ann/typo"]}
+    ran = command(server, tmp_path, "push", FIRST, version)
+    assert ran.returncode == 1
+    assert f"runs without what Kaggle did not find: {kind.lower()} ann/typo" in ran.stderr
+
+
+def test_without_credentials_or_permission_one_line_says_so(server, tmp_path):
+    ran = command(server, tmp_path, "push", FIRST, KAGGLE_USERNAME=None, KAGGLE_KEY=None)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("kaggle: no Kaggle credentials") and ran.stderr.count("\n") == 1
+    server.faults["SaveKernel"] = ["403"]
+    ran = command(server, tmp_path, "push", FIRST)
+    assert ran.returncode == 1
+    assert "the token valid?)" in ran.stderr and "0123456789abcdef" not in ran.stderr + ran.stdout
+
+
+def test_nothing_is_sent_for_a_mistake_or_a_dry_run(server, tmp_path):
+    assert command(server, tmp_path, "push", [*FIRST, "--param", "max_stpes=3"]).returncode == 2
+    assert command(server, tmp_path, "push", [*FIRST, "--dry-run"]).returncode == 0
+    assert server.calls == []
+
+
+def test_a_retired_card_is_said_out_loud(server, tmp_path):
+    ran = command(server, tmp_path, "push", [*FIRST, "--accelerator", "NvidiaTeslaP100", "--dry-run"])
+    assert "retired on 2026-09-15" in ran.stderr
+
+
+@BOTH
+def test_the_plain_client_takes_the_committed_metadata(server, tmp_path, version):
+    """`kaggle kernels push -p .` from the top, once the owner is set."""
+    metadata = json.loads((HOUSE / "kernel-metadata.json").read_text())
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "distill.ipynb").write_text((HOUSE / "notebooks" / "distill.ipynb").read_text())
+    (tmp_path / "kernel-metadata.json").write_text(
+        json.dumps({**metadata, "id": metadata["id"].replace("OWNER", "ann")})
+    )
+    environment = {**server.environment(tmp_path / "home"), "PYTHONPATH": str(CLIENTS[version])}
+    words = [sys.executable, "-m", "kaggle", "kernels", "push", "-p", "."]
+    ran = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "Kernel version 1 successfully pushed" in ran.stdout, ran.stderr
+    (request,) = pushes(server)
+    assert (request["machineShape"], request["enableInternet"], request["slug"]) == (
+        "NvidiaTeslaT4",
+        True,
+        "ann/kdlib-distill",
+    )
+
+
+# pull
+
+
+@BOTH
+def test_outputs_come_whole_over_all_pages(server, tmp_path, version):
+    server.fates, server.page_size = ["complete"] * 3, 2
+    for _ in range(3):
+        command(server, tmp_path, "push", FIRST, version)
+    wait_until(lambda: server.kernels["ann/kdlib-distill"][-1].status == "COMPLETE")
+    server.faults["files"] = ["500", "429", "drop"]
+    ran = command(server, tmp_path, "pull", ["ann/kdlib-distill", "--out", "got", "--version", "3"], version)
+    assert ran.returncode == 0, ran.stderr
+    there = server.kernels["ann/kdlib-distill"][2].outputs
+    assert files_of(tmp_path / "got") == files_of(there) and len(files_of(there)) == 5
+
+
+def test_outputs_that_do_not_come_leave_nothing(server, tmp_path):
+    command(server, tmp_path, "push", FIRST)
+    wait_until(lambda: server.kernels["ann/kdlib-distill"][-1].status == "COMPLETE")
+    server.faults["files"] = ["drop"] * 99
+    ran = command(server, tmp_path, "pull", ["ann/kdlib-distill", "--out", "got"])
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1), ran.stderr
+    assert not [path for path in tmp_path.iterdir() if "got" in path.name]
+
+
+def test_an_output_named_outside_the_folder_is_refused(server, tmp_path, monkeypatch):
+    server.leave = lambda version, working: (working / "a").write_text("x")
+    command(server, tmp_path, "push", FIRST)
+    wait_until(lambda: server.kernels["ann/kdlib-distill"][-1].status == "COMPLETE")
+    evil = {"files": [{"fileName": "../../evil", "url": "http://localhost/files/x"}]}
+    monkeypatch.setattr(kaggle_server.Handler, "ListKernelSessionOutput", lambda self, request: evil)
+    ran = command(server, tmp_path, "pull", ["ann/kdlib-distill", "--out", "got"])
+    assert ran.returncode == 1 and "'../../evil'" in ran.stderr

@@ -1,0 +1,312 @@
+"""A run over many sessions: pushed one after another, each from what the one before left, whatever happens to any."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kaggle_server
+import pytest
+from families import LINES, byte_level, tiny_model, unigram
+from kaggle_server import CLIENTS, KaggleServer, command, files_of, pushes
+
+from kdlib import records, tiny
+
+pytest.importorskip("kaggle", reason="the client needs Python 3.11")
+
+REF = "ann/kdlib-distill"
+DIES = """
+import os
+plain = {what}
+def dies(*given, **more):
+    {before}
+    plain(*given, **more)
+    os._exit(9)
+{what} = dies
+"""
+HURRY = "relay.BUSY_S.update(sessions=0.05, quota=0.05)"
+
+
+def relayed(server, tmp_path, *words, more="", version="2.2.5"):
+    words = ["--owner", "ann", "--param", "max_steps=7", "--out", "relay", "--poll", "0.02", *words]
+    return command(server, tmp_path, "relay", words, version, HURRY + "\n" + more)
+
+
+def state_of(tmp_path):
+    return records.read_json(tmp_path / "relay" / "relay.json")["sessions"]
+
+
+@pytest.mark.parametrize("version", sorted(CLIENTS))
+def test_sessions_follow_each_other_until_the_run_is_complete(server, tmp_path, version):
+    ran = relayed(server, tmp_path, version=version)
+    assert ran.returncode == 0, ran.stderr
+    sent = pushes(server)
+    assert [request.get("kernelDataSources", []) for request in sent] == [[], [REF], [REF]]
+    assert [each["state"] for each in state_of(tmp_path)] == ["paused", "paused", "complete"]
+    assert "Session 2 is paused: step 2 of 3" in ran.stdout and "Distillation helped." in ran.stdout
+    outputs = server.kernels[REF][2].outputs
+    assert files_of(tmp_path / "relay" / "outputs") == files_of(outputs)
+    assert not list((tmp_path / "relay").glob("session-*/run/student"))  # weights are fetched once, at the end
+
+
+def test_a_relay_that_is_done_says_so_again_and_pushes_nothing(server, tmp_path):
+    relayed(server, tmp_path)
+    ran = relayed(server, tmp_path)
+    assert (ran.returncode, len(pushes(server))) == (0, 3)
+    assert "Distillation helped." in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("what", "before"),
+    [
+        ("client.Client.push", ""),
+        ("client.Client.push", "os._exit(9)"),
+        ("relay.Relay._save", ""),
+        ("client.Client.status", ""),
+        ("relay.pull", ""),
+        ("relay.Relay._ended", ""),
+    ],
+)
+def test_a_killed_relay_goes_on_and_never_pushes_twice(server, tmp_path, what, before):
+    dies = DIES.format(what=what, before=before or "pass")
+    killed = [relayed(server, tmp_path, more=dies).returncode for _ in range(3)]
+    assert killed == [9, 9, 9]
+    ran = relayed(server, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert [each["state"] for each in state_of(tmp_path)] == ["paused", "paused", "complete"]
+    assert len(server.kernels[REF]) == 3
+
+
+def test_a_complete_that_is_of_the_version_before_is_not_believed(server, tmp_path):
+    server.stale = 2
+    ran = relayed(server, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert len(server.kernels[REF]) == 3
+
+
+def test_outputs_of_another_session_are_not_taken_for_ours(server, tmp_path, monkeypatch):
+    """A COMPLETE is shown, and the files still are those of the version before."""
+    plain, shown = kaggle_server.Handler.ListKernelSessionOutput, []
+
+    def late(self, request):
+        if request.get("versionLabel") == "v2" and len(shown) < 3:
+            shown.append(request)
+            request = {**request, "versionLabel": "v1"}
+        return plain(self, request)
+
+    monkeypatch.setattr(kaggle_server.Handler, "ListKernelSessionOutput", late)
+    ran = relayed(server, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "What lies there is of another session" in ran.stdout
+    assert [each["step"] for each in state_of(tmp_path)] == [1, 2, 3]
+
+
+def test_lost_sessions_are_pushed_again_from_what_there_is(server, tmp_path):
+    server.fates = ["error", "complete", "cancel", "error", "complete"]
+    ran = relayed(server, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert [each["state"] for each in state_of(tmp_path)] == ["lost", "paused", "lost", "lost", "complete"]
+    assert [request.get("kernelDataSources", []) for request in pushes(server)] == [[], [], [REF], [REF], [REF]]
+    assert ran.stdout.count("it was so decided") >= 3  # the end of each log is shown
+
+
+def test_three_lost_sessions_in_a_row_are_enough(server, tmp_path):
+    server.fates = ["complete", "error", "error", "cancel", "complete"]
+    ran = relayed(server, tmp_path)
+    assert (ran.returncode, len(pushes(server))) == (1, 4)
+    assert "3 sessions in a row left nothing" in ran.stdout
+
+
+def test_sessions_that_get_nowhere_are_enough_too(server, tmp_path):
+    server.leave = leaving(state="paused", step=5, max_steps=9, reason="the start took all of the time")
+    ran = relayed(server, tmp_path)
+    assert (ran.returncode, len(pushes(server))) == (1, 3)
+    assert "did not get beyond step 5: the start took all" in ran.stdout
+
+
+def test_a_failed_run_is_told_and_stops(server, tmp_path):
+    server.leave = leaving(
+        state="failed", step=5, max_steps=9, reason="RuntimeError: the loss was no number 20 times in a row"
+    )
+    ran = relayed(server, tmp_path)
+    assert (ran.returncode, len(pushes(server))) == (1, 1)
+    assert "The run failed: RuntimeError: the loss was no number" in ran.stdout
+
+
+def leaving(**told):
+    def leave(version, working):
+        (working / "run").mkdir()
+        (working / "run" / "status.json").write_text(json.dumps(told))
+        (working / "kernel.json").write_text(json.dumps(kaggle_server.stamp_of(version)))
+
+    return leave
+
+
+def test_where_kaggle_has_no_room_it_waits_and_says_how_long(server, tmp_path):
+    server.errors = [
+        "Maximum batch GPU session count of 2 reached.",
+        "Maximum weekly GPU quota of 30.00 hours reached.",
+    ]
+    ran = relayed(server, tmp_path)
+    assert (ran.returncode, len(server.kernels[REF])) == (0, 3), ran.stderr
+    assert ran.stdout.count("Kaggle has no room: Maximum") == 2
+    assert ran.stdout.count("Next try at 20") == 2
+
+
+def test_a_session_that_quota_ends_at_once_is_no_loss(server, tmp_path, monkeypatch):
+    server.fates = ["error"] * 4 + ["complete"] * 3
+    plain = KaggleServer._end
+    message = "Maximum weekly GPU quota of 30.00 hours reached."
+    monkeypatch.setattr(KaggleServer, "_end", staticmethod(lambda version, fate, _: plain(version, fate, message)))
+    ran = relayed(server, tmp_path)
+    assert (ran.returncode, len(server.kernels[REF])) == (0, 7), ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("limit", "pushed", "says"),
+    [
+        (["--sessions", "2"], 2, "--sessions 2 are used"),
+        (["--budget-hours", "0.033"], 2, "--budget-hours 0.033 are used"),
+        (["--until", "2020-01-01"], 0, "--until 2020-01-01 is reached"),
+    ],
+)
+def test_a_limit_of_the_relay_is_a_pause(server, tmp_path, limit, pushed, says):
+    ran = relayed(server, tmp_path, "--timeout", "60s", *limit)
+    assert (ran.returncode, len(pushes(server))) == (0, pushed), ran.stdout + ran.stderr
+    assert says in ran.stdout
+    assert relayed(server, tmp_path, "--timeout", "60s").returncode == 0
+    assert len(pushes(server)) == 3
+
+
+def test_a_session_is_no_longer_than_what_is_left_of_the_hours(server, tmp_path):
+    relayed(server, tmp_path, "--budget-hours", "2")
+    notebook = json.loads(pushes(server)[0]["text"])
+    kernel_parameters = [cell for cell in notebook["cells"] if "injected-parameters" in cell["metadata"]["tags"]]
+    assert 'time_budget = "7200s"' in kernel_parameters[0]["source"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--param", "max_stpes=3"], "did you mean"),
+        (["--until", "soon"], "--until takes a date"),
+        (["--poll", "0"], "take numbers above 0"),
+        (["--slug", "other-one"], "holds a relay of something else: kernel was 'ann/kdlib-distill'"),
+        (["--param", "seed=3"], "parameters was ['max_steps=7']"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_pushed(server, tmp_path, words, says):
+    (tmp_path / "relay").mkdir()
+    begun = {"kernel": REF, "notebook": "distill.ipynb", "parameters": ["max_steps=7"], "sessions": []}
+    (tmp_path / "relay" / "relay.json").write_text(json.dumps(begun))
+    ran = relayed(server, tmp_path, *words)
+    assert (ran.returncode, ran.stderr.count("\n"), pushes(server)) == (2, 1, []), ran.stderr
+    assert says in ran.stderr
+
+
+def test_two_relays_do_not_share_a_folder(server, tmp_path):
+    holds = "import fcntl, os\nos.makedirs('relay')\nheld = open('relay/.lock', 'a')\nfcntl.flock(held, fcntl.LOCK_EX)"
+    ran = relayed(server, tmp_path, more=holds)
+    assert ran.returncode == 2 and "another relay works on" in ran.stderr
+
+
+def test_follow_shows_the_log(server, tmp_path):
+    def slowly(version, working):
+        version.log = json.dumps([{"stream_name": "stdout", "time": 1.0, "data": f"line of {version.number}\n"}])
+        time.sleep(0.5)
+        kaggle_server.leave(version, working)
+
+    server.leave = slowly
+    ran = relayed(server, tmp_path, "--follow")
+    assert ran.returncode == 0
+    assert [f"  | line of {number}\n" in ran.stdout for number in (1, 2, 3)] == [True] * 3
+
+
+# sessions that really run
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """Python as a kernel has it: all packages but kdlib, and no way out to any network."""
+    folder = tmp_path_factory.mktemp("image")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next(folder.glob("lib/python3*/site-packages"))
+    (site / "image.pth").write_text(f"{next(Path(sys.prefix).glob('lib/python3*/site-packages'))}\n")
+    (site / "sitecustomize.py").write_text(NO_NETWORK)
+    python = folder / "bin" / "python"
+    assert subprocess.run([python, "-c", "import kdlib"], capture_output=True, cwd=folder).returncode == 1
+    return str(python)
+
+
+NO_NETWORK = """
+import socket
+plain = socket.socket.connect
+def connect(self, address):
+    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(101, f"no network here: {address}")
+    return plain(self, address)
+socket.socket.connect = connect
+"""
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory):
+    """A data set with `teacher`, `student` and `texts`."""
+    folder = tmp_path_factory.mktemp("attached")
+    for name, tokenizer, width in (("teacher", byte_level(), 24), ("student", unigram(), 16)):
+        tiny.save(tiny_model(tokenizer, width), tokenizer, folder / name)
+    (folder / "texts").mkdir()
+    lines = [json.dumps({"text": f"{LINES[i % 6]} {LINES[(i + 1) % 6]} Number {i}."}) for i in range(40)]
+    (folder / "texts" / "text.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+OF_PAIR = {
+    "teacher": "pair/teacher", "student": "pair/student", "dataset": "pair/texts", "max_length": 48, "batch_size": 2,
+    "learning_rate": 1e-3, "check_teacher": False, "eval_tokens": 300, "control": "off",
+}  # fmt: skip
+
+
+def really(server, tmp_path, out, timeout, max_steps, *more, code=""):
+    parameters = {**OF_PAIR, "max_steps": max_steps, "eval_steps": max_steps // 4}
+    words = ["--owner", "ann", "--dataset", "ann/pair", "--accelerator", "none", "--timeout", timeout, "--out", out]
+    words += [f"--param={name}={value}" for name, value in parameters.items()]
+    return command(server, tmp_path, "relay", [*words, "--poll", "0.5", *more], more=HURRY + "\n" + code)
+
+
+def student_of(folder):
+    found = files_of(folder / "outputs" / "run" / "student")
+    return {name: content for name, content in found.items() if name != "README.md"}
+
+
+def test_the_pushed_notebook_needs_no_kdlib_and_no_network(image, attached, tmp_path):
+    server = KaggleServer(tmp_path / "kaggle", image)
+    server.attach("ann/pair", attached)
+    try:
+        ran = really(server, tmp_path, "relay", "10m", 8)
+    finally:
+        server.close()
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
+    assert "nothing tells whether it helped" in ran.stdout  # control: off
+    run = tmp_path / "relay" / "outputs" / "run"
+    assert records.read_json(run / "env.json")["image"] == "gcr.io/an-image@sha256:0"
+    assert records.read_json(run / "env.json")["versions"]["kdlib"]
+    assert {"model.safetensors", "README.md", "tokenizer.json"} <= set(files_of(run / "student"))
+    assert server.connects == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["new", "old"])
+def test_four_sessions_end_with_the_bytes_of_one(image, attached, tmp_path, layout):
+    ends = {}
+    for name, timeout, fates, steps in (("one", "1h", [], 2400), ("four", "60s", ["run"], 2400)):
+        server = KaggleServer(tmp_path / f"kaggle-{name}", image, layout, fates)
+        server.attach("ann/pair", attached)
+        ran = really(server, tmp_path, name, timeout, steps, *([] if name == "one" else ["--param", "time_budget=30s"]))
+        server.close()
+        assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
+        ends[name] = student_of(tmp_path / name)
+        states = [each["state"] for each in records.read_json(tmp_path / name / "relay.json")["sessions"]]
+        assert states[-1] == "complete" and (len(states) >= 4) == (name == "four"), states
+    assert ends["one"] == ends["four"] and "model.safetensors" in ends["one"]
