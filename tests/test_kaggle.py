@@ -255,6 +255,7 @@ def test_a_retired_card_is_said_out_loud(server, tmp_path):
 @BOTH
 def test_the_plain_client_takes_the_committed_metadata(server, tmp_path, version):
     """`kaggle kernels push -p .` from the top, once the owner is set."""
+    server.leave = None
     metadata = json.loads((HOUSE / "kernel-metadata.json").read_text())
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "distill.ipynb").write_text((HOUSE / "notebooks" / "distill.ipynb").read_text())
