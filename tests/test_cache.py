@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -302,6 +303,25 @@ def test_a_pass_that_is_killed_again_and_again_ends_with_the_same_bytes(caches, 
     written(settings, out)
     left = {name: content for name, content in files_of(out).items() if not name.endswith(".tmp")}
     assert left == files_of(folder)
+
+
+def test_a_shard_whose_writing_breaks_off_is_not_there(caches, tmp_path, monkeypatch):
+    settings, folder = caches["prefix"]
+    out, whole, save, calls = tmp_path / "out", files_of(folder), safetensors.torch.save_file, itertools.count(1)
+
+    def breaks_off(tensors, path, **more):
+        save(tensors, path, **more)
+        if next(calls) == 4:
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        written(settings, out)
+    left = {name: content for name, content in files_of(out).items() if name.endswith(".safetensors")}
+    assert len(left) == 3 and all(content == whole[name] for name, content in left.items())
+    assert written(settings, out)[-1]["missing"] == 0
+    assert {name: content for name, content in files_of(out).items() if not name.endswith(".tmp")} == whole
 
 
 def test_a_pass_that_is_asked_to_stop_says_so_and_goes_on(caches, tmp_path):
