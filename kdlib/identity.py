@@ -49,14 +49,17 @@ def of_teacher(model):
 
 
 def of_model(model):
-    """Hash of a model's weights, by name, shape and value. A quantised model is told by those that were left whole: the
-    others' rounding differs from device to device, and on a CPU bitsandbytes spoils them when they are asked for.
+    """Hash of a model's weights, by name, shape and value. A quantised model is told by those that were left whole, and of
+    the others by their type: their rounding differs from device to device, and on a CPU bitsandbytes spoils them when they
+    are asked for.
     """
+    digest = hashlib.sha256()
     if getattr(model, "is_quantized", False):
         weights = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
+        rounded = [f"{name} {weight.dtype}" for name, weight in model.named_parameters() if name not in weights]
+        digest.update(" ".join(rounded).encode())
     else:
         weights = model.state_dict()
-    digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
