@@ -1,6 +1,7 @@
 """Optimizer states and teachers of 8 and 4 bits: bitsandbytes where it is installed, a stand-in where it is not."""
 
 import builtins
+import itertools
 import sys
 import types
 
@@ -123,6 +124,16 @@ def test_a_state_of_8_bits_survives_a_cut_to_the_last_byte(settings, tmp_path, b
     assert {found[key].dtype for key in found if key.endswith("state1")} >= {torch.uint8}
 
 
+def test_a_run_stays_with_its_optimizer_and_with_its_teachers_bits(settings):
+    """The state of one is none for the other, and a teacher of fewer bits says something else."""
+    known = {"identity": None, "windows_per_step": 2, "versions": {}}
+    of = [{**known, "config": Config.from_dict({**settings, **changes}).to_dict()} for changes in (
+        {}, {"optimizer": "adamw_8bit"}, {"teacher_quantization": "8bit"}, {"teacher_quantization": "4bit"},
+    )]  # fmt: skip
+    for (i, then), (j, now) in itertools.product(enumerate(of), repeat=2):
+        assert bool(identity.differences(then, now)[0]) == (i != j)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_state_of_8_bits_is_a_quarter(settings, bits):
     """A million weights and ten: 2 bytes and two scales in 256 for the large one; 8 for each of the ten."""
@@ -187,6 +198,18 @@ def test_a_quantised_model_is_told_by_what_was_left_whole():
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     assert identity.of_model(model) != known
+
+
+def test_a_model_of_4_bits_is_not_the_same_one_of_8():
+    """What was left whole is alike in both: a teacher cache of one must not be gone on with by the other."""
+    found = []
+    for kind in (torch.uint8, torch.int8):
+        model = tiny_model(byte_level())
+        model.is_quantized = True
+        layer = model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=kind), requires_grad=False)
+        found.append(identity.of_model(model))
+    assert found[0] != found[1]
 
 
 def test_a_quantised_head_is_refused(settings, monkeypatch, quantised):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import accelerate
 import pytest
@@ -58,6 +59,16 @@ def training_of(settings, student=None, **changes):
     )
 
 
+def with_dropout(model):
+    """A model that draws random numbers in every pass."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    return model
+
+
 def test_a_tally_counts_what_is_alive_once():
     before = torch.zeros(1000)
     with memory.Tally("cpu") as tally:
@@ -83,27 +94,33 @@ SHAPES = {
     "again": {"gradient_checkpointing": "on"},
     "again, accumulation": {"gradient_checkpointing": "on", "batch_size": 4, "grad_accumulation": 2},
     "one window": {"batch_size": 1},
+    "an update": {"batch_size": 1, "max_length": 8, "kd_method": "none"},
 }
+USED = 10**8
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
     """From fewer windows than a step has, to 2 %; nothing random is used up, no gradient left, nothing learned."""
-    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 1000, "total_bytes": 10**12})
-    training = training_of(settings, **SHAPES[name])
-    longest = max(training.windows, key=lambda window: len(window.student_ids))
-    training.windows = [longest] * 8
+    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": USED, "total_bytes": 10**12})
+    changes = (
+        {"width": 64, "tie_word_embeddings": False} if name == "an update" else {}
+    )  # higher than passes over few tokens
+    training = training_of(settings, with_dropout(tiny_model(unigram(), **changes)), **SHAPES[name])
+    shortest, *_, longest = sorted(training.windows, key=lambda window: len(window.student_ids))
+    training.windows = [shortest] * 8 + [longest] * 8
     state, weights = torch.get_rng_state(), models.copy_of(training.objective)
-    predicted = peak.predicted_bytes(training) - 1000
+    predicted = peak.predicted_bytes(training) - USED
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in training.objective.parameters())
     assert all(torch.equal(weights[key], value) for key, value in models.copy_of(training.objective).items())
+    training.windows = [longest] * 8
     steps = iter(training)
     with memory.Tally("cpu") as tally:
         for _ in range(3):
             next(steps)
     assert predicted == pytest.approx(tally.most, rel=0.02)
-    assert peak.predicted_bytes(training) - 1000 == pytest.approx(
+    assert peak.predicted_bytes(training) - USED == pytest.approx(
         predicted - 8 * sum(p.numel() for p in training.objective.parameters()), rel=0.02
     )  # the moments are there now
 
@@ -114,7 +131,7 @@ def test_what_an_allocator_keeps_grows_with_the_windows():
     assert peak._height(4, 4, 4, 1000, (100, 990), (100, 990)) == 100
 
 
-def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, monkeypatch):
+def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):
     training = training_of(settings)
 
     def out(*given):
@@ -122,16 +139,17 @@ def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, monke
 
     monkeypatch.setattr(peak, "_points", out)
     assert peak.predicted_bytes(training) == math.inf
+    found = distil({**settings, "control": "off"}, tmp_path / "run")
+    (alert,) = [r for r in found if r["kind"] == "alert"]
+    assert alert["meaning"].endswith("of memory, and training will take more than that")
+    assert {r["memory"]["predicted_bytes"] for r in found if r["kind"] == "train"} == {None}
 
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_layers_made_anew_give_the_same_loss_and_gradients(settings, tmp_path, kind):
     """All parts on, dropout drawn twice alike, gradients of the single parts measured on the way."""
     tokenizer = unigram()
-    model = ARCHITECTURES[kind](tokenizer)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1
+    model = with_dropout(ARCHITECTURES[kind](tokenizer))
     found = []
     for on in (False, True):
         torch.manual_seed(2)
@@ -222,6 +240,17 @@ def test_what_was_decided_stays_over_a_resume(tight, tmp_path, monkeypatch, then
     found = distil({**settings, "gradient_checkpointing": then}, tmp_path / "run")
     assert (found[0]["resumed"], found[-1]["kind"]) == ("step-00000002", "verdict")
     assert seen[-1] == (then == "auto")
+    assert not [r for r in found if r["kind"] == "alert"]  # the first session told
+
+
+def test_every_process_does_as_the_first_one(settings, monkeypatch):
+    """Each sees a card of its own; a step that one of them made anew and another not would never meet."""
+    limited(monkeypatch, 10**12)
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda own: [True])
+    training = training_of(settings)
+    here = types.SimpleNamespace(config=training.config, accelerator=training.accelerator)
+    course.Course._make_fit(here, training)
+    assert training.recomputes
 
 
 def test_the_control_decides_for_itself(tight, tmp_path, monkeypatch):

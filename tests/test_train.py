@@ -54,13 +54,14 @@ def kd_by_hand(loaded, config, batch, student_logits):
 
 @pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "none"])
 def test_two_steps_equal_a_loop_in_plain_torch(loaded, settings, method):
-    config = config_of(settings, kd_method=method, warmup=0.5, kd_weight=0.7, lm_weight=0.3, batch_size=3)
+    changes = {"kd_weight": 0.7, "lm_weight": 0.3, "batch_size": 3, "weight_decay": 10.0}
+    config = config_of(settings, kd_method=method, warmup=0.5, **changes)
     model = copy.deepcopy(loaded.pair.student)
     records, objective = run(loaded, config, num_steps=2)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95)
+        [{"params": decayed, "weight_decay": 10.0}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95)
     )
     order = batching.batch_order(loaded.train, 3, config.seed, 0)
     model.train()
@@ -218,6 +219,25 @@ def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, se
     found = train._clip(objective, 1.0, accelerate.Accelerator(cpu=True), made)
     assert float(found) == pytest.approx(norms[1], rel=1e-5)
     assert objective.beside["projector"].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_what_is_kept_of_a_training_does_not_change_with_it(loaded, settings):
+    """It is written to the disk while the next steps are taken."""
+    config = config_of(settings, kd_method="projector", use_ema=True)
+    machine, objective = accelerate.Accelerator(cpu=True), fresh(loaded, config)
+    training = train.Training(
+        objective, loaded.pair.teacher, loaded.train, 3, config, machine, budget.Clock(), loaded.pair.pads
+    )
+    steps = iter(training)
+    next(steps)
+    kept = training.tensors()
+    before = copy.deepcopy(kept)
+    next(steps)
+    assert set(kept) == {"student", "beside", "optimizer", "average", "random"}
+    for group, tensors in kept.items():
+        assert all(torch.equal(tensor, before[group][name]) for name, tensor in tensors.items()), group
+    after = training.tensors()
+    assert all(any(not torch.equal(after[g][name], t) for name, t in kept[g].items()) for g in set(kept) - {"random"})
 
 
 def test_gradients_do_not_pile_up_over_steps(loaded, settings):
