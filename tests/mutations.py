@@ -26,6 +26,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
     "test_batching.py",
     "test_windows.py",
 )
+MEMORY, BITS = "test_memory.py", "test_bits.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -243,7 +244,7 @@ MUTANTS = {
     "a shard without its checksum": ("signals.py", "if _hash(file.get_tensor(name)) != told:", "if False:", [CACHE]),
     "any shard will do": ("signals.py", 'if told["key"] != key:', "if False:", [CACHE]),
     "any text will do": ("signals.py", "            if ours != held:\n                raise ValueError(\n                    f\"the teacher cache is of", "            if False:\n                raise ValueError(\n                    f\"the teacher cache is of", [CACHE]),
-    "a shard written in place": ("signals.py", 'beside = Path(f"{path}.{writer}.tmp")', "beside = Path(path)", [CACHE]),
+    "a shard written in place": ("signals.py", 'beside = Path(f"{path}.{writer}.tmp")', "beside = Path(path)", [f"{CACHE}::test_a_shard_whose_writing_breaks_off_is_not_there"]),
     "kd over all of the teacher's own k": ("parts.py", "top = rows.top.cut(config.kd_top_k) if config.kd_top_k else rows.top", "top = rows.top", [CACHE]),
     "rounded numbers no distribution": ("signals.py", '        found["log_probs"] -= sums', "        pass", [CACHE]),
     "any batch taken for the one asked for": ("ahead.py", "asked[:2] != (batch.stamp, wants)", "asked[1] != wants", [AHEAD]),
@@ -270,6 +271,37 @@ MUTANTS = {
     "counts of the last document only": ("windows.py", "[: len(cut)]", "[: len(cut) - 1] + [[0] * 4]", [WINDOWS]),
     "an environment left changed": ("env.py", "        os.environ = environment  # noqa", "        pass  # noqa", [WINDOWS]),
     "documents numbered anew in each process": ("windows.py", '"number": [number for number, _ in batch]', '"number": [0 for number, _ in batch]', [WINDOWS]),
+    "the peak without what is there already": ("peak.py", "return now + _more_bytes(training, now)", "return _more_bytes(training, now)", [MEMORY]),
+    "moments to come forgotten": ("peak.py", "round(state + max(passes, gradients + update))", "round(max(passes, gradients + update))", [MEMORY]),
+    "an update that takes nothing": ("peak.py", "round(state + max(passes, gradients + update))", "round(state + passes)", [MEMORY]),
+    "gradients between passes forgotten": ("peak.py", "held = gradients if training.config.effective_batch > training.micro_batch else 0", "held = 0", [MEMORY]),
+    "the first windows watched, not the longest": ("peak.py", "longest_of(training.windows, training.micro_batch)", "training.windows[: training.micro_batch]", [MEMORY]),
+    "looking ahead uses up random numbers": ("peak.py", "with torch.random.fork_rng():", "with torch.enable_grad():", [MEMORY]),
+    "what an allocator keeps forgotten": ("peak.py", "in ((less[0], much[0]), kept)", "in ((less[0], much[0]),)", [MEMORY]),
+    "no memory for a look is a failed run": ("peak.py", "        if not memory.ran_out(error):\n            raise\n        error", "        raise\n        error", [MEMORY]),
+    "a student that can't is told to": ("peak.py", " and memory.can_recompute(training.objective.student):", ":", [MEMORY]),
+    "the peak of layers kept, told for layers made anew": ("peak.py", "        training.recomputes = True\n        predicted = predicted_bytes(training)\n", "        training.recomputes = True\n", [MEMORY]),
+    "views counted again": ("memory.py", "if id(storage) not in self.known and", "if", [MEMORY]),
+    "what is gone still counts": ("memory.py", "        self.now -= size", "        pass", [MEMORY]),
+    "gradient checkpointing left on": ("memory.py", '        getattr(model, f"{name}_disable")()', "        pass", [MEMORY]),
+    "every model can make its layers anew": ("memory.py", "    except ValueError:\n        return False", "    except ValueError:\n        return True", [MEMORY]),
+    "hooks for frozen embeddings left": ("memory.py", "    model.disable_input_require_grads()", "    pass", [MEMORY]),
+    "layers made anew in the look ahead only": ("train.py", "with memory.recomputed(self.objective.student, self.recomputes):", "with memory.recomputed(self.objective.student, False):", [MEMORY]),
+    "the steps of an 8-bit state as a tensor": ("optimizer.py", "tensor.item() if counts else tensor", "tensor", [BITS]),
+    "8 bits for small tensors too": ("optimizer.py", " if p.numel() >= 4096 else 4 * p.numel()", "", [BITS]),
+    "moments that are there to come again": ("optimizer.py", "new = [p for p in _parameters(optimizer) if p not in optimizer.state]", "new = _parameters(optimizer)", [BITS, MEMORY]),
+    "decay on norms and biases": ("optimizer.py", 'if p.ndim < 2], "lr": config.learning_rate, "weight_decay": 0.0}', 'if p.ndim < 2], "lr": config.learning_rate, "weight_decay": config.weight_decay}', [TRAIN]),
+    "a checkpoint's moments go on changing": ("optimizer.py", 'torch.as_tensor(value).detach().to("cpu", copy=True)', 'torch.as_tensor(value).detach().cpu()', [BITS, CHECKPOINT, TRAIN]),
+    "layers decided anew at every resume": ("course.py", ' != "auto" or recomputes is not None:', ' != "auto":', [MEMORY]),
+    "what auto once decided outlives the setting": ("course.py", '                self.legs[-1].recomputes = None', '                pass', [MEMORY]),
+    "the control's layers as its student's": ("course.py", "        if not known:\n            return known", "        if True:\n            return known", [MEMORY]),
+    "a step's cost measured with its layers kept": ("course.py", "            training.recomputes = training.recomputes or bool(known)\n            streams", "            streams", [MEMORY]),
+    "the alert of memory at every resume": ("course.py", "        if leg.step:\n            return []", "        if False:\n            return []", [MEMORY]),
+    "an infinite peak as a number": ("course.py", "predicted if math.isfinite(predicted) else None", "predicted", [MEMORY]),
+    "each process decides on its layers alone": ("course.py", "accelerate.utils.broadcast_object_list([training.recomputes])[0]", "training.recomputes", [MEMORY]),
+    "a quantised teacher told by all its weights": ("identity.py", 'if getattr(model, "is_quantized", False):', "if False:", [BITS]),
+    "4 bits taken for 8": ("identity.py", '        digest.update(" ".join(rounded).encode())', "        pass", [BITS]),
+    "another optimizer goes on": ("identity.py", '    "check_teacher",\n', '    "check_teacher", "optimizer", "teacher_quantization",\n', [BITS]),
 }  # fmt: skip
 
 
