@@ -16,6 +16,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
+from clocks import Ticks
 from families import tiny_model, unigram
 
 from kdlib import checkpoint, course, env, evaluate, records, report, session, tiny, train
@@ -135,20 +136,34 @@ def test_a_run_may_be_cut_off_at_any_of_its_records(with_dropout, tmp_path, monk
     monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
     settings = {**with_dropout, "control": "short", "repeats": 2, "max_steps": 10, "use_ema": True, "eval_steps": 2}
     settings |= {"early_stopping_patience": 2, "learning_rate": 0.1}
-    distil(settings, tmp_path / "whole")
+    assert distil(settings, tmp_path / "whole", clock=Ticks())[-1]["kind"] == "verdict"
     wanted, told = state_of(tmp_path / "whole"), untimed(tmp_path / "whole")
     wanted = {name: data for name, data in wanted.items() if not name.startswith("best_")}
     for number in range(1, len(told) + 1):
         out = tmp_path / f"cut{number}"
-        run = session.distill(Config.from_dict(settings), out)
-        for _ in range(number + 1):
-            next(run)
+        run = session.distill(Config.from_dict(settings), out, Ticks())
+        cut = [next(run), *itertools.islice(run, number)]
         run.close()
-        assert distil(settings, out)[-1]["kind"] == "verdict"
+        assert [record["kind"] for record in cut[1:]] == [record["kind"] for record in told[:number]], cut[-1]
+        assert distil(settings, out, clock=Ticks())[-1]["kind"] == "verdict"
         assert untimed(out) == told, number
         ended = state_of(out)
         assert {name: ended[name] for name in wanted} == wanted, number
         shutil.rmtree(out)
+
+
+def test_what_is_recorded_does_not_depend_on_how_long_it_takes(with_dropout, tmp_path):
+    """On a slow machine the plan is told (to whoever drives the run, not on the disk) and checkpoints come oftener."""
+    settings = {**with_dropout, "control": "off", "max_steps": 5, "use_ema": True, "eval_steps": 2}
+    plans, told, ended = [], [], []
+    for look_s in (0.0, 0.01, 40.0):
+        found = distil(settings, tmp_path / f"run{look_s}", clock=Ticks(look_s))
+        plans.append([r["step"] for r, after in itertools.pairwise(found) if after["kind"] == "plan"])
+        told.append(untimed(tmp_path / f"run{look_s}"))
+        ended.append(state_of(tmp_path / f"run{look_s}"))
+    assert plans == [[], [], [1]]
+    assert told[0] == told[1] == told[2]
+    assert ended[0] == ended[1] == ended[2]
 
 
 def test_the_best_weights_may_lie_before_the_cut(settings, tmp_path):
