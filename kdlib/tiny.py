@@ -172,9 +172,8 @@ def unigram(texts, size):
         vocab_size=size - 256, special_tokens=special, unk_token="<unk>", show_progress=False
     )
     core.train_from_iterator(texts, trainer)
-    # the trainer adds up in any order: its last digits, and the order of equals, differ from run to run
     pieces = [(piece, round(score, 6)) for piece, score in json.loads(core.to_str())["model"]["vocab"]]
-    learned = sorted(pieces[len(special) :], key=lambda entry: (-entry[1], entry[0]))
+    learned = _settled(pieces[len(special) :])
     byte_pieces = [(f"<0x{byte:02X}>", learned[-1][1] - 10.0) for byte in range(256)]
     vocabulary = pieces[: len(special)] + byte_pieces + learned
     core = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
@@ -186,6 +185,19 @@ def unigram(texts, size):
     core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def _settled(pieces, rung=1e-4):
+    """The same `(piece, score)`s from every run, likeliest first. The trainer adds up in any order, so that last digits and
+    the order of equals differ; and characters that it can do without it hangs in any order on a ladder above the lowest.
+    """
+    learned = sorted(pieces, key=lambda entry: (-entry[1], entry[0]))
+    singles = [entry for entry in learned if len(entry[0]) == 1]
+    low = [entry for entry in singles if entry[1] <= learned[-1][1] + rung * len(singles)]
+    settled = dict(zip(sorted(piece for piece, _ in low), [score for _, score in low], strict=True))
+    return sorted(
+        ((piece, settled.get(piece, score)) for piece, score in learned), key=lambda entry: (-entry[1], entry[0])
     )
 
 
