@@ -240,7 +240,7 @@ class Course:
 
     @property
     def eval_steps(self):
-        return self.config.eval_steps or max(1, round(self.config.max_steps / 20))
+        return plan.eval_steps(self.config)
 
     def evaluate(self, leg):
         """Validation records of the weights as they are, and of their average; the better ones are kept where they are the

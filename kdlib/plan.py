@@ -12,6 +12,16 @@ GUESS_BYTES_PER_S, GUESSED_S = 50e6, {"save": 1.0, "export": 3.0, "conclude": 5.
 """What saving and ending take before anything was measured: speed of a disk, and seconds besides."""
 
 
+def num_steps(config, num_windows, per_step):
+    """Optimizer steps of the whole plan: as the config says, or as its epochs over so many windows need."""
+    return config.max_steps or max(1, round(config.epochs * num_windows / per_step))
+
+
+def eval_steps(config):
+    """Optimizer steps between two evaluations of a plan of `max_steps`."""
+    return config.eval_steps or max(1, round(config.max_steps / 20))
+
+
 def guessed_costs(num_weights):
     """Seconds to save a run whose student has so many weights (with two moments, an average, the best), and to end it."""
     times = {"save": 6, "export": 1, "conclude": 1}

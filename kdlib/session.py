@@ -75,8 +75,7 @@ class Session:
         there = precision.teacher_device(config.teacher_device, self.accelerator)
         loaded = inputs.load(config, self.accelerator.device, precision.teacher_dtype(self.accelerator, there), there)
         per_step = config.effective_batch * self.accelerator.num_processes
-        planned = round(config.epochs * len(loaded.train) / per_step)
-        self.config = config.replace(max_steps=config.max_steps or max(1, planned))
+        self.config = config.replace(max_steps=plan.num_steps(config, len(loaded.train), per_step))
         self.who = {
             "config": self.config.to_dict(),
             "identity": loaded.identity,
