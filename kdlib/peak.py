@@ -8,9 +8,7 @@ known for a whole micro-batch. The highest of them, or an update of the weights,
 
 import math
 
-import torch
-
-from kdlib import batching, memory, optimizer
+from kdlib import batching, memory, optimizer, seeds
 from kdlib.windows import longest_of
 
 
@@ -60,7 +58,7 @@ def _highest(training, before, accumulates):
     objective = training.objective
     objective.train()
     longest = longest_of(training.windows, training.micro_batch)
-    with torch.random.fork_rng():
+    with seeds.untouched(training.accelerator.device):
         try:
             found = {1: _points(training, longest[-1:])}  # and gradients are there
             few = min(len(longest), -(-objective.rows_at_once[0] // len(longest[-1].student_ids)))

@@ -24,6 +24,12 @@ def states(accelerator):
     return {f"{kind}.{process}": state for process, one in enumerate(every) for kind, state in one.items()}
 
 
+def untouched(device):
+    """A context in which random numbers for a CPU or this device are drawn, and afterwards were not."""
+    device = torch.device(device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def put_back(states, accelerator):
     """Put back the states of this process; one that did not exist when they were taken keeps its own."""
     mark = f".{accelerator.process_index}"
