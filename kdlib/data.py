@@ -22,6 +22,8 @@ class Reader:
     eos: list
     context: int = 0
     """Tokens the model can read at once; 0: unknown."""
+    suffix: tuple = ()
+    """Ids that the tokenizer puts behind a text by itself. kdlib leaves them out: a text goes on in the next window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def make_reader(tokenizer, vocabulary, context=0):
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Reader(tokenizer, vocabulary, full[:start], eos, context)
+    return Reader(tokenizer, vocabulary, full[:start], eos, context, tuple(full[start + len(bare) :]))
 
 
 def first_tokens(reader, byte_strings):

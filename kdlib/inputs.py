@@ -21,6 +21,14 @@ MEASURED_TOKENS = 4096
 """Student tokens on which the size of each feature is measured before training."""
 
 
+class Unfit(ValueError):
+    """What was named is there, and does not fit together: the `problem`, and the `remedy`."""
+
+    def __init__(self, problem, remedy):
+        super().__init__(f"{problem}; {remedy}")
+        self.problem, self.remedy = problem, remedy
+
+
 @dataclasses.dataclass
 class Pair:
     """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher;
@@ -55,12 +63,15 @@ class Inputs:
     identity: dict
 
 
-def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None):
-    """The `Inputs` of a run; devices as in `load_pair`. Every mistake a user can make raises ValueError with one line."""
-    config.require_inputs()
+def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None, documents=None):
+    """The `Inputs` of a run; devices as in `load_pair`; `documents`: for training, validation and test, in place of the
+    config's. Every mistake a user can make raises ValueError with one line.
+    """
+    if documents is None:
+        config.require_inputs()
     if config.optimizer == "adamw_8bit":
         precision.bitsandbytes("optimizer", config.optimizer, "adamw")
-    documents = _documents(config)
+    documents = documents or _documents(config)
     pair = load_pair(config, device, teacher_dtype, teacher_device)
     if config.gradient_checkpointing == "on" and not memory.can_recompute(pair.student):
         raise ValueError(
@@ -73,9 +84,10 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None)
     _check_scored({"validation": validation, "test": test})
     alignment = _report(train, pair)
     if alignment["coverage"] < MIN_COVERAGE:
-        raise ValueError(
+        raise Unfit(
             f"only {alignment['coverage']:.1%} of the student's tokens have a comparable teacher position; "
-            "these two tokenizers can't be aligned on this text"
+            "these two tokenizers can't be aligned on this text",
+            "take a student or a teacher with another tokenizer",
         )
     teacher = pair.teacher.identity if config.teacher_cache else identity.of_teacher(pair.teacher.model)
     readers = pair.teacher.reader, pair.student_reader
@@ -111,7 +123,10 @@ def load_pair(config, device, teacher_dtype, teacher_device=None):
     student_reader = models.load_reader(config.student, "student", student.config)
     shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
     if not len(shared):
-        raise ValueError("the two tokenizers have no token in common; nothing can be carried from teacher to student")
+        raise Unfit(
+            "the two tokenizers have no token in common; nothing can be carried from teacher to student",
+            "take a student or a teacher with another tokenizer",
+        )
     pads = tuple(reader.tokenizer.pad_token_id or 0 for reader in (student_reader, teacher.reader))
     head = models.Head(student, student_reader.vocabulary)
     return Pair(teacher, student, student_reader, head, shared, pads)
@@ -212,27 +227,37 @@ def _sampled_features(pair, config, student, layers):
 
 
 def check_teacher(teacher, train, held_out):
-    """Refuse a teacher that reads held-out text worse than the bare frequencies of its tokens in the training windows
-    (each counted once more than seen): its ids are not its own.
+    """Refuse a teacher that reads held-out text worse than the bare frequencies of its tokens: its ids are not its own."""
+    score = evaluate.evaluate_teacher(teacher, held_out)
+    refuse_reading(math.log(score.perplexity), frequencies(teacher.reader.vocabulary, "teacher", train, held_out))
+
+
+def frequencies(vocabulary, side, train, held_out):
+    """How one side (`teacher`, `student`) would read held-out text, in nats a token, if it knew nothing but how frequent its
+    tokens are in the training windows (each counted once more than seen).
     """
-    counts = np.ones(teacher.reader.vocabulary.num_rows)
-    for labels in Windows.of(train).labels("teacher"):
+    counts = np.ones(vocabulary.num_rows)
+    for labels in Windows.of(train).labels(side):
         counts += np.bincount(labels, minlength=len(counts))
-    frequencies = -float(
-        np.log(counts / counts.sum())[_labels([w for group in held_out.windows for w in group])].mean()
-    )
-    nats = math.log(evaluate.evaluate_teacher(teacher, held_out).perplexity)
-    if nats > frequencies:
-        raise ValueError(
-            f"the teacher reads this text at {nats:.2f} nats a token, worse than the bare frequencies of its tokens "
-            f"({frequencies:.2f}): its tokenizer is probably another model's, or it never learned such text; "
-            "check the folder, or set --check-teacher false"
+    held = np.concatenate([getattr(window, f"{side}_labels") for group in held_out.windows for window in group])
+    return -float(np.log(counts / counts.sum())[held[held != data.IGNORE]].mean())
+
+
+def refuse_reading(nats, frequencies):
+    """Raise `Unfit` where a teacher reads at more nats a token than by the bare frequencies of its tokens, or at none that
+    are a number.
+    """
+    if not math.isfinite(nats):
+        raise Unfit(
+            "what the teacher says of this text is no number: its arithmetic overflows",
+            "set --amp-dtype fp32, or take another teacher",
         )
-
-
-def _labels(windows):
-    labels = np.concatenate([window.teacher_labels for window in windows])
-    return labels[labels != data.IGNORE]
+    if nats > frequencies:
+        raise Unfit(
+            f"the teacher reads this text at {nats:.2f} nats a token, worse than the bare frequencies of its tokens "
+            f"({frequencies:.2f}): its tokenizer is probably another model's, or it never learned such text",
+            "check the folder, or set --check-teacher false",
+        )
 
 
 def buckets_of(pair, kd_method):
@@ -303,16 +328,17 @@ def _report(windows, pair):
 def _check_amount(windows, config):
     per_step = config.batch_size * config.grad_accumulation
     if len(windows) < per_step:
-        raise ValueError(
+        raise Unfit(
             f"the training text makes {len(windows)} windows of {config.max_length} tokens, one optimizer step takes "
-            f"{per_step}; give more text, or lower --batch-size, --grad-accumulation or --max-length"
+            f"{per_step}",
+            "give more text, or lower --batch-size, --grad-accumulation or --max-length",
         )
 
 
 def _check_scored(parts):
     for name, windows in parts.items():
         if not windows.total("num_bytes"):
-            raise ValueError(f"the {name} text is too short to score; give more text")
+            raise Unfit(f"the {name} text is too short to score", "give more text")
 
 
 def _sample(windows, num_tokens):
