@@ -1,8 +1,5 @@
-"""The command line: `kdlib demo | distill | cache | evaluate | report`."""
+"""The command line: `kdlib demo | doctor | distill | cache | evaluate | report`."""
 
-import ast
-import inspect
-import itertools
 import json
 import os
 import sys
@@ -10,12 +7,14 @@ import traceback
 from pathlib import Path
 
 import kdlib.config
+from kdlib import keys
 from kdlib.budget import Clock, spoken
 from kdlib.config import Config
 
 USAGE = """kdlib distils a large language model into a small one that has another tokenizer.
 
   kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
+  kdlib doctor [CONFIG.json] [--key value ...] [--json]       will it work here? machine, pair, memory, hours; 1 if not
   kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict; or the next session of it
   kdlib cache [CONFIG.json] --out DIR [--key value ...]       the teacher's part of a run, once: the same keys, then
                                                               distill ... --teacher-cache DIR needs no teacher
@@ -25,9 +24,10 @@ USAGE = """kdlib distils a large language model into a small one that has anothe
 T, S and D are Hugging Face ids or local paths. A run that was paused or cut off goes on when the same command is given
 again (--resume auto); --resume never wants a new folder, --resume DIR goes on with the run or checkpoint in DIR. So does a
 cache: --resume A,B takes over parts that others wrote, --writer 2/3 makes this the second of three that share the work.
-Keys of distill and demo, with their defaults:
+doctor looks at the machine alone where no models are named; --accelerator NvidiaTeslaT4 tells it what was asked for.
+Keys of distill, demo, cache and doctor, with their defaults:
 """
-PLAIN = ("out", "json", "help", "resume", "writer")
+PLAIN = ("out", "json", "help", "resume", "writer", "accelerator")
 
 
 def main(arguments=None):
@@ -35,7 +35,7 @@ def main(arguments=None):
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
-            print(USAGE + _keys())
+            print(USAGE + keys.told())
             return 0
         command = words.pop(0)
         if command not in COMMANDS:
@@ -79,12 +79,26 @@ def demo(positional, flags):
     return _drive(config, out, clock, wanted)
 
 
+def doctor(positional, flags):
+    from kdlib import doctor
+
+    as_json, asked = flags.pop("json", False), flags.pop("accelerator", "")
+    config = _config("doctor", positional, flags)
+    quiet()
+    bar = None
+    for number, (coming, found) in enumerate(doctor.stages(config, asked)):  # noqa: B007 - the last ones are all
+        if coming and (number > 1 or sys.stderr.isatty()):  # what is refused while it loads is told in one line
+            bar = _bar(None, coming, "{desc} [{elapsed}]") if bar is None else bar
+            bar.set_description_str(coming)
+    if bar is not None:
+        bar.close()
+    print(json.dumps(doctor.plain(found), indent=2) if as_json else doctor.text(found))
+    return 1 if doctor.worst(found) == "wrong" else 0
+
+
 def distill(positional, flags):
-    if len(positional) > 1:
-        raise ValueError(f"distill takes one CONFIG.json, got {' '.join(positional)}")
     out, wanted = _out([], flags)
-    base = Config.from_json(positional[0]).to_dict() if positional else {}
-    config = Config.from_dict({**base, **flags})
+    config = _config("distill", positional, flags)
     config.require_inputs()
     _check_out(out, wanted)
     quiet()
@@ -94,13 +108,10 @@ def distill(positional, flags):
 def cache(positional, flags):
     from kdlib.cache import write
 
-    if len(positional) > 1:
-        raise ValueError(f"cache takes one CONFIG.json, got {' '.join(positional)}")
     others = [part for part in flags.pop("resume", "auto").split(",") if part not in ("", "auto")]
     writer = _writer(flags.pop("writer", "1/1"))
     out, _ = _out([], flags)
-    base = Config.from_json(positional[0]).to_dict() if positional else {}
-    config = Config.from_dict({**base, **flags})
+    config = _config("cache", positional, flags)
     config.require_inputs()
     quiet()
     bar = None
@@ -174,7 +185,14 @@ def report(positional, flags):
     return 0
 
 
-COMMANDS = {"demo": demo, "distill": distill, "cache": cache, "evaluate": evaluate, "report": report}
+COMMANDS = {
+    "demo": demo,
+    "doctor": doctor,
+    "distill": distill,
+    "cache": cache,
+    "evaluate": evaluate,
+    "report": report,
+}
 
 
 def quiet():
@@ -268,10 +286,9 @@ def _tell(verdict, out):
     print(f"Student: {out / 'student'}   Report: {out / 'report.html'}")
 
 
-def _bar(total, name):
+def _bar(total, name, shown="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"):
     from tqdm import tqdm
 
-    shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     return tqdm(total=total, desc=name, bar_format=shown, mininterval=0.3 if sys.stderr.isatty() else 5.0)
 
 
@@ -299,6 +316,14 @@ def _parse(words):
     return positional, flags
 
 
+def _config(command, positional, flags):
+    """The `Config` of a file, if one is given, and of the keys beside it."""
+    if len(positional) > 1:
+        raise ValueError(f"{command} takes one CONFIG.json, got {' '.join(positional)}")
+    base = Config.from_json(positional[0]).to_dict() if positional else {}
+    return Config.from_dict({**base, **flags})
+
+
 def _out(positional, flags):
     if positional:
         raise ValueError(f"unexpected {positional[0]!r}; options are written --key value")
@@ -314,21 +339,6 @@ def _check_out(out, wanted):
     from kdlib.records import RunFolder
 
     RunFolder(out).refuse_foreign(may_hold_run=wanted == "auto")
-
-
-def _keys():
-    """Every config key with its default and what it means, from `Config` itself."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    told = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            told[field.target.id] = " ".join(text.value.value.split())
-    presets = (
-        f"  --preset NAME\n      Several values under one name ({', '.join(kdlib.config.PRESETS)}); keys beside it win."
-    )
-    return "\n".join(
-        [presets, *(f"  --{name} {field.default!r}\n      {told[name]}" for name, field in kdlib.config.flags())]
-    )
 
 
 if __name__ == "__main__":

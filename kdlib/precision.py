@@ -1,5 +1,6 @@
 """The arithmetic that a card really has."""
 
+import contextlib
 import logging
 
 import accelerate
@@ -15,6 +16,19 @@ def accelerator(amp_dtype):
     if amp_dtype == "fp16" and not cuda:
         raise ValueError("amp_dtype fp16 needs a CUDA card; use auto or fp32 on a CPU")
     return accelerate.Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype)
+
+
+@contextlib.contextmanager
+def passing_accelerator(amp_dtype):
+    """The `accelerator` for a while. accelerate lets a process have one arithmetic only: afterwards it may choose again,
+    unless it had chosen before.
+    """
+    chosen = accelerate.state.is_initialized()
+    try:
+        yield accelerator(amp_dtype)
+    finally:
+        if not chosen:
+            accelerate.state.AcceleratorState._reset_state()
 
 
 def bitsandbytes(key, value, default):

@@ -9,8 +9,9 @@ import pytest
 HOUSE = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     "cli tiny kernel",
+    "doctor",
     "session cache",
-    "course conclusion resume",
+    "course conclusion resume pairing",
     "leg report inputs peak",
     "plots train verdict",
     "signals",
@@ -21,13 +22,14 @@ FLOORS = [
     "windows",
     "data corpus",
     "align vocab fused attention",
-    "losses",
+    "losses machine",
     "memory precision schedule records env alerts",
+    "keys",
     "config",
-    "budget",
+    "budget findings",
 ]
 FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
-STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env", "alerts"}
+STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env", "alerts", "findings", "keys"}
 ROOMS = [
     (r"\blog_softmax\b", {"losses"}),
     (r"\bplt\.|matplotlib", {"plots"}),
