@@ -107,6 +107,15 @@ def test_the_kaggle_folder_does_not_shadow_the_clients_package():
     assert not (HOUSE.parent / "kaggle" / "__init__.py").exists()
 
 
+def test_the_versions_that_the_machine_must_have_are_the_required_ones():
+    from kdlib.machine import AT_LEAST
+
+    wanted = (HOUSE.parent / "requirements.txt").read_text().split()
+    assert {name: ".".join(map(str, least)) for name, least in AT_LEAST.items()} == dict(
+        line.split(">=") for line in wanted if ">=" in line
+    )
+
+
 def test_the_package_needs_only_what_the_image_ships():
     allowed = {
         "torch",

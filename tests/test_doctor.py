@@ -1,0 +1,756 @@
+"""Will it work here? Every finding in every state it knows, from plain facts about machines that are not here and from
+small models that are; and what is foretold of time against what a run says of itself.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import types
+
+import accelerate
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from families import byte_level, byte_level_lower, tiny_model, unigram, word_piece
+from test_cli import flags
+from test_memory import limited
+from test_time import World
+
+from kdlib import (
+    budget,
+    cli,
+    data,
+    doctor,
+    evaluate,
+    findings,
+    inputs,
+    machine,
+    memory,
+    models,
+    pairing,
+    precision,
+    session,
+    tiny,
+    train,
+    vocab,
+)
+from kdlib.config import Config
+from kdlib.findings import Finding
+
+GIB = 2**30
+CU128 = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+T4 = machine.Card("Tesla T4", int(14.6 * GIB), (7, 5), CU128, False)
+A100 = machine.Card("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), (8, 0), CU128, True)
+P100 = machine.Card("Tesla P100-PCIE-16GB", int(15.9 * GIB), (6, 0), ("sm_60", *CU128), False)
+DEAD = "a reduction ended in: CUDA error: no kernel image is available for execution on the device"
+TOLD = {
+    "python": (3, 12, 4), "versions": {"kdlib": None, "torch": "2.10.0+cu128", "transformers": "5.16.0"}, "processors": 4,
+    "memory_free": 20 * GIB, "memory_total": 29 * GIB, "disk_free": 19 * GIB, "disk_reserve": GIB, "image": None,
+    "on_kaggle": False,
+}  # fmt: skip
+
+
+def machines(cards, asked="", told=(), **config):
+    """Findings by name."""
+    found = machine.findings_of({**TOLD, **dict(told)}, cards, Config.from_dict(config), asked)
+    assert {finding.group for finding in found} == {"machine"}
+    return {finding.name: finding for finding in found}
+
+
+def test_two_t4s_train_in_fp16_with_the_teacher_on_the_second():
+    found = machines([T4, T4], "NvidiaTeslaT4")
+    assert {name: f.state for name, f in found.items()} == {
+        "Python": "ok", "packages": "ok", "processors": "ok", "memory": "ok", "disk": "ok", "accelerator": "ok",
+        "cards 0, 1": "ok", "kernels, cards 0, 1": "ok", "arithmetic, cards 0, 1": "note", "Triton, cards 0, 1": "ok",
+        "teacher's place": "ok",
+    }  # fmt: skip
+    assert found["cards 0, 1"].value == "Tesla T4, 14.6 GiB each, sm_75"
+    assert found["arithmetic, cards 0, 1"].value == "fp16"
+    assert "no bf16 units (torch may say otherwise" in found["arithmetic, cards 0, 1"].meaning
+    assert found["Triton, cards 0, 1"].value == "possible"
+    assert found["teacher's place"].value == "second card"
+    assert found["accelerator"].value == "asked for NvidiaTeslaT4, got 2 x Tesla T4"
+
+
+def test_a_p100_that_became_two_t4s_is_said_out_loud():
+    told = machines([T4, T4], "NvidiaTeslaP100")["accelerator"]
+    assert (told.state, told.value) == ("note", "asked for NvidiaTeslaP100, got 2 x Tesla T4")
+    for words in ("retired the P100 on 2026-09-15", "fp16 (amp_dtype auto)", "second card (teacher_device auto)"):
+        assert words in told.meaning
+
+
+def test_any_other_card_than_the_one_asked_for_is_said():
+    told = machines([T4], "NvidiaTeslaA100")["accelerator"]
+    assert told.state == "note" and "another card" in told.meaning and "second card" not in told.meaning
+    assert "kdlib" not in machines([A100], "NvidiaL4")["accelerator"].meaning
+    assert machines([A100], "NvidiaTeslaA100")["accelerator"].state == "ok"
+    single = machines([T4], "NvidiaTeslaT4")["accelerator"]
+    assert (single.state, single.meaning) == ("note", "on Kaggle NvidiaTeslaT4 means 2 cards")
+    assert "accelerator" not in machines([T4])
+
+
+def test_a_p100_without_kernels_does_not_work_and_a_build_is_named():
+    found = machines([dataclasses.replace(P100, kernels=CU128, failed=DEAD)])
+    told = found["kernels, card 0"]
+    assert (told.state, told.value) == ("wrong", "do not work")
+    assert "no kernel image" in told.meaning and "sm_70 sm_75" in told.meaning and "leaves sm_60 out" in told.meaning
+    assert "whl/cu126" in told.remedy and "before torch 2.15" in told.remedy
+    assert found["Triton, card 0"].value == "not possible" and "never needs it" in found["Triton, card 0"].meaning
+    assert "teacher's place" not in found
+
+
+def test_a_p100_with_kernels_works_in_fp16():
+    found = machines([P100], "NvidiaTeslaP100")
+    assert found["accelerator"].state == found["kernels, card 0"].state == "ok"
+    assert (found["arithmetic, card 0"].value, found["Triton, card 0"].value) == ("fp16", "not possible")
+
+
+def test_kernels_that_are_not_listed_but_run_are_told():
+    told = machines([dataclasses.replace(P100, kernels=CU128)])["kernels, card 0"]
+    assert (told.state, "sm_60 is not among them" in told.meaning) == ("note", True)
+    newer = dataclasses.replace(A100, capability=(11, 0), failed=DEAD)
+    assert "cu126" not in machines([newer])["kernels, card 0"].remedy
+    odd = machines([dataclasses.replace(T4, failed="a backward pass gave 3.0, not 4.0")])["kernels, card 0"]
+    assert odd.state == "wrong" and "restart" in odd.remedy and "leaves" not in odd.meaning
+
+
+def test_an_a100_computes_in_bf16():
+    found = machines([A100])
+    assert {f.state for f in found.values()} == {"ok"}
+    assert found["arithmetic, card 0"].value == "bf16"
+
+
+def test_arithmetic_that_was_set_is_told():
+    emulated = machines([T4], amp_dtype="bf16")["arithmetic, card 0"]
+    assert (emulated.state, emulated.remedy) == ("note", "set amp_dtype to auto")
+    assert machines([T4], amp_dtype="fp32")["arithmetic, card 0"].value == "fp32, as set"
+    assert machines([A100], amp_dtype="bf16")["arithmetic, card 0"].state == "ok"
+
+
+def test_cards_that_differ_are_told_apart_and_idle_ones_too():
+    found = machines([T4, A100, T4])
+    assert {"cards 0, 2", "card 1"} <= set(found)
+    assert found["teacher's place"].state == "note" and "1 cards stay idle" in found["teacher's place"].meaning
+    assert machines([T4, T4], teacher_device="cpu")["teacher's place"].value == "cpu, as set"
+
+
+def test_no_card_means_the_processor():
+    found = machines([])
+    assert (found["card"].state, found["card"].remedy, "accelerator" in found) == ("note", "", False)
+    assert "processor, in fp32" in found["card"].meaning
+    assert "T4 x2" in machines([], told={"on_kaggle": True})["card"].remedy
+    asked = machines([], "NvidiaTeslaT4")["accelerator"]
+    assert asked.state == "wrong" and "enable_gpu" in asked.remedy
+
+
+@pytest.mark.parametrize(
+    ("told", "name", "state", "words"),
+    [
+        ({"python": (3, 9, 1)}, "Python", "wrong", "take Python 3.10 to 3.13"),
+        ({"python": (3, 14, 0)}, "Python", "note", "tested on Python 3.10 to 3.13"),
+        ({"python": (3, 13, 9)}, "Python", "ok", ""),
+        ({"versions": {"torch": "2.5.1", "transformers": "5.0.0"}}, "packages", "wrong", 'pip install -U "torch>=2.6"'),
+        ({"versions": {"torch": "2.6.0", "transformers": None}}, "packages", "wrong", '"transformers>=5.0"'),
+        ({"versions": {"torch": "2.10.0", "transformers": "5.0.0rc1"}}, "packages", "ok", ""),
+        ({"memory_free": GIB}, "memory", "note", "little is free"),
+        ({"disk_free": GIB}, "disk", "wrong", "no checkpoint would be written"),
+        ({"image": "gcr.io/x@sha256:1"}, "image", "ok", ""),
+    ],
+)
+def test_the_machine_around_the_cards(told, name, state, words):
+    found = machines([A100], told=told)[name]
+    assert found.state == state
+    assert words in found.meaning + found.remedy
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "runs"),
+    [
+        ((7, 5), CU128, True),
+        ((6, 0), CU128, False),
+        ((6, 1), ("sm_60",), True),
+        ((8, 9), ("sm_80", "sm_90"), True),
+        ((8, 0), ("sm_86",), False),
+        ((9, 0), ("sm_90a",), True),
+        ((9, 1), ("sm_90a",), False),
+        ((10, 3), ("sm_100",), True),
+        ((11, 0), ("sm_90", "compute_90"), True),
+        ((7, 5), ("compute_80",), False),
+        ((11, 0), ("compute_90a",), False),
+        ((9, 0), ("gfx90a", ""), False),
+    ],
+)
+def test_which_kernels_run_on_which_card(capability, kernels, runs):
+    assert machine.has_kernels(capability, kernels) == runs
+
+
+def test_the_probe_really_runs_what_training_runs(monkeypatch):
+    assert machine.probe("cpu") == ""
+    assert "a matrix product ended in" in machine.probe("meta")
+
+    def none(*given, **named):
+        raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be ...")
+
+    for owner, name, what in (
+        (torch.Tensor, "softmax", "a reduction"),
+        (torch.autograd, "grad", "a backward pass"),
+        (torch.Tensor, "float", "a backward pass in half precision"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, none)
+            assert machine.probe("cpu") == f"{what} ended in: CUDA error: no kernel image is available"
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given: (torch.zeros(2, 4),))
+    assert machine.probe("cpu") == "a backward pass gave 0.0, not 4.0"
+
+
+def test_what_torch_says_of_cards_is_taken_over(monkeypatch):
+    """bf16 by emulation is none."""
+    told = types.SimpleNamespace(name="Tesla T4", total_memory=5, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: told)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    asked = []
+    monkeypatch.setattr(machine, "probe", lambda device: asked.append(device) or "no")
+    assert machine.cards() == [machine.Card("Tesla T4", 5, (7, 5), ("sm_75",), False, "no")] * 2
+    assert asked == ["cuda:0", "cuda:1"]
+
+
+FOUND = [
+    Finding("machine", "card", "a | b", "ok", "fine", number=1.5),
+    Finding("pair", "ids", "<s>", "note", "long " * 40, "do this"),
+]
+
+
+def test_findings_are_shown_as_text():
+    lines = findings.text(FOUND).split("\n")
+    assert lines[:2] == ["Machine", "  ok     card  a | b"]
+    assert max(map(len, lines)) <= findings.WIDTH
+    assert lines[2] == " " * 15 + "fine"
+    assert "               Remedy: do this" in lines
+    assert lines[-1] == "This works. Good to know: ids."
+    assert findings.text(FOUND[:1]).endswith("\n\nThis works.")
+    bad = Finding("memory", "peak", "9 GiB", "wrong", "", "less")
+    assert findings.text([*FOUND, bad]).endswith("This will not work yet: peak. The remedies stand beside.")
+
+
+def test_findings_are_shown_as_a_table():
+    lines = findings.markdown(FOUND).split("\n")
+    assert "| ok | card | a \\| b | fine |" in lines
+    assert any(
+        line.startswith("| **note** | ids | &lt;s> | long") and "**Remedy:** do this |" in line for line in lines
+    )
+    assert all(line.replace("\\|", "").count("|") == 5 for line in lines[:-2])
+
+
+def test_findings_are_plain_values():
+    told = findings.plain([*FOUND, Finding("memory", "x", "inf", number=math.inf)])
+    assert (told["state"], told["sessions"]) == ("note", [])
+    assert told["machine"] == [
+        {"name": "card", "value": "a | b", "state": "ok", "meaning": "fine", "remedy": "", "number": 1.5}
+    ]
+    assert told["memory"][0]["number"] is None
+    assert [findings.worst(FOUND[:k]) for k in range(3)] == ["ok", "ok", "note"]
+    for state, remedy in (("wrong", ""), ("bad", "x")):
+        with pytest.raises(AssertionError):
+            Finding("pair", "x", "y", state, "", remedy)
+
+
+@pytest.fixture(autouse=True)
+def _no_card_here(monkeypatch):
+    """As on a machine without one, whatever runs the tests."""
+    monkeypatch.setattr(machine, "cards", lambda: []) if torch.cuda.is_available() else None
+
+
+def examined(settings, **changes):
+    """Findings by name."""
+    found = doctor.examine(Config.from_dict({**settings, **changes}))
+    return {finding.name: finding for finding in found}
+
+
+def test_the_pair_by_hand(settings):
+    config = Config.from_dict({**settings, "max_steps": 4})
+    found, loaded = examined(settings), inputs.load(config)
+    pair = loaded.pair
+    ours, theirs = (set(filter(None, side.vocabulary.tokens)) for side in (pair.student_reader, pair.teacher.reader))
+    both = len(ours & theirs)
+    assert found["shared vocabulary"].value.startswith(f"{both} tokens: ")
+    assert found["shared vocabulary"].number == both / sum(t is not None for t in pair.student_reader.vocabulary.tokens)
+    windows = pair.sample
+    positions = sum(w.num_positions for w in loaded.train)
+    assert found["positions with signal"].number == sum(len(w.student_rows) for w in loaded.train) / positions
+    spans = [
+        (a1 - a0, b1 - b0)
+        for w in windows
+        for a0, a1, b0, b1 in zip(w.student_rows, w.student_stops, w.teacher_rows, w.teacher_stops, strict=True)
+        if a1 > a0
+    ]
+    assert found["spans of one token each"].number == pytest.approx(spans.count((1, 1)) / len(spans))
+    assert 0 < spans.count((1, 1)) < len(spans)
+    assert found["kd chunk_likelihood"].number == len(spans) / sum(len(w.student_rows) for w in windows)
+    shared = set(pair.shared.student_ids.tolist())
+    labels = [w.student_labels[row] for w in windows for row in w.student_rows]
+    ours = sum(label in shared for label in labels) / len(labels)
+    assert found["kd shared_vocab"].value.startswith(f"tells apart {ours:.1%} of the student's next tokens, ")
+    teachers = set(pair.shared.teacher_ids.tolist())
+    labels = [w.teacher_labels[row] for w in windows for row in w.teacher_rows]
+    theirs = sum(label in teachers for label in labels) / len(labels)
+    assert found["kd shared_vocab"].number == pytest.approx(min(ours, theirs))
+    assert f"from {24} to {16} dimensions" in found["kd projector"].value
+    assert "kd shared_prefix, chosen" in found
+    assert found["text left as it is"].number == 1.0
+
+
+def test_every_finding_of_a_small_pair(settings):
+    found = examined(settings)
+    assert {name: f.state for name, f in found.items() if f.group != "machine"} == {
+        "shared vocabulary": "ok", "positions with signal": "ok", "spans of one token each": "ok",
+        "text left as it is": "ok", "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
+        "teacher's BOS and EOS": "ok", "teacher's ids": "note", "student's ids": "note", "kd projector": "ok",
+        "kd shared_vocab": "ok", "kd shared_prefix, chosen": "ok", "kd chunk_likelihood": "ok", "peak, foretold": "ok",
+        "steps a second": "ok", "finite numbers": "ok", "the whole plan": "ok", "sessions": "ok",
+        "disk for checkpoints": "ok",
+    }  # fmt: skip
+    assert found["student's head"].value.startswith("0 of ")
+    assert found["student's BOS and EOS"].value == "<s>, </s>; it puts <s> in front of a text, nothing behind it"
+    assert "no BOS, <|endoftext|>; it puts nothing in front" in found["teacher's BOS and EOS"].value
+    assert "check_teacher is off" in found["teacher's ids"].meaning
+
+
+def test_rows_without_a_token_are_counted():
+    tokenizer = unigram()
+    vocabulary = vocab.read_vocabulary(tokenizer)
+    for more, state in ((0, "ok"), (30, "ok"), (200, "note")):
+        head = models.Head(tiny_model(tokenizer, vocab_size=len(tokenizer) + more), vocabulary)
+        found = pairing._rows("student", head)
+        assert (found.state, found.number) == (state, more)
+        assert found.value == f"{more} of {len(tokenizer) + more} rows have no token"
+    gaps = dataclasses.replace(vocabulary, gaps=(7, 9))
+    assert pairing._rows("student", models.Head(tiny_model(tokenizer), gaps)).number == 2
+
+
+def test_marks_around_a_text():
+    def marks(side, tokenizer):
+        return pairing._marks(side, data.make_reader(tokenizer, vocab.read_vocabulary(tokenizer)))
+
+    found = marks("student", word_piece())
+    assert found.value == "no BOS, no EOS; it puts [CLS] in front of a text, [SEP] behind it"
+    assert (found.state, found.remedy) == ("note", "set eos_token in its tokenizer_config.json")
+    assert marks("teacher", word_piece()).state == marks("student", byte_level()).state == "ok"
+
+
+def test_little_in_common_is_told():
+    few = vocab.SharedVocabulary(np.arange(5), np.arange(5), 0.04, 0.02)
+    assert pairing._shared(few).state == "note"
+    assert pairing._shared(few).value == "5 tokens: 4.0% of the student's, 2.0% of the teacher's"
+    assert (pairing._coverage(0.3, "your text").state, pairing._coverage(0.6, "a sample").state) == ("note", "ok")
+    assert pairing._one_to_one([], "a sample").number == 0.0
+
+
+def test_a_tokenizer_that_changes_the_text_is_told(settings, tmp_path):
+    tiny.save(tiny_model(byte_level_lower()), byte_level_lower(), tmp_path / "lower")
+    told = examined(settings, teacher=str(tmp_path / "lower"))["text left as it is"]
+    assert told.state == "note" and told.number < 1.0 and "% of the teacher's" in told.value
+
+
+def score(nats):
+    return evaluate.Score(1.0, math.exp(nats), None, None, np.zeros(1), np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("side", "nats", "refused", "state", "words"),
+    [
+        ("teacher", 3.0, True, "ok", ""),
+        ("teacher", 9.0, True, "wrong", "probably another model's"),
+        ("teacher", 9.0, False, "note", "check_teacher is off"),
+        ("teacher", math.nan, True, "wrong", "no number"),
+        ("student", 3.0, True, "ok", ""),
+        ("student", 9.0, True, "note", "right for new weights"),
+    ],
+)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_whether_ids_are_the_models_own(settings, side, nats, refused, state, words, sampled):
+    loaded = inputs.load(Config.from_dict(settings))
+    found = pairing._ids(side, loaded, score(nats), refused, sampled)
+    assert found.state == state and words in found.meaning
+    if sampled:
+        reader = loaded.pair.teacher.reader if side == "teacher" else loaded.pair.student_reader
+        assert f"an even guess at {math.log(reader.vocabulary.num_rows):.2f}" in found.value
+        return
+    counts, held = np.ones(1000), []
+    for window in loaded.train:
+        for label in getattr(window, f"{side}_labels"):
+            counts[label] += label >= 0
+    counts = counts[
+        : (loaded.pair.teacher.reader if side == "teacher" else loaded.pair.student_reader).vocabulary.num_rows
+    ]
+    for group in loaded.validation.windows:
+        held += [label for window in group for label in getattr(window, f"{side}_labels") if label >= 0]
+    bare = -sum(math.log(counts[label] / counts.sum()) for label in held) / len(held)
+    assert f"bare frequencies at {bare:.2f}" in found.value
+
+
+def test_a_method_with_little_to_go_by_is_told(settings):
+    config = Config.from_dict({**settings, "kd_method": "shared_vocab"})
+    pair = inputs.load(config).pair
+    pair.buckets["shared_vocab"] = vocab.Buckets(np.full(1000, 3), np.zeros(1000, np.int64), 4)
+    told = pairing._method("shared_vocab", pair, config)
+    assert (told.name, told.state, told.number) == ("kd shared_vocab, chosen", "note", 0.0)
+    assert pairing._method("shared_vocab", pair, Config()).state == "ok"
+    pair.shared = vocab.SharedVocabulary(np.arange(23), np.arange(23), 0.1, 0.1)
+    assert pairing._method("projector", pair, config).state == "note"  # the teacher is 24 wide
+
+
+@pytest.mark.parametrize(
+    ("predicted", "there", "recomputes", "way", "state", "words"),
+    [
+        (9, 12, False, "auto", "ok", "every layer keeps"),
+        (13, 15, False, "auto", "wrong", "a smaller batch_size"),
+        (math.inf, 15, False, "off", "wrong", "gradient_checkpointing auto"),
+        (9, 12, True, "auto", "note", "it would not fit otherwise"),
+        (9, 12, True, "on", "note", "as set"),
+        (9, 8, False, "auto", "note", "other programs leave 8.0 GiB"),
+    ],
+)
+def test_the_height_against_what_there_is(predicted, there, recomputes, way, state, words):
+    config = Config(gradient_checkpointing=way)
+    found = doctor.peak_finding(predicted * GIB, there * GIB, 12 * GIB, recomputes, config)
+    assert found.state == state and words in found.meaning + found.remedy
+    assert found.value == ("more than 12.0 GiB" if math.isinf(predicted) else f"{predicted:.1f} GiB of 12.0 GiB")
+
+
+def test_what_takes_less_memory():
+    every = doctor.remedies(None, Config(gradient_checkpointing="off"))
+    for words in ("batch_size", "gradient_checkpointing auto", "max_length below 384", "cache", "8bit", "adamw_8bit"):
+        assert words in every
+    spent = Config(batch_size=1, teacher_cache="x", optimizer="adamw_8bit")
+    assert doctor.remedies(None, spent) == "max_length below 384, or a smaller student"
+    assert "quantization" not in doctor.remedies(None, Config(teacher_quantization="8bit"))
+    told = doctor.remedies(2, Config(batch_size=8, grad_accumulation=3))
+    assert told.startswith("--batch-size 2 --grad-accumulation 12 is foretold to fit")
+
+
+def test_a_batch_that_fits_is_found(settings, monkeypatch):
+    """By halves, each foretold; and a run with it is told to fit."""
+    settings = {**settings, "batch_size": 8, "loss_chunk_size": 8, "gradient_checkpointing": "off"}
+    limited(monkeypatch, 10**12)
+    sizes = {
+        size: examined(settings, batch_size=size, grad_accumulation=8 // size)["peak, foretold"].number
+        for size in (8, 2)
+    }
+    assert sizes[2] < 0.9 * sizes[8]
+    limited(monkeypatch, sizes[2])
+    found = examined(settings)["peak, foretold"]
+    assert (found.state, found.number) == ("wrong", sizes[8])
+    assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 is foretold")
+    assert examined(settings, batch_size=2, grad_accumulation=4)["peak, foretold"].state != "wrong"
+    limited(monkeypatch, 1)
+    assert "or a smaller student" in examined(settings)["peak, foretold"].remedy
+
+
+def test_layers_made_anew_are_told(settings, tmp_path, monkeypatch):
+    tiny.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
+    settings = {**settings, "student": str(tmp_path / "student"), "batch_size": 8, "loss_chunk_size": 32}
+    limited(monkeypatch, 10**12)
+    plain, anew = (examined(settings, gradient_checkpointing=way)["peak, foretold"].number for way in ("off", "on"))
+    limited(monkeypatch, (plain + anew) / 2)
+    found = examined(settings)["peak, foretold"]
+    assert (found.state, found.number) == ("note", anew)
+
+
+def test_a_teacher_with_a_card_of_its_own(settings):
+    told = doctor.apart_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
+    assert (told.value, told.state) == ("2.0 GiB of 15.0 GiB in use on cuda:1", "ok")
+
+
+@pytest.mark.parametrize("where", ["load", "step"])
+def test_memory_that_runs_out_is_a_finding(settings, monkeypatch, where):
+    def out(*given, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    owner, name = (inputs, "load") if where == "load" else (train.Training, "_gradients")
+    monkeypatch.setattr(owner, name, out)
+    found = examined(settings)
+    assert found["room"].state == "wrong" and "smaller batch_size" in found["room"].remedy
+    assert ("shared vocabulary" in found) == (where == "step") and "sessions" not in found
+
+
+def test_a_batch_that_was_halved_is_told(settings, monkeypatch):
+    real = train.Training._gradients
+
+    def tight(training, *given):
+        if training.micro_batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(training, *given)
+
+    monkeypatch.setattr(train.Training, "_gradients", tight)
+    found = examined(settings, batch_size=8)["windows in one pass"]
+    assert (found.value, found.state) == ("2 of 8", "note")
+    assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 ")
+
+
+def step(**changes):
+    record = train.StepRecord(1, 1.0, {}, {}, 0.1, 1.0, 100, 2.0, {}, {}, None, "", 8, {})
+    return dataclasses.replace(record, **changes)
+
+
+def test_losses_that_are_no_numbers_are_told():
+    good, scale = step(), step(skipped="gradient not finite at loss scale 65536, lowered (documents 3)")
+    bad = step(skipped="kd not finite (documents 3)")
+    assert doctor.numbers_finding([good, good], True).value == "2 of 2 steps"
+    told = [doctor.numbers_finding([good, *more], scaled) for more, scaled in (([scale], True), ([scale, bad], True))]
+    assert [(f.state, f.value) for f in told] == [("note", "1 of 2 steps"), ("wrong", "1 of 3 steps")]
+    assert told[1].meaning == bad.skipped
+    assert doctor.numbers_finding([scale], False).state == "wrong"
+
+
+def test_speed_is_for_a_step_of_the_texts_mean_length(settings, monkeypatch):
+    """The first step does not count; time goes by tokens."""
+    took = [step(num_tokens=10, step_s=50.0), step(num_tokens=40, step_s=3.0), step(num_tokens=60, step_s=2.0)]
+    monkeypatch.setattr(doctor.Look, "_timed", lambda look: took)
+    found = examined(settings, grad_accumulation=2)
+    train_text = inputs.load(Config.from_dict(settings)).train
+    mean = 4 * sum(len(w.student_ids) for w in train_text) / len(train_text)
+    assert found["steps a second"].number == pytest.approx(1 / (5.0 / 100 * mean))
+    assert found["steps a second"].meaning.startswith("2 real steps")
+
+
+def test_few_steps_are_taken_where_they_are_slow(settings, monkeypatch):
+    found = {}
+    for seconds in (1.0, 25.0, 90.0):
+        with monkeypatch.context() as patch:
+            world = World(patch, step=seconds, load=0.0, evaluation=0.0)
+            told = {f.name: f for f in doctor.examine(Config.from_dict(settings), clock=world)}
+        found[seconds] = told["finite numbers"].value
+    assert found == {1.0: "7 of 7 steps", 25.0: "3 of 3 steps", 90.0: "2 of 2 steps"}
+
+
+def test_hours_and_sessions_by_hand():
+    """Eleven hours, 100 s of them for the start: 600 steps of 100 s, 20 evaluations of 50 s, a control as long."""
+    config = Config(max_steps=600, control="full", save_steps=10)
+    known = budget.Budget(11 * 3600.0, budget.Clock(), 0.0, {"start": 100, "evaluate": 50, "test": 200}, {
+        "save": 10, "export": 20, "conclude": 30
+    })  # fmt: skip
+    whole, sessions = doctor.plan_findings(config, 100.0, 1000.0, known)
+    left = 2 * 600 * 100 * (1 + 10 / (10 * 100)) + 2 * 20 * 50 + 2 * 200 + 30
+    assert whole.number == pytest.approx(left)
+    assert whole.value == f"600 steps, {budget.spoken(left)}" and "an evaluation every 30 steps" in whole.meaning
+    margin = 0.02 * 39600 + 2 * 100
+    first = 39600 - 100 - 1.25 * (10 + 50 + 20) - margin
+    later = 39600 - 1.25 * (100 + 10 + 50 + 20) - margin
+    assert sessions.number == 1 + math.ceil((left - first) / later) == 4
+    assert (sessions.state, sessions.value) == (
+        "note", "4 of 11 h 00 min each (time_budget is empty: a run then has no end)"
+    )  # fmt: skip
+    one = doctor.plan_findings(config.replace(max_steps=100, time_budget="11h"), 100.0, 1000.0, known)[1]
+    assert (one.state, one.value) == ("ok", "1 of 11 h 00 min each")
+    saving = doctor.plan_findings(config.replace(save_steps=0), 100.0, 1000.0, known)[0]
+    assert saving.number == pytest.approx(left - 2 * 600 * 100 * (0.01 - 0.02))  # two in a hundred, at most
+    known.seconds = 300.0
+    none = doctor.plan_findings(config, 100.0, 1000.0, known)[1]
+    assert (none.state, none.value.startswith("too short: 5 min")) == ("wrong", True)
+    assert "off" not in (repeated := doctor.plan_findings(config.replace(repeats=3), 1.0, 1.0, known)[0]).value
+    assert ", 3 times" in repeated.meaning
+
+
+def by_tokens(patch):
+    """A clock on which a step takes a fifth of a second for each token."""
+    world, real = World(patch, step=0.0), train.Training._gradients
+
+    def gradients(training, taken, *given):
+        world.time += 0.2 * sum(len(window.student_ids) for window in taken)
+        return real(training, taken, *given)
+
+    patch.setattr(train.Training, "_gradients", gradients)
+    return world
+
+
+@pytest.mark.parametrize("more", [{}, {"control": "full", "use_curriculum": True}])
+def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, monkeypatch, more):
+    """By a clock on which every task takes its time."""
+    settings = {**settings, "control": "off", "max_steps": 540, "eval_steps": 27, "eval_tokens": 150, **more}
+    config = Config.from_dict({**settings, "time_budget": "1h"})
+    monkeypatch.setattr(session, "SAVE_EVERY_S", 400.0)
+    with monkeypatch.context() as patch:
+        told = {f.name: f for f in doctor.examine(config, clock=by_tokens(patch))}
+    *_, paused = session.distill(config, tmp_path / "run", clock=by_tokens(monkeypatch))
+    plan = paused["plan"]
+    assert told["steps a second"].number == pytest.approx(plan["steps_per_s"], rel=0.05)
+    assert told["sessions"].number == plan["sessions_needed"] > 2
+    done = paused["step"] / 540 / (2 if more else 1)
+    assert (1 - done) * told["the whole plan"].number == pytest.approx(plan["left_s"], rel=0.1)
+
+
+def test_room_for_checkpoints():
+    """100 + 200 bytes a checkpoint and two best students; a megabyte of all else in each."""
+    sizes, meg = {"student": 100, "optimizer": 200}, 2**20
+    one = 300 + 2 * 100 + meg
+    states = {}
+    for free in (3 * one + 200 + 50, 3 * one + 200 + 49, 2 * one + 200 + 50, 2 * one + 200 + 49):
+        found = doctor.disk_finding(sizes, Config(keep_checkpoints=2), free, 50)
+        assert found.number == 3 * one + 200 + 50
+        states[free] = found.state
+    assert list(states.values()) == ["ok", "note", "note", "wrong"]
+    assert doctor.disk_finding(sizes, Config(control="off", repeats=2, keep_checkpoints=1), 10**9, 0).number == (
+        2 * (300 + 200 + meg) + 200
+    )
+
+
+def test_a_checkpoint_is_as_large_as_was_said(settings, tmp_path):
+    told = examined(settings, keep_checkpoints=1)["disk for checkpoints"]
+    list(session.distill(Config.from_dict({**settings, "keep_checkpoints": 1}), tmp_path / "run"))
+    (written,) = (tmp_path / "run" / "checkpoints").iterdir()
+    size = sum(file.stat().st_size for file in written.iterdir())
+    reserve, student = 16 * 2**20, (tmp_path / "run" / "student" / "model.safetensors").stat().st_size
+    assert told.number == pytest.approx(2 * (size + 2**20) + 2 * student + reserve, rel=0.01)
+
+
+def test_nothing_is_written_and_nothing_of_the_run_is_changed(settings, tmp_path, monkeypatch, pair):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in sorted(pair.rglob("*")) if path.is_file()}
+    config = Config.from_dict({**settings, "use_ema": True})
+    losses = [r["loss"] for r in session.distill(config, tmp_path / "one") if r["kind"] == "train"]
+    state, folders = torch.get_rng_state(), sorted(tmp_path.rglob("*"))
+    doctor.examine(config)
+    assert torch.equal(torch.get_rng_state(), state) and sorted(tmp_path.rglob("*")) == folders
+    assert {path: path.read_bytes() for path in sorted(pair.rglob("*")) if path.is_file()} == before
+    assert [r["loss"] for r in session.distill(config, tmp_path / "two") if r["kind"] == "train"] == losses
+
+
+def test_another_arithmetic_may_be_chosen_afterwards(settings):
+    accelerate.state.AcceleratorState._reset_state(True)
+    examined(settings)
+    assert precision.accelerator("bf16").mixed_precision == "bf16"
+    with precision.passing_accelerator("bf16"):
+        pass
+    assert accelerate.state.is_initialized()
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_without_a_text_a_few_sentences_stand_for_it(settings):
+    found = examined({**settings, "check_teacher": True}, dataset="", max_steps=0, batch_size=4)
+    assert "on a sample" in found["positions with signal"].value
+    assert "the whole plan" not in found and "steps a second" in found
+    assert "an even guess" in found["teacher's ids"].value
+    assert "sessions" in examined(settings, dataset="", max_steps=9)
+    train, validation, test = doctor._sentences(Config(max_length=48, batch_size=4, grad_accumulation=5))
+    assert (len(train), len({d.text for d in [*train, *validation, *test]})) == (20, 22)
+    assert all(len(document.text) >= 8 * 48 for document in train)
+
+
+def test_a_teacher_cache_is_looked_at_in_its_place(settings, tmp_path):
+    assert cli.main(["cache", *flags(settings), "--out", str(tmp_path / "cache")]) == 0
+    found = examined(settings, teacher="", teacher_cache=str(tmp_path / "cache"))
+    assert "teacher's head" not in found and found["peak, foretold"].state == "ok"
+    assert found["steps a second"].number > 0
+
+
+def test_where_no_card_computes_no_model_is_loaded(settings, monkeypatch):
+    monkeypatch.setattr(machine, "cards", lambda: [dataclasses.replace(P100, kernels=CU128, failed=DEAD)])
+    monkeypatch.setattr(inputs, "load", None)
+    found = doctor.examine(Config.from_dict(settings))
+    assert {f.group for f in found} == {"machine"} and findings.worst(found) == "wrong"
+
+
+def test_stages_say_what_comes_next(settings):
+    told = [(coming, len(found)) for coming, found in doctor.stages(Config.from_dict(settings))]
+    assert [coming.split()[0] for coming, _ in told[:-1]] == ["looking", "loading", "reading", "watching", "taking"]
+    assert told[-1][0] == "" and [count for _, count in told] == sorted(count for _, count in told)
+    assert [coming for coming, _ in doctor.stages()] == ["looking at the machine", ""]
+
+
+def run(capsys, *words):
+    status = cli.main(["doctor", *words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_command_looks_at_the_machine_alone(capsys):
+    status, out, _ = run(capsys)
+    assert status == 0 and out.startswith("Machine\n") and "\nPair" not in out
+    assert "  ok     Python" in out and "Good to know" in out
+    status, out, _ = run(capsys, "--accelerator", "NvidiaTeslaP100")
+    if not torch.cuda.is_available():
+        assert status == 1 and "asked for NvidiaTeslaP100, no card is there" in out and "Remedy: " in out
+
+
+def test_the_command_says_what_it_found(capsys, settings, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**settings, "batch_size": 99}))
+    status, out, err = run(capsys, str(path), "--batch-size", "2")
+    assert status == 0 and "reading held-out text" in err
+    assert [line for line in out.split("\n") if line and line[0] != " "][:-1] == list(findings.GROUPS.values())
+    status, out, _ = run(capsys, *flags(settings), "--json")
+    told = json.loads(out)
+    assert (status, told["state"]) == (0, "note")
+    assert set(told) == {"state", *findings.GROUPS} and all(told[group] for group in findings.GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"batch_size": 400}, "one optimizer step takes 400"),
+        ({"check_teacher": True}, "worse than the bare frequencies"),
+        ({"time_budget": "1s"}, "too short: 1 s each"),
+    ],
+)
+def test_what_will_not_work_ends_1_with_a_remedy(capsys, settings, changes, match):
+    status, out, err = run(capsys, *flags(settings, **changes))
+    assert (status, "Traceback" in err) == (1, False)
+    flat = " ".join(out.split())
+    assert match in flat and "Remedy: " in flat and "This will not work yet" in flat
+
+
+def test_tokenizers_with_nothing_in_common_will_not_work(capsys, settings, tmp_path):
+    for name, words in (("one", ["猫", "犬"]), ("two", ["cat", "dog"])):
+        core = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>")
+        )
+        core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
+        tiny.save(tiny_model(made), made, tmp_path / name)
+    status, out, _ = run(capsys, *flags(settings, teacher=tmp_path / "one", student=tmp_path / "two"))
+    assert status == 1 and "no token in common" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"dataset": "missing.txt"}, "no such file or folder: missing.txt"),
+        ({"teacher": "nowhere"}, "teacher 'nowhere' is no model that loads"),
+        ({"student": None}, "student is missing"),
+        ({"kd_wight": 1}, "did you mean '--kd_weight'"),
+        ({"out": "x"}, "unknown key 'out'"),
+        ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA card"),
+        ({"teacher_device": "cuda:7"}, "teacher_device is cuda:7, and this machine has"),
+    ],
+)
+def test_bad_input_ends_2_with_one_line(capsys, settings, changes, match):
+    if "fp16" in match and torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    status, out, err = run(capsys, *flags(settings, **changes))
+    assert (status, out) == (2, "")
+    assert match in err and "\n" not in err.strip()
+
+
+def test_an_architecture_that_is_refused_ends_2_as_in_distill(capsys, settings, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    byte_level().save_pretrained(tmp_path / "bert")
+    status, _, err = run(capsys, *flags(settings, teacher=tmp_path / "bert"))
+    assert status == 2 and "expected a causal language model" in err and "\n" not in err.strip()
+
+
+def test_free_memory_is_what_other_programs_leave(settings, monkeypatch):
+    monkeypatch.setattr(memory, "free", lambda device: 0 if str(device) != "cpu" else 10 * GIB)
+    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 0, "total_bytes": 10**15})
+    assert examined(settings)["peak, foretold"].state == "ok"
+    monkeypatch.setattr(memory, "free", lambda device: 1)
+    found = examined(settings)["peak, foretold"]
+    assert found.state == "note" and "other programs leave" in found.meaning
