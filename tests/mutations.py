@@ -27,6 +27,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
     "test_windows.py",
 )
 MEMORY, BITS = "test_memory.py", "test_bits.py"
+DOCTOR = "test_doctor.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -302,6 +303,45 @@ MUTANTS = {
     "a quantised teacher told by all its weights": ("identity.py", 'if getattr(model, "is_quantized", False):', "if False:", [BITS]),
     "4 bits taken for 8": ("identity.py", '        digest.update(" ".join(rounded).encode())', "        pass", [BITS]),
     "another optimizer goes on": ("identity.py", '    "check_teacher",\n', '    "check_teacher", "optimizer", "teacher_quantization",\n', [BITS]),
+    "any kernel will do": ("machine.py", "version[0] == capability[0] and version[1] <= capability[1]", "version <= tuple(capability)", [DOCTOR]),
+    "kernels of later cards": ("machine.py", "version[1] <= capability[1]", "version[1] >= capability[1]", [DOCTOR]),
+    "a product is probe enough": ("machine.py", '    "a reduction": _reduction,\n    "a backward pass": _backward,\n', "", [DOCTOR]),
+    "a probe that looks at no value": ("machine.py", "if value != OPERATIONS_GIVE:", "if False:", [DOCTOR]),
+    "bf16 by emulation": ("machine.py", "torch.cuda.is_bf16_supported(including_emulation=False)", "torch.cuda.is_bf16_supported()", [DOCTOR]),
+    "a failed probe is let through": ("machine.py", "    if card.failed:\n", "    if card.failed and known:\n", [DOCTOR]),
+    "another card is no matter": ("machine.py", "if all(wanted.lower() in card.name.lower() for card in found):", "if found:", [DOCTOR]),
+    "one T4 is as good as two": ("machine.py", 'CARDS_OF = {"T4": 2}', "CARDS_OF = {}", [DOCTOR]),
+    "no card where one was asked for": ("machine.py", "        made.append(_asked(asked, found))", "        made += [_asked(asked, found)] if found else []", [DOCTOR]),
+    "versions compared as texts": ("machine.py", "tuple(map(int, re.findall(r\"\\d+\", versions[name])[:2])) < least", "versions[name] < '.'.join(map(str, least))", [DOCTOR]),
+    "models loaded on a card that can't": ("doctor.py", "if named and not any(card.failed for card in cards):", "if named:", [DOCTOR]),
+    "the first step is timed too": ("doctor.py", "counted = steps[1:]", "counted = steps", [DOCTOR]),
+    "time by steps, not by tokens": ("doctor.py", "step_s = max(seconds, 1e-9) / max(1, tokens) * per_step", "step_s = seconds / len(counted)", [DOCTOR]),
+    "steps however slow": ("doctor.py", "late = self.clock.now() - started > PATIENCE_S", "late = False", [DOCTOR]),
+    "a session without its start": ("doctor.py", 'known.clock.now() - known.expected("start"), costs', "known.clock.now(), costs", [DOCTOR]),
+    "checkpoints cost nothing": ("doctor.py", "session.expected, save / between)", "session.expected, 0.0)", [DOCTOR]),
+    "the test text as long as the validation text": ("doctor.py", 'self.budget.took("test", longer * self.budget', 'self.budget.took("test", self.budget', [DOCTOR]),
+    "no session at all is fine": ("doctor.py", "    if needed is None:\n", "    if False:\n", [DOCTOR]),
+    "a peak above the memory is fine": ("doctor.py", "    if predicted > total:\n        means", "    if False:\n        means", [DOCTOR]),
+    "a batch that does not fit is advised": ("doctor.py", "if peak.predicted_bytes(self.training) <= total:", "if True:", [DOCTOR]),
+    "the halved batch stays": ("doctor.py", "            self.training.micro_batch = whole\n", "            pass\n", [DOCTOR]),
+    "the new checkpoint takes no room": ("doctor.py", "(2, config.keep_checkpoints + 1)", "(1, config.keep_checkpoints)", [DOCTOR]),
+    "steps without a number are fine": ("doctor.py", "    if not bad:\n", "    if True:\n", [DOCTOR]),
+    "memory that runs out is a crash": ("doctor.py", "            if not memory.ran_out(error):\n                raise\n            found = found", "            if True:\n                raise\n            found = found", [DOCTOR]),
+    "random numbers are used up": ("seeds.py", "return torch.random.fork_rng([device] if", "import contextlib; return contextlib.nullcontext() if True else torch.random.fork_rng([device] if", [DOCTOR, "test_memory.py"]),
+    "an arithmetic for good": ("precision.py", "        if not chosen:\n", "        if False:\n", [DOCTOR]),
+    "a mistake of fit is bad input": ("doctor.py", "    except inputs.Unfit as error:\n", "    except ZeroDivisionError as error:\n", [DOCTOR]),
+    "a teacher that says no numbers": ("inputs.py", "    if not math.isfinite(nats):\n", "    if False:\n", [DOCTOR]),
+    "ids that are not its own are fine": ("pairing.py", "        if refused:\n", "        if False:\n", [DOCTOR]),
+    "frequencies of eight sentences": ("pairing.py", "    if sampled:\n", "    if False:\n", [DOCTOR]),
+    "rows of special tokens are empty": ("pairing.py", "head.num_rows - len(head.vocabulary.gaps)", "head.num_rows", [DOCTOR]),
+    "one to one by one side": ("pairing.py", "(spans == 1).all(axis=1)", "(spans == 1).any(axis=1)", [DOCTOR]),
+    "positions without a span count": ("pairing.py", "return found[found[:, 0] > 0]", "return found", [DOCTOR]),
+    "the tail tells tokens apart": ("pairing.py", "< buckets.num - 1).mean()", "< buckets.num).mean()", [DOCTOR]),
+    "wrong things end 0": ("cli.py", 'return 1 if doctor.worst(found) == "wrong" else 0', "return 0", [DOCTOR]),
+    "the best of the findings": ("findings.py", "max((finding.state for finding", "min((finding.state for finding", [DOCTOR]),
+    "JSON that is none": ("findings.py", "            told[\"number\"] = None  # JSON", "            pass  # JSON", [DOCTOR]),
+    "a table torn by a bar": ("findings.py", '.replace("|", "\\\\|")', "", [DOCTOR]),
+    "what a tokenizer puts behind forgotten": ("data.py", "tuple(full[start + len(bare) :])", "()", [DOCTOR]),
 }  # fmt: skip
 
 
