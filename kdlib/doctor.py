@@ -4,16 +4,13 @@ Nothing is written but the tokenized text, which `windows` keeps for the run to 
 """
 
 import dataclasses
-import math
 import shutil
 
-from kdlib import budget, checkpoint, env, inputs, machine, memory, pairing, peak, plan, precision, seeds
+from kdlib import budget, checkpoint, env, foretold, inputs, machine, memory, pairing, peak, plan, precision, seeds
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.findings import Finding, markdown, plain, sentence, text, worst
-from kdlib.leg import DISTILLED, Leg, Scorer
-from kdlib.machine import gib
-from kdlib.session import SAVE_EVERY_S, SAVE_SHARE
+from kdlib.leg import Scorer
 from kdlib.train import Training
 from kdlib.windows import lengths_of
 
@@ -21,8 +18,8 @@ __all__ = ["Finding", "examine", "markdown", "plain", "sentence", "stages", "tex
 
 NUM_STEPS, PATIENCE_S = 6, 60.0
 """Optimizer steps that are timed after a first one, and seconds after which no further one is begun."""
-SESSION = "11h"
-"""Length of a session where `time_budget` is empty: what Kaggle's 12 hours leave."""
+READ_TOKENS = 2048
+"""Held-out tokens that are read here, where a run may read many more in each evaluation."""
 SENTENCES = (
     "The old lighthouse keeper wrote down the weather every evening, and nobody ever asked him to.",
     "In 1987 the city council spent 4,250,000 dollars on a bridge that was opened three years late.",
@@ -90,7 +87,11 @@ def _look(config, accelerator, clock):
     dtype, started = precision.teacher_dtype(accelerator, there), clock.now()
     documents = None if config.dataset else _sentences(config)
     try:
-        loaded = inputs.load(config.replace(check_teacher=False), accelerator.device, dtype, there, documents)
+        few = (
+            {} if config.teacher_cache else {"eval_tokens": min(config.eval_tokens, READ_TOKENS)}
+        )  # a cache is for one
+        changed = config.replace(check_teacher=False, **few)
+        loaded = inputs.load(changed, accelerator.device, dtype, there, documents)
     except inputs.Unfit as error:
         return None, [Finding("pair", "teacher, student and text", "do not fit", "wrong", error.problem, error.remedy)]
     except Exception as error:
@@ -123,7 +124,9 @@ class Look:
         steps = plan.num_steps(config, len(loaded.train), self.per_step)
         self.config = config.replace(max_steps=steps)
         guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
-        self.budget = budget.Budget(budget.seconds_of(config.time_budget or SESSION), clock, clock.now(), (), guesses)
+        self.budget = budget.Budget(
+            budget.seconds_of(config.time_budget or foretold.SESSION), clock, clock.now(), (), guesses
+        )
 
     def pair(self):
         """Both models read the validation text; what they and their tokenizers are to each other."""
@@ -133,11 +136,20 @@ class Look:
         teacher_s = self.clock.now() - started
         scores["student"] = scorer.student("validation")
         both_s = self.clock.now() - started
-        longer = _num_tokens(self.loaded.test) / _num_tokens(self.loaded.validation)
-        self.budget.took("test", longer * self.budget.expected("evaluate"))
-        # a run begins with the teacher's score on both texts and the student's on one
-        self.budget.took("start", self.load_s + teacher_s + longer * both_s)
+        self._know_costs(teacher_s, both_s)
         return pairing.findings_of(self.config, self.loaded, scores, self.sampled)
+
+    def _know_costs(self, teacher_s, both_s):
+        """What evaluations and the start of a run take: it reads more held-out text than was read here in `teacher_s` and,
+        by both, in `both_s`. Loading lets the teacher read it all; then it is scored on all, and the student on the test.
+        """
+        read = [_num_tokens(text) for text in (self.loaded.validation, self.loaded.test)]
+        wanted = wanted_tokens(self.config, self.loaded.held_out_tokens)
+        longer, test = (size / read[0] for size in wanted)
+        one = self.budget.expected("evaluate")
+        self.budget.costs |= {"evaluate": longer * one, "test": test * one}
+        loading = self.load_s + teacher_s * (sum(wanted) - sum(read)) / read[0]
+        self.budget.took("start", loading + longer * teacher_s + test * both_s)
 
     def memory(self):
         """The height that training will reach, against what there is."""
@@ -149,12 +161,14 @@ class Look:
             predicted = peak.fit(self.training, total)
         else:
             predicted = peak.predicted_bytes(self.training)
-        made = [peak_finding(predicted, used + memory.free(device), total, self.training.recomputes, self.config)]
+        made = [
+            foretold.peak_finding(predicted, used + memory.free(device), total, self.training.recomputes, self.config)
+        ]
         if made[0].state == "wrong":
-            made = [dataclasses.replace(made[0], remedy=remedies(self._that_fits(total), self.config))]
+            made = [dataclasses.replace(made[0], remedy=foretold.remedies(self._that_fits(total), self.config))]
         apart = self.loaded.pair.teacher.model and self.loaded.pair.teacher.model.device
         if apart and apart.type == "cuda" and apart != device:
-            made.append(apart_finding(apart, **memory.usage(apart)))
+            made.append(foretold.apart_finding(apart, **memory.usage(apart)))
         return made
 
     def _training(self):
@@ -188,15 +202,15 @@ class Look:
         per_step = float(lengths.mean()) * self.per_step
         step_s = max(seconds, 1e-9) / max(1, tokens) * per_step
         made = [
-            speed_finding(step_s, per_step, len(counted)),
-            numbers_finding(steps, self.accelerator.scaler is not None),
+            foretold.speed_finding(step_s, per_step, len(counted)),
+            foretold.numbers_finding(steps, self.accelerator.scaler is not None),
         ]
         if steps[-1].micro_batch < self.config.batch_size:
-            made.append(halved_finding(steps[-1].micro_batch, self.config))
+            made.append(foretold.halved_finding(steps[-1].micro_batch, self.config))
         if self.planned:
-            made += plan_findings(self.config, step_s, per_step, self.budget)
+            made += foretold.plan_findings(self.config, step_s, per_step, self.budget)
         sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.tensors().items()}
-        return made + [disk_finding(sizes, self.config, shutil.disk_usage(".").free, env.disk_reserve_bytes())]
+        return made + [foretold.disk_finding(sizes, self.config, shutil.disk_usage(".").free, env.disk_reserve_bytes())]
 
     def _timed(self):
         steps, started = [], self.clock.now()
@@ -208,139 +222,17 @@ class Look:
         return steps
 
 
+def wanted_tokens(config, there):
+    """Tokens of validation and test text that a run reads, of those that are `there`."""
+    return [
+        min(there[name], factor * config.eval_tokens)
+        for name, factor in (("validation", 1), ("test", inputs.TEST_FACTOR))
+    ]
+
+
 def _num_tokens(held_out):
     return sum(batch.num_student_tokens for batch in held_out.batches)
 
 
 def _no_room(doing, config):
-    return Finding("memory", "room", f"ran out while {doing}", "wrong", "", remedies(None, config))
-
-
-def peak_finding(predicted, there, total, recomputes, config):
-    """The peak that is `predicted` against the `total` memory and what of it other programs leave, `there`."""
-    said = f"more than {gib(total)}" if math.isinf(predicted) else f"{gib(predicted)} of {gib(total)}"
-    if predicted > total:
-        means = (
-            "a step does not fit. A run halves its batch when a card runs out; a host that runs out may end it unasked"
-        )
-        return Finding("memory", "peak, foretold", said, "wrong", means, remedies(None, config), predicted)
-    if recomputes:
-        why = "as set" if config.gradient_checkpointing == "on" else "it would not fit otherwise"
-        means = f"layers are made anew in the backward pass ({why}): the same result, a step takes about a third longer"
-        return Finding("memory", "peak, foretold", said, "note", means, number=predicted)
-    if predicted > there:
-        means = f"other programs leave {gib(there)} of it"
-        return Finding("memory", "peak, foretold", said, "note", means, "end what else runs there", predicted)
-    means = f"every layer keeps what its backward pass needs (gradient_checkpointing {config.gradient_checkpointing})"
-    return Finding("memory", "peak, foretold", said, "ok", means, number=predicted)
-
-
-def remedies(micro_batch, config):
-    """What takes less memory than `config` does; `micro_batch`: windows in one pass that are foretold to fit, if any are."""
-    if micro_batch:
-        times = -(-config.effective_batch // micro_batch)
-        return f"--batch-size {micro_batch} --grad-accumulation {times} is foretold to fit, with the same result"
-    wanted = []
-    if config.batch_size > 1:
-        wanted.append("a smaller batch_size with a larger grad_accumulation")
-    if config.gradient_checkpointing == "off":
-        wanted.append("gradient_checkpointing auto")
-    wanted.append(f"max_length below {config.max_length}")
-    if not config.teacher_cache:
-        wanted.append("a teacher cache (kdlib cache, then teacher_cache: no teacher in memory)")
-        if config.teacher_quantization == "none":
-            wanted.append("teacher_quantization 8bit or 4bit (needs bitsandbytes)")
-    if config.optimizer == "adamw":
-        wanted.append("optimizer adamw_8bit (needs bitsandbytes)")
-    return f"{', '.join(wanted)}, or a smaller student"
-
-
-def apart_finding(device, used_bytes, total_bytes):
-    """What is in use where the teacher has a card for itself."""
-    said = f"{gib(used_bytes)} of {gib(total_bytes)} in use on {device}"
-    means = "read after it had scored the held-out text; what its passes take in training is not foretold"
-    return Finding("memory", "teacher's card", said, "ok", means, number=used_bytes)
-
-
-def speed_finding(step_s, per_step, count):
-    said = f"{1 / step_s:.2f} ({per_step / step_s:,.0f} tokens a second)"
-    means = f"{count} real steps, timed after a first one, for a step of {per_step:,.0f} tokens: the mean of this text"
-    return Finding("sessions", "steps a second", said, "ok", means, number=1 / step_s)
-
-
-def numbers_finding(steps, scaled):
-    """Whether the losses and gradients that were seen are numbers; `scaled`: a loss scaler is at work."""
-    bad = [step.skipped for step in steps if step.skipped]
-    said = f"{len(steps) - len(bad)} of {len(steps)} steps"
-    if not bad:
-        return Finding("sessions", "finite numbers", said)
-    if scaled and all("at loss scale" in why for why in bad):
-        means = "the loss scaler is finding its scale; steps with too large a gradient are skipped meanwhile"
-        return Finding("sessions", "finite numbers", said, "note", means)
-    remedy = "look at these documents, or try amp_dtype fp32"
-    return Finding("sessions", "finite numbers", said, "wrong", bad[-1], remedy)
-
-
-def halved_finding(micro_batch, config):
-    means = "memory ran out, and the step was taken in smaller parts: a run does the same, with the same result"
-    times = -(-config.effective_batch // micro_batch)
-    remedy = f"--batch-size {micro_batch} --grad-accumulation {times} spares the attempt"
-    return Finding("memory", "windows in one pass", f"{micro_batch} of {config.batch_size}", "note", means, remedy)
-
-
-def plan_findings(config, step_s, per_step, known):
-    """Hours and sessions of a plan of `max_steps`, one taking `step_s`; `known`: a `Budget` that has seen what evaluations
-    and the start cost.
-    """
-    steps = config.max_steps
-    every = plan.eval_steps(config)
-    leg = Leg(DISTILLED, 0, steps, steps, steps, train_s=step_s)
-    save = known.expected("save")
-    between = config.save_steps * step_s or max(SAVE_EVERY_S, save / SAVE_SHARE)
-    costs = {**known.costs, "step": step_s}
-    # a session that has just been through its start
-    session = budget.Budget(
-        known.seconds, known.clock, known.clock.now() - known.expected("start"), costs, known.guesses
-    )
-    left = plan.seconds_left(config, every, leg, session.expected, save / between)
-    told = plan.outlook(left, session, 1, 1 / step_s, round(steps * per_step))
-    control = {"full": "the control as long again", "short": "a tenth more for the control", "off": "no control"}
-    more = f", {config.repeats} times" if config.repeats > 1 else ""
-    means = f"{control[config.control]}{more}, an evaluation every {every} steps, checkpoints; loading not counted"
-    made = [Finding("sessions", "the whole plan", f"{steps:,} steps, {budget.spoken(left)}", "ok", means, number=left)]
-    return made + [sessions_finding(told["sessions_needed"], config.time_budget, session)]
-
-
-def sessions_finding(needed, given, session):
-    each = f"{budget.spoken(session.seconds)} each" + (
-        "" if given else " (time_budget is empty: a run then has no end)"
-    )
-    if needed is None:
-        means = "loading, saving, an evaluation and the margin take a whole session: none would get anything done"
-        remedy = "a longer time_budget, or fewer eval_tokens"
-        return Finding("sessions", "sessions", f"too short: {each}", "wrong", means, remedy)
-    if needed > 1:
-        means = "the same command goes on in the next one"
-        return Finding("sessions", "sessions", f"{needed} of {each}", "note", means, number=needed)
-    return Finding("sessions", "sessions", f"1 of {each}", number=1)
-
-
-def disk_finding(sizes, config, free, reserve):
-    """Room for checkpoints: `sizes` are the bytes of what is in one, by group. The best weights of the students that are
-    compared are in it too, and a new one is whole before the last of the old ones goes.
-    """
-    student = sizes["student"]
-    best = (1 if config.control == "off" else 2) * (2 if config.repeats > 1 else 1)
-    one = sum(sizes.values()) + best * student + checkpoint.OVERHEAD_BYTES
-    least, whole = (count * one + 2 * student + reserve for count in (2, config.keep_checkpoints + 1))
-    said = f"{gib(whole)} at most, {gib(free)} free in this folder"
-    means = f"{config.keep_checkpoints} checkpoints of {gib(one)}, one being written, the student twice, a reserve"
-    if least > free:
-        remedy = "give --out a folder on a larger disk"
-        return Finding(
-            "sessions", "disk for checkpoints", said, "wrong", f"{means}; at least {gib(least)}", remedy, whole
-        )
-    if whole > free:
-        means += f"; old checkpoints will go sooner, for which {gib(least)} are enough"
-        return Finding("sessions", "disk for checkpoints", said, "note", means, number=whole)
-    return Finding("sessions", "disk for checkpoints", said, "ok", means, number=whole)
+    return Finding("memory", "room", f"ran out while {doing}", "wrong", "", foretold.remedies(None, config))

@@ -8,6 +8,7 @@ import torch
 
 from kdlib import batching, fused, losses, models, vocab
 from kdlib.data import IGNORE
+from kdlib.windows import Windows
 
 LN2 = math.log(2.0)
 
@@ -139,6 +140,17 @@ def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
             teacher.head, states.flatten(0, 1), moved.teacher_labels.flatten(), of_window, windows, chunk_size
         )
     return dataclasses.replace(tally.score(), kl_to_teacher=0.0, top1_agreement=1.0)
+
+
+def frequencies(vocabulary, side, train, held_out):
+    """How one side (`teacher`, `student`) would read held-out text, in nats a token, if it knew nothing but how frequent its
+    tokens are in the training windows (each counted once more than seen).
+    """
+    counts = np.ones(vocabulary.num_rows)
+    for labels in Windows.of(train).labels(side):
+        counts += np.bincount(labels, minlength=len(counts))
+    held = np.concatenate([getattr(window, f"{side}_labels") for group in held_out.windows for window in group])
+    return -float(np.log(counts / counts.sum())[held[held != IGNORE]].mean())
 
 
 class _Tally:

@@ -52,7 +52,7 @@ class Inputs:
     """What a run starts from: the pair, windows to train on, `evaluate.HeldOut` text to choose and to judge by.
 
     `alignment` reports how the pair of tokenizers fits this text: fractions in [0, 1]. `identity` names what a run starts
-    from (`identity.of_inputs`).
+    from (`identity.of_inputs`). `held_out_tokens`: the student's, of all validation and test text, by name.
     """
 
     pair: Pair
@@ -61,6 +61,7 @@ class Inputs:
     test: evaluate.HeldOut
     alignment: dict
     identity: dict
+    held_out_tokens: dict = dataclasses.field(default_factory=dict)
 
 
 def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None, documents=None):
@@ -98,7 +99,8 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
     held_out = [_hold_out(_numbered(s), pair, config, name) for s, name in zip(samples, HELD_OUT, strict=True)]
     if config.check_teacher:
         check_teacher(pair.teacher, train, held_out[0])
-    return Inputs(pair, train, *held_out, alignment, known)
+    sizes = {name: int(lengths_of(part).sum()) for name, part in zip(HELD_OUT, (validation, test), strict=True)}
+    return Inputs(pair, train, *held_out, alignment, known, sizes)
 
 
 def load_for_evaluation(config, device="cpu"):
@@ -229,18 +231,9 @@ def _sampled_features(pair, config, student, layers):
 def check_teacher(teacher, train, held_out):
     """Refuse a teacher that reads held-out text worse than the bare frequencies of its tokens: its ids are not its own."""
     score = evaluate.evaluate_teacher(teacher, held_out)
-    refuse_reading(math.log(score.perplexity), frequencies(teacher.reader.vocabulary, "teacher", train, held_out))
-
-
-def frequencies(vocabulary, side, train, held_out):
-    """How one side (`teacher`, `student`) would read held-out text, in nats a token, if it knew nothing but how frequent its
-    tokens are in the training windows (each counted once more than seen).
-    """
-    counts = np.ones(vocabulary.num_rows)
-    for labels in Windows.of(train).labels(side):
-        counts += np.bincount(labels, minlength=len(counts))
-    held = np.concatenate([getattr(window, f"{side}_labels") for group in held_out.windows for window in group])
-    return -float(np.log(counts / counts.sum())[held[held != data.IGNORE]].mean())
+    refuse_reading(
+        math.log(score.perplexity), evaluate.frequencies(teacher.reader.vocabulary, "teacher", train, held_out)
+    )
 
 
 def refuse_reading(nats, frequencies):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from kdlib import inputs
+from kdlib import evaluate, inputs
 from kdlib.config import KD_METHODS
 from kdlib.findings import Finding
 
@@ -58,7 +58,7 @@ def _one_to_one(windows, text):
 def _spans(windows):
     """Tokens of the student and of the teacher in each common span, `[spans, 2]`."""
     lengths = [(w.student_stops - w.student_rows, w.teacher_stops - w.teacher_rows) for w in windows]
-    found = np.concatenate([np.stack(both, axis=1) for both in lengths])
+    found = np.concatenate([np.zeros((0, 2), np.int64), *(np.stack(both, axis=1) for both in lengths)])
     return found[found[:, 0] > 0]
 
 
@@ -104,7 +104,7 @@ def _ids(side, loaded, score, refused, sampled):
     if sampled:
         bare, against = math.log(vocabulary.num_rows), "an even guess"
     else:
-        bare, against = inputs.frequencies(vocabulary, side, loaded.train, loaded.validation), "bare frequencies"
+        bare, against = evaluate.frequencies(vocabulary, side, loaded.train, loaded.validation), "bare frequencies"
     said = f"reads {'a sample ' if sampled else ''}at {nats:.2f} nats a token, {against} at {bare:.2f}"
     name = f"{side}'s ids"
     if side == "student":

@@ -26,6 +26,7 @@ from kdlib import (
     doctor,
     evaluate,
     findings,
+    foretold,
     inputs,
     machine,
     memory,
@@ -418,19 +419,19 @@ def test_a_method_with_little_to_go_by_is_told(settings):
 )
 def test_the_height_against_what_there_is(predicted, there, recomputes, way, state, words):
     config = Config(gradient_checkpointing=way)
-    found = doctor.peak_finding(predicted * GIB, there * GIB, 12 * GIB, recomputes, config)
+    found = foretold.peak_finding(predicted * GIB, there * GIB, 12 * GIB, recomputes, config)
     assert found.state == state and words in found.meaning + found.remedy
     assert found.value == ("more than 12.0 GiB" if math.isinf(predicted) else f"{predicted:.1f} GiB of 12.0 GiB")
 
 
 def test_what_takes_less_memory():
-    every = doctor.remedies(None, Config(gradient_checkpointing="off"))
+    every = foretold.remedies(None, Config(gradient_checkpointing="off"))
     for words in ("batch_size", "gradient_checkpointing auto", "max_length below 384", "cache", "8bit", "adamw_8bit"):
         assert words in every
     spent = Config(batch_size=1, teacher_cache="x", optimizer="adamw_8bit")
-    assert doctor.remedies(None, spent) == "max_length below 384, or a smaller student"
-    assert "quantization" not in doctor.remedies(None, Config(teacher_quantization="8bit"))
-    told = doctor.remedies(2, Config(batch_size=8, grad_accumulation=3))
+    assert foretold.remedies(None, spent) == "max_length below 384, or a smaller student"
+    assert "quantization" not in foretold.remedies(None, Config(teacher_quantization="8bit"))
+    told = foretold.remedies(2, Config(batch_size=8, grad_accumulation=3))
     assert told.startswith("--batch-size 2 --grad-accumulation 12 is foretold to fit")
 
 
@@ -463,7 +464,7 @@ def test_layers_made_anew_are_told(settings, tmp_path, monkeypatch):
 
 
 def test_a_teacher_with_a_card_of_its_own(settings):
-    told = doctor.apart_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
+    told = foretold.apart_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
     assert (told.value, told.state) == ("2.0 GiB of 15.0 GiB in use on cuda:1", "ok")
 
 
@@ -501,11 +502,11 @@ def step(**changes):
 def test_losses_that_are_no_numbers_are_told():
     good, scale = step(), step(skipped="gradient not finite at loss scale 65536, lowered (documents 3)")
     bad = step(skipped="kd not finite (documents 3)")
-    assert doctor.numbers_finding([good, good], True).value == "2 of 2 steps"
-    told = [doctor.numbers_finding([good, *more], scaled) for more, scaled in (([scale], True), ([scale, bad], True))]
+    assert foretold.numbers_finding([good, good], True).value == "2 of 2 steps"
+    told = [foretold.numbers_finding([good, *more], scaled) for more, scaled in (([scale], True), ([scale, bad], True))]
     assert [(f.state, f.value) for f in told] == [("note", "1 of 2 steps"), ("wrong", "1 of 3 steps")]
     assert told[1].meaning == bad.skipped
-    assert doctor.numbers_finding([scale], False).state == "wrong"
+    assert foretold.numbers_finding([scale], False).state == "wrong"
 
 
 def test_speed_is_for_a_step_of_the_texts_mean_length(settings, monkeypatch):
@@ -535,7 +536,7 @@ def test_hours_and_sessions_by_hand():
     known = budget.Budget(11 * 3600.0, budget.Clock(), 0.0, {"start": 100, "evaluate": 50, "test": 200}, {
         "save": 10, "export": 20, "conclude": 30
     })  # fmt: skip
-    whole, sessions = doctor.plan_findings(config, 100.0, 1000.0, known)
+    whole, sessions = foretold.plan_findings(config, 100.0, 1000.0, known)
     left = 2 * 600 * 100 * (1 + 10 / (10 * 100)) + 2 * 20 * 50 + 2 * 200 + 30
     assert whole.number == pytest.approx(left)
     assert whole.value == f"600 steps, {budget.spoken(left)}" and "an evaluation every 30 steps" in whole.meaning
@@ -546,14 +547,14 @@ def test_hours_and_sessions_by_hand():
     assert (sessions.state, sessions.value) == (
         "note", "4 of 11 h 00 min each (time_budget is empty: a run then has no end)"
     )  # fmt: skip
-    one = doctor.plan_findings(config.replace(max_steps=100, time_budget="11h"), 100.0, 1000.0, known)[1]
+    one = foretold.plan_findings(config.replace(max_steps=100, time_budget="11h"), 100.0, 1000.0, known)[1]
     assert (one.state, one.value) == ("ok", "1 of 11 h 00 min each")
-    saving = doctor.plan_findings(config.replace(save_steps=0), 100.0, 1000.0, known)[0]
+    saving = foretold.plan_findings(config.replace(save_steps=0), 100.0, 1000.0, known)[0]
     assert saving.number == pytest.approx(left - 2 * 600 * 100 * (0.01 - 0.02))  # two in a hundred, at most
     known.seconds = 300.0
-    none = doctor.plan_findings(config, 100.0, 1000.0, known)[1]
+    none = foretold.plan_findings(config, 100.0, 1000.0, known)[1]
     assert (none.state, none.value.startswith("too short: 5 min")) == ("wrong", True)
-    assert "off" not in (repeated := doctor.plan_findings(config.replace(repeats=3), 1.0, 1.0, known)[0]).value
+    assert "off" not in (repeated := foretold.plan_findings(config.replace(repeats=3), 1.0, 1.0, known)[0]).value
     assert ", 3 times" in repeated.meaning
 
 
@@ -574,7 +575,8 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
     """By a clock on which every task takes its time."""
     settings = {**settings, "control": "off", "max_steps": 540, "eval_steps": 27, "eval_tokens": 150, **more}
     config = Config.from_dict({**settings, "time_budget": "1h"})
-    monkeypatch.setattr(session, "SAVE_EVERY_S", 400.0)
+    for room in (session, foretold):
+        monkeypatch.setattr(room, "SAVE_EVERY_S", 400.0)
     with monkeypatch.context() as patch:
         told = {f.name: f for f in doctor.examine(config, clock=by_tokens(patch))}
     *_, paused = session.distill(config, tmp_path / "run", clock=by_tokens(monkeypatch))
@@ -585,17 +587,47 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
     assert (1 - done) * told["the whole plan"].number == pytest.approx(plan["left_s"], rel=0.1)
 
 
+def test_a_session_without_an_end_is_told_on_kaggle():
+    told = [foretold.sessions_finding(2, given, 39600.0, True) for given in ("", "11h")]
+    assert [(f.state, f.remedy, f.value) for f in told] == [
+        ("note", "--time-budget 11h", "2 of 11 h 00 min each"), ("note", "", "2 of 11 h 00 min each")
+    ]  # fmt: skip
+    assert foretold.sessions_finding(1, "", 39600.0, False).state == "ok"
+    assert foretold.sessions_finding(None, "", 39600.0, True).state == "wrong"
+
+
+def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
+    """40 tokens are read of 100 and 50 of 200; the run reads 80 and 200 of them."""
+    config = Config.from_dict({**settings, "eval_tokens": 80})
+    assert doctor.wanted_tokens(config, {"validation": 100, "test": 200}) == [80, 200]
+    assert doctor.wanted_tokens(config, {"validation": 60, "test": 999}) == [60, 320]
+    loaded = inputs.load(config)
+    look = doctor.Look(config, loaded, precision.accelerator("fp32"), budget.Clock(), 5.0)
+    loaded.held_out_tokens, loaded.validation, loaded.test = {"validation": 100, "test": 200}, 40, 50
+    monkeypatch.setattr(doctor, "_num_tokens", lambda size: size)
+    look.budget.took("evaluate", 3.0)
+    look._know_costs(teacher_s=3.0, both_s=4.0)
+    assert look.budget.costs["evaluate"] == 3.0 * 2 and look.budget.costs["test"] == 3.0 * 5
+    assert look.budget.costs["start"] == 5 + 3 * (280 - 90) / 40 + 2 * 3 + 5 * 4
+    changed = {}
+    monkeypatch.setattr(inputs, "load", lambda config, *given: changed.update(config.to_dict()) or loaded)
+    for more, eval_tokens in (({"eval_tokens": 9999}, doctor.READ_TOKENS), ({"eval_tokens": 90}, 90),
+                              ({"eval_tokens": 9999, "teacher_cache": "x"}, 9999)):  # fmt: skip
+        doctor._look(Config.from_dict({**settings, **more}), precision.accelerator("fp32"), budget.Clock())
+        assert changed["eval_tokens"] == eval_tokens and not changed["check_teacher"]
+
+
 def test_room_for_checkpoints():
     """100 + 200 bytes a checkpoint and two best students; a megabyte of all else in each."""
     sizes, meg = {"student": 100, "optimizer": 200}, 2**20
     one = 300 + 2 * 100 + meg
     states = {}
     for free in (3 * one + 200 + 50, 3 * one + 200 + 49, 2 * one + 200 + 50, 2 * one + 200 + 49):
-        found = doctor.disk_finding(sizes, Config(keep_checkpoints=2), free, 50)
+        found = foretold.disk_finding(sizes, Config(keep_checkpoints=2), free, 50)
         assert found.number == 3 * one + 200 + 50
         states[free] = found.state
     assert list(states.values()) == ["ok", "note", "note", "wrong"]
-    assert doctor.disk_finding(sizes, Config(control="off", repeats=2, keep_checkpoints=1), 10**9, 0).number == (
+    assert foretold.disk_finding(sizes, Config(control="off", repeats=2, keep_checkpoints=1), 10**9, 0).number == (
         2 * (300 + 200 + meg) + 200
     )
 
@@ -612,7 +644,7 @@ def test_a_checkpoint_is_as_large_as_was_said(settings, tmp_path):
 def test_nothing_is_written_and_nothing_of_the_run_is_changed(settings, tmp_path, monkeypatch, pair):
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in sorted(pair.rglob("*")) if path.is_file()}
-    config = Config.from_dict({**settings, "use_ema": True})
+    config = Config.from_dict({**settings, "control": "off", "use_ema": True})
     losses = [r["loss"] for r in session.distill(config, tmp_path / "one") if r["kind"] == "train"]
     state, folders = torch.get_rng_state(), sorted(tmp_path.rglob("*"))
     doctor.examine(config)

@@ -10,6 +10,7 @@ HOUSE = Path(__file__).parent.parent / "kdlib"
 FLOORS = [
     "cli tiny kernel",
     "doctor",
+    "foretold",
     "session cache",
     "course conclusion resume pairing",
     "leg report inputs peak",
