@@ -3,10 +3,10 @@
 Nothing is written but the tokenized text, which `windows` keeps for the run to find.
 """
 
-import dataclasses
 import shutil
 
 from kdlib import budget, checkpoint, env, foretold, inputs, machine, memory, pairing, peak, plan, precision, seeds
+from kdlib.ahead import Ahead
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.findings import Finding, markdown, plain, sentence, text, worst
@@ -70,6 +70,8 @@ def _stages_of(look, found):
         ("watching passes to foretell the memory", look.memory),
         ("taking optimizer steps, which are forgotten", look.sessions),
     ):
+        if any(finding.group == "memory" and finding.state == "wrong" for finding in found):
+            break  # steps that do not fit may take the whole process with them
         yield coming, found
         try:
             found = found + one()
@@ -77,7 +79,6 @@ def _stages_of(look, found):
             if not memory.ran_out(error):
                 raise
             found = found + [_no_room(coming, look.config)]
-            break
     yield "", found
 
 
@@ -86,11 +87,11 @@ def _look(config, accelerator, clock):
     there = precision.teacher_device(config.teacher_device, accelerator)
     dtype, started = precision.teacher_dtype(accelerator, there), clock.now()
     documents = None if config.dataset else _sentences(config)
+    few = (
+        config.eval_tokens if config.teacher_cache else min(config.eval_tokens, READ_TOKENS)
+    )  # a cache is for one text
     try:
-        few = (
-            {} if config.teacher_cache else {"eval_tokens": min(config.eval_tokens, READ_TOKENS)}
-        )  # a cache is for one
-        changed = config.replace(check_teacher=False, **few)
+        changed = config.replace(check_teacher=False, eval_tokens=few)
         loaded = inputs.load(changed, accelerator.device, dtype, there, documents)
     except inputs.Unfit as error:
         return None, [Finding("pair", "teacher, student and text", "do not fit", "wrong", error.problem, error.remedy)]
@@ -161,14 +162,12 @@ class Look:
             predicted = peak.fit(self.training, total)
         else:
             predicted = peak.predicted_bytes(self.training)
-        made = [
-            foretold.peak_finding(predicted, used + memory.free(device), total, self.training.recomputes, self.config)
-        ]
-        if made[0].state == "wrong":
-            made = [dataclasses.replace(made[0], remedy=foretold.remedies(self._that_fits(total), self.config))]
-        apart = self.loaded.pair.teacher.model and self.loaded.pair.teacher.model.device
-        if apart and apart.type == "cuda" and apart != device:
-            made.append(foretold.apart_finding(apart, **memory.usage(apart)))
+        there, again = min(total, used + memory.free(device)), self.training.recomputes
+        fits = self._that_fits(there) if predicted > there else None
+        made = [foretold.peak_finding(predicted, there, total, again, self.config, fits)]
+        teacher = self.loaded.pair.teacher
+        if isinstance(teacher, Ahead) and teacher.model.device.type == "cuda":
+            made.append(foretold.apart_finding(teacher.model.device, **memory.usage(teacher.model.device)))
         return made
 
     def _training(self):
@@ -181,13 +180,13 @@ class Look:
             self.clock, pair.pads, pair.widest,
         )  # fmt: skip
 
-    def _that_fits(self, total):
+    def _that_fits(self, there):
         """The largest micro-batch below the config's, by halves, that is foretold to fit; None where none does."""
         whole = self.training.micro_batch
         try:
             while self.training.micro_batch > 1:
                 self.training.micro_batch //= 2
-                if peak.predicted_bytes(self.training) <= total:
+                if peak.predicted_bytes(self.training) <= there:
                     return self.training.micro_batch
         finally:
             self.training.micro_batch = whole

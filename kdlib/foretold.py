@@ -12,21 +12,26 @@ SESSION = "11h"
 """Length of a session where `time_budget` is empty: what Kaggle's 12 hours leave."""
 
 
-def peak_finding(predicted, there, total, recomputes, config):
-    """The peak that is `predicted` against the `total` memory and what of it other programs leave, `there`."""
+def peak_finding(predicted, there, total, recomputes, config, fits=None):
+    """The peak that is `predicted` against the `total` memory and what of it other programs leave, `there`. `fits`: windows
+    in one pass that are foretold to fit, if any are.
+    """
     said = f"more than {gib(total)}" if math.isinf(predicted) else f"{gib(predicted)} of {gib(total)}"
     if predicted > total:
         means = (
             "a step does not fit. A run halves its batch when a card runs out; a host that runs out may end it unasked"
         )
-        return Finding("memory", "peak, foretold", said, "wrong", means, remedies(None, config), predicted)
+        return Finding("memory", "peak, foretold", said, "wrong", means, remedies(fits, config), predicted)
+    if predicted > there:
+        means, remedy = (
+            f"other programs leave {gib(there)} of it",
+            f"end what else runs there, or {remedies(fits, config)}",
+        )
+        return Finding("memory", "peak, foretold", said, "wrong", means, remedy, predicted)
     if recomputes:
         why = "as set" if config.gradient_checkpointing == "on" else "it would not fit otherwise"
         means = f"layers are made anew in the backward pass ({why}): the same result, a step takes about a third longer"
         return Finding("memory", "peak, foretold", said, "note", means, number=predicted)
-    if predicted > there:
-        means = f"other programs leave {gib(there)} of it"
-        return Finding("memory", "peak, foretold", said, "note", means, "end what else runs there", predicted)
     means = f"every layer keeps what its backward pass needs (gradient_checkpointing {config.gradient_checkpointing})"
     return Finding("memory", "peak, foretold", said, "ok", means, number=predicted)
 
@@ -34,8 +39,9 @@ def peak_finding(predicted, there, total, recomputes, config):
 def remedies(micro_batch, config):
     """What takes less memory than `config` does; `micro_batch`: windows in one pass that are foretold to fit, if any are."""
     if micro_batch:
-        times = -(-config.effective_batch // micro_batch)
-        return f"--batch-size {micro_batch} --grad-accumulation {times} is foretold to fit, with the same result"
+        times, rest = divmod(config.effective_batch, micro_batch)
+        same = "" if rest else ", with the same result"
+        return f"--batch-size {micro_batch} --grad-accumulation {times} is foretold to fit{same}"
     wanted = []
     if config.batch_size > 1:
         wanted.append("a smaller batch_size with a larger grad_accumulation")
@@ -79,7 +85,7 @@ def numbers_finding(steps, scaled):
 
 def halved_finding(micro_batch, config):
     means = "memory ran out, and the step was taken in smaller parts: a run does the same, with the same result"
-    times = -(-config.effective_batch // micro_batch)
+    times = config.effective_batch // micro_batch
     remedy = f"--batch-size {micro_batch} --grad-accumulation {times} spares the attempt"
     return Finding("memory", "windows in one pass", f"{micro_batch} of {config.batch_size}", "note", means, remedy)
 
