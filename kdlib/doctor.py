@@ -182,14 +182,11 @@ class Look:
 
     def _that_fits(self, there):
         """The largest micro-batch below the config's, by halves, that is foretold to fit; None where none does."""
-        whole = self.training.micro_batch
-        try:
-            while self.training.micro_batch > 1:
-                self.training.micro_batch //= 2
-                if peak.predicted_bytes(self.training) <= there:
-                    return self.training.micro_batch
-        finally:
-            self.training.micro_batch = whole
+        while self.training.micro_batch > 1:
+            self.training.micro_batch //= 2
+            if peak.predicted_bytes(self.training) <= there:
+                return self.training.micro_batch
+        return None
 
     def sessions(self):
         """Steps taken and timed; what the whole plan then takes, and its checkpoints."""

@@ -193,7 +193,8 @@ def _host(told):
 
 def _asked(asked, found):
     """Whether the cards are the ones that were asked for."""
-    wanted = re.sub(r"^Nvidia(Tesla)?", "", asked)
+    model = re.sub(r"^Nvidia(Tesla)?", "", asked)
+    wanted = (re.match(r"[A-Za-z]+\d+", model) or [model])[0]  # T4 of T4Highmem
     there = ", ".join(f"{found.count(card)} x {card.name}" for card in dict.fromkeys(found))
     if not found:
         return _found(
@@ -202,7 +203,7 @@ def _asked(asked, found):
             "kernel-metadata.json; outside Kaggle, install a torch that is built for CUDA",
         )  # fmt: skip
     said = f"asked for {asked}, got {there}"
-    if all(wanted.lower() in card.name.lower() for card in found):
+    if all(wanted.lower() in re.sub(r"\W", "", card.name).lower() for card in found):
         less = CARDS_OF.get(wanted, 1) - len(found)
         if less > 0:
             return _found("accelerator", said, "note", f"on Kaggle {asked} means {CARDS_OF[wanted]} cards")

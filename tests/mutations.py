@@ -352,7 +352,7 @@ MUTANTS = {
     "a probe that looks at no value": ("machine.py", "if value != OPERATIONS_GIVE:", "if False:", [f"{DOCTOR}::test_the_probe_really_runs_what_training_runs"]),
     "bf16 by emulation": ("machine.py", "torch.cuda.is_bf16_supported(including_emulation=False)", "torch.cuda.is_bf16_supported()", [f"{DOCTOR}::test_what_torch_says_of_cards_is_taken_over"]),
     "a failed probe is let through": ("machine.py", "    if card.failed:\n", "    if card.failed and known:\n", [f"{DOCTOR}::test_a_p100_without_kernels_does_not_work_and_a_build_is_named"]),
-    "another card is no matter": ("machine.py", "if all(wanted.lower() in card.name.lower() for card in found):", "if found:", [f"{DOCTOR}::test_a_p100_that_became_two_t4s_is_said_out_loud"]),
+    "another card is no matter": ("machine.py", 'if all(wanted.lower() in re.sub(r"\\W", "", card.name).lower() for card in found):', "if found:", [f"{DOCTOR}::test_a_p100_that_became_two_t4s_is_said_out_loud"]),
     "one T4 is as good as two": ("machine.py", 'CARDS_OF = {"T4": 2}', "CARDS_OF = {}", [f"{DOCTOR}::test_any_other_card_than_the_one_asked_for_is_said"]),
     "no card where one was asked for": ("machine.py", "        made.append(_asked(asked, found))", "        made += [_asked(asked, found)] if found else []", [f"{DOCTOR}::test_no_card_means_the_processor"]),
     "versions compared as texts": ("machine.py", "tuple(map(int, re.findall(r\"\\d+\", versions[name])[:2])) < least", "versions[name] < '.'.join(map(str, least))", [f"{DOCTOR}::test_the_machine_around_the_cards"]),

@@ -88,6 +88,13 @@ def test_any_other_card_than_the_one_asked_for_is_said():
     assert told.state == "note" and "another card" in told.meaning and "second card" not in told.meaning
     assert "kdlib" not in machines([A100], "NvidiaL4")["accelerator"].meaning
     assert machines([A100], "NvidiaTeslaA100")["accelerator"].state == "ok"
+    for asked, name in (
+        ("NvidiaTeslaT4Highmem", "Tesla T4"),
+        ("NvidiaL4X1", "NVIDIA L4"),
+        ("NvidiaRtxPro6000", "RTX PRO 6000"),
+    ):
+        cards = [dataclasses.replace(T4, name=name)] * (2 if "T4" in name else 1)
+        assert machines(cards, asked)["accelerator"].state == "ok"
     single = machines([T4], "NvidiaTeslaT4")["accelerator"]
     assert (single.state, single.meaning) == ("note", "on Kaggle NvidiaTeslaT4 means 2 cards")
     assert "accelerator" not in machines([T4])
@@ -555,6 +562,9 @@ def test_hours_and_sessions_by_hand():
     assert (one.state, one.value) == ("ok", "1 of 11 h 00 min each")
     saving = foretold.plan_findings(config.replace(save_steps=0), 100.0, 1000.0, known)[0]
     assert saving.number == pytest.approx(left - 2 * 600 * 100 * (0.01 - 0.02))  # two in a hundred, at most
+    for short, needed in ((50, 2), (-50, 1)):  # by how much the first session is too short: the start decides
+        known.seconds = (left - short + 100 + 1.25 * (10 + 50 + 20) + 2 * 100) / 0.98
+        assert foretold.plan_findings(config, 100.0, 1000.0, known)[1].number == needed
     known.seconds = 300.0
     none = foretold.plan_findings(config, 100.0, 1000.0, known)[1]
     assert (none.state, none.value.startswith("too short: 5 min")) == ("wrong", True)
