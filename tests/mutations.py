@@ -342,7 +342,7 @@ MUTANTS = {
     "frequencies of eight sentences": ("pairing.py", "    if sampled:\n", "    if False:\n", [f"{DOCTOR}::test_whether_ids_are_the_models_own"]),
     "gaps in a vocabulary are tokens": ("pairing.py", "head.num_rows - len(head.vocabulary.gaps)", "head.num_rows", [f"{DOCTOR}::test_rows_without_a_token_are_counted"]),
     "one to one by one side": ("pairing.py", "(spans == 1).all(axis=1)", "(spans == 1).any(axis=1)", [f"{DOCTOR}::test_the_pair_by_hand"]),
-    "positions without a span count": ("pairing.py", "return found[found[:, 0] > 0]", "return found", [f"{DOCTOR}::test_the_pair_by_hand"]),
+    "positions without a span count": ("pairing.py", "return found[found[:, 0] > 0]", "return found", [f"{DOCTOR}::test_little_in_common_is_told"]),
     "the tail tells tokens apart": ("pairing.py", "< buckets.num - 1).mean()", "< buckets.num).mean()", [f"{DOCTOR}::test_the_pair_by_hand"]),
     "wrong things end 0": ("cli.py", 'return 1 if doctor.worst(found) == "wrong" else 0', "return 0", [f"{DOCTOR}::test_tokenizers_with_nothing_in_common_will_not_work"]),
     "the best of the findings": ("findings.py", "max((finding.state for finding", "min((finding.state for finding", [f"{DOCTOR}::test_findings_are_plain_values"]),

@@ -358,6 +358,10 @@ def test_little_in_common_is_told():
     assert pairing._shared(few).value == "5 tokens: 4.0% of the student's, 2.0% of the teacher's"
     assert (pairing._coverage(0.3, "your text").state, pairing._coverage(0.6, "a sample").state) == ("note", "ok")
     assert pairing._one_to_one([], "a sample").number == 0.0
+    rows, ours, theirs = np.array([0, 1, 4]), np.array([1, 1, 6]), np.array([1, 1, 5])  # the second begins no span
+    window = types.SimpleNamespace(student_rows=rows, teacher_rows=rows, student_stops=ours, teacher_stops=theirs)
+    assert pairing._spans([window]).tolist() == [[1, 1], [2, 1]]
+    assert pairing._one_to_one([window], "a sample").number == 0.5
 
 
 def test_a_tokenizer_that_changes_the_text_is_told(settings, tmp_path):
