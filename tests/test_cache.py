@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,13 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from families import byte_level, tiny_model
+from processes import CONTEXT
 
 from kdlib import batching, cache, cli, inputs, losses, models, records, session, signals, tiny
 from kdlib.config import Config
 from kdlib.teacher import TopTokens
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kdlib.cache"])
 HALF = 2.0**-11
 """Relative error of a number rounded to float16."""
 SMALL = 500

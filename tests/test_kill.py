@@ -1,24 +1,24 @@
 """SIGKILL at any instant: the run goes on from its last whole checkpoint, and ends as if nothing had happened."""
 
-import multiprocessing
 import random
 import sys
 import time
 
 import pytest
 import torch
+from processes import CONTEXT
 
-from kdlib import checkpoint, records, session
+from kdlib import checkpoint, records, report, session
 from kdlib.config import Config
 
 SAVE_STEPS = 3
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kdlib.session"])
 
 
-def drive(settings, out, by_the_clock):
+def drive(settings, out, by_the_clock, figures=True):
     """In a process of its own: the run, to its end. `by_the_clock`: saves behind the training, as often as they come."""
     torch.set_num_threads(1)
+    if not figures:
+        report.write_report = lambda folder: None
     if by_the_clock:
         session.SAVE_EVERY_S, session.SAVE_SHARE = 0.05, 1.0
     for _ in session.distill(Config.from_dict(settings), out):
@@ -49,7 +49,7 @@ def killed(settings, out, by_the_clock, chance, aimed):
 
 def to_its_end(*arguments):
     """The run in a process of its own, which nobody kills."""
-    process = CONTEXT.Process(target=drive, args=arguments)
+    process = CONTEXT.Process(target=drive, args=(*arguments, False))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -72,12 +72,13 @@ def check_what_is_left(out, by_the_clock):
     return done - saved
 
 
-def kill_many_times(settings, folder, count):
+def kill_many_times(settings, folder, count, num_steps=90):
     """`count` kills over as many runs as it takes, half of them into a save; every run that ends is compared with one that
     was never killed. Counts of what happened.
     """
     chance = random.Random(0)
-    settings = Config.from_dict({**settings, "control": "off", "max_steps": 90, "save_steps": SAVE_STEPS}).to_dict()
+    settings = {**settings, "control": "off", "max_steps": num_steps, "save_steps": SAVE_STEPS, "eval_steps": 4}
+    settings = Config.from_dict(settings).to_dict()
     to_its_end(settings, folder / "whole", False)
     wanted = (folder / "whole" / "student" / "model.safetensors").read_bytes()
     seen = {"kills": 0, "into a save": 0, "most steps lost": 0, "runs ended": 0}
@@ -99,13 +100,13 @@ def kill_many_times(settings, folder, count):
         assert records.read_json(out / "status.json")["state"] == "complete"
         assert (out / "student" / "model.safetensors").read_bytes() == wanted
         steps = [r["step"] for r in records.read_records(out / "records.jsonl") if r["kind"] == "train"]
-        assert steps == list(range(1, 91))
+        assert steps == list(range(1, num_steps + 1))
         seen["runs ended"] += 1
     return seen
 
 
 def test_a_killed_run_goes_on(settings, tmp_path):
-    seen = kill_many_times(settings, tmp_path, 8)
+    seen = kill_many_times(settings, tmp_path, 8, num_steps=45)
     assert seen["into a save"] > 0
 
 

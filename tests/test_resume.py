@@ -18,8 +18,9 @@ import torch
 import transformers
 from clocks import Ticks
 from families import tiny_model, unigram
+from processes import together
 
-from kdlib import checkpoint, course, env, evaluate, records, report, session, tiny, train
+from kdlib import checkpoint, cli, course, env, evaluate, records, report, session, tiny, train
 from kdlib.config import Config
 
 
@@ -478,29 +479,18 @@ def test_a_status_is_written_even_where_not_a_byte_is_free(tmp_path, monkeypatch
         records.RunFolder(tmp_path / "new").status("paused")
 
 
-DRIVER = """
-import json, os, signal, sys, torch
-from kdlib import Config, cli, distill
-
-torch.set_num_threads(1)
-cli.quiet()
-stop_at = int(sys.argv[3])
-for record in distill(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2]):
-    if record["kind"] == "train" and record["step"] == stop_at and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-"""
+def drive(settings, out, stop_at):
+    """One of several processes; at a step the second one is asked to stop."""
+    cli.quiet()
+    report.write_report = lambda folder: None
+    for record in session.distill(Config.from_dict(settings), out):
+        if record["kind"] == "train" and record["step"] == stop_at and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def launch(settings, out, script, stop_at=0):
-    """Two real processes; at a step the second one is asked to stop. The state that the run is left in."""
-    script.write_text(DRIVER)
-    ran = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
-         json.dumps(settings), str(out), str(stop_at)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[:3000]
+def launch(settings, out, stop_at=0):
+    """Two real processes. The state that the run is left in."""
+    together(2, drive, settings, out, stop_at)
     return records.read_json(out / "status.json")["state"]
 
 
@@ -510,12 +500,11 @@ def test_two_processes_are_saved_and_gone_on_with(with_dropout, tmp_path):
     """
     settings = {**with_dropout, "control": "off", "max_steps": 8, "grad_accumulation": 1, "use_ema": True}
     settings |= {"preset": "documents", "save_steps": 3}
-    driver = tmp_path / "driver.py"
-    assert launch(settings, tmp_path / "whole", driver) == "complete"
-    assert launch(settings, tmp_path / "cut", driver, stop_at=5) == "paused"
+    assert launch(settings, tmp_path / "whole") == "complete"
+    assert launch(settings, tmp_path / "cut", stop_at=5) == "paused"
     assert checkpoint.newest_name(tmp_path / "cut" / "checkpoints") == "step-00000005"
     shutil.copytree(tmp_path / "cut", tmp_path / "alone")
-    assert launch(settings, tmp_path / "cut", driver) == "complete"
+    assert launch(settings, tmp_path / "cut") == "complete"
     assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
     with pytest.raises(ValueError, match=r"a step had 4 windows .* and has 2"):
         distil(settings, tmp_path / "alone")

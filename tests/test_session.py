@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 from clocks import Ticks
+from processes import together
 
 from kdlib import checkpoint, course, evaluate, inputs, parts, plan, records, report, session
 from kdlib.config import Config
@@ -164,6 +165,12 @@ def test_a_report_can_be_drawn_of_a_run_that_is_not_finished(run, tmp_path):
         assert "The run is failed. &lt;b&gt;full disk" in page
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Reports take longer than the runs that do not ask for them."""
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+
+
 def drive(settings, out, **changes):
     return list(session.distill(Config.from_dict({**settings, **changes}), out))
 
@@ -187,6 +194,7 @@ def test_without_a_control_nothing_is_claimed(settings, tmp_path):
     assert "nothing tells whether it helped" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
     found = drive(settings, tmp_path / "run", control="off", learning_rate=0.0, max_steps=50, eval_steps=2,
                   early_stopping_patience=3)  # fmt: skip
@@ -194,6 +202,7 @@ def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
     assert found[-1]["kind"] == "verdict"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.0)
     found = drive(settings, tmp_path / "run", learning_rate=0.0, max_steps=50, eval_steps=2, early_stopping_patience=3)
@@ -205,12 +214,14 @@ def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(set
     assert found[-1]["steps"] == steps
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_epochs_give_the_plan_where_no_steps_are_named(settings, tmp_path):
     drive(settings, tmp_path / "run", control="off", max_steps=0, epochs=0.5)
     windows = len(inputs.load(Config.from_dict(settings)).train)
     assert records.read_json(tmp_path / "run" / "config.json")["max_steps"] == round(0.5 * windows / 2)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
     steps = session.distill(Config.from_dict(settings), tmp_path / "run")
     for record in steps:
@@ -221,6 +232,7 @@ def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
     assert (status["state"], status["reason"]) == ("paused", "broken off by its caller; goes on from step-00000001")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_does_the_same_twice(settings, tmp_path):
     """Same seed: same losses, same student, byte for byte (the control's length is timed, and may differ)."""
     first, second = (drive(settings, tmp_path / name, control="off") for name in ("a", "b"))
@@ -230,6 +242,7 @@ def test_a_run_does_the_same_twice(settings, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_control_gets_the_steps_that_fit_into_the_same_time(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.5)
     found = drive(settings, tmp_path / "run", max_steps=4, eval_steps=2)
@@ -263,20 +276,31 @@ class Fake:
         return 0.0
 
 
-@pytest.mark.parametrize("more", [{}, {"preset": "documents", "balance": "auto", "share_steps": 2}], ids=["kd", "all"])
-def test_two_processes_do_what_one_does(settings, tmp_path, more):
-    """Real processes: the same effective batch gives the same losses, gradient norms and student."""
-    plan = {**settings, "control": "off", "max_steps": 3, **more}
-    words = {name: str(value) for name, value in plan.items()}
-    flags = [word for name, value in words.items() for word in (f"--{name}", value)]
+def by_the_command(settings, out):
+    """As its users launch it: the command in two processes, which says its end once."""
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kdlib.cli",
-         "distill", *flags, "--batch_size", "2", "--out", str(tmp_path / "two")],
+         "distill", *flags, "--out", str(out)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-2000:]
     assert launched.stdout.count("Student: ") == 1
+
+
+def by_the_library(settings, out):
+    together(2, drive, settings, out)
+
+
+ALL = {"preset": "documents", "balance": "auto", "share_steps": 2}
+
+
+@pytest.mark.parametrize(("launch", "more"), [(by_the_command, {}), (by_the_library, ALL)], ids=["kd", "all"])
+def test_two_processes_do_what_one_does(settings, tmp_path, launch, more):
+    """Real processes: the same effective batch gives the same losses, gradient norms and student."""
+    plan = {**settings, "control": "off", "max_steps": 3, **more}
+    launch({**plan, "batch_size": 2}, tmp_path / "two")
     one = [r for r in drive(plan, tmp_path / "one", batch_size=4) if r["kind"] == "train"]
     two = [r for r in records.read_records(tmp_path / "two" / "records.jsonl") if r["kind"] == "train"]
     assert len(one) == len(two) == 3
