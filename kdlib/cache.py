@@ -127,7 +127,7 @@ class Pass:
         share = told["bytes"] * told["missing"] / max(1, told["shards"]) / (self.writers if self.writers > 1 else 1)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.out).free - env.disk_reserve_bytes()
+            free = env.free_bytes(self.out) - env.disk_reserve_bytes()
             if share > free:
                 raise ValueError(
                     f"the cache needs {share / 1e9:.2f} GB more and the disk of {self.out} has {free / 1e9:.2f} GB; lower "

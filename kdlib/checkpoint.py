@@ -15,7 +15,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from kdlib import memory, records
+from kdlib import env, memory, records
 
 FORMAT = 1
 """Goes up when a checkpoint of before can no longer be gone on with."""
@@ -186,7 +186,7 @@ def _make_room(folder, num_bytes, reserve_bytes):
     for keep in (None, 1):
         if keep:
             keep_last(folder, keep)
-        free = shutil.disk_usage(folder).free
+        free = env.free_bytes(folder)
         if free >= num_bytes + reserve_bytes:
             return
     raise OSError(
@@ -232,4 +232,4 @@ def _flush(path):
 
 
 def _is_full(folder):
-    return shutil.disk_usage(folder).free < OVERHEAD_BYTES
+    return env.free_bytes(folder) < OVERHEAD_BYTES

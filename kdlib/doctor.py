@@ -3,8 +3,6 @@
 Nothing is written but the tokenized text, which `windows` keeps for the run to find.
 """
 
-import shutil
-
 from kdlib import budget, checkpoint, env, foretold, inputs, machine, memory, pairing, peak, plan, precision, seeds
 from kdlib.ahead import Ahead
 from kdlib.config import Config
@@ -206,7 +204,7 @@ class Look:
         if self.planned:
             made += foretold.plan_findings(self.config, step_s, per_step, self.budget)
         sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.tensors().items()}
-        return made + [foretold.disk_finding(sizes, self.config, shutil.disk_usage(".").free, env.disk_reserve_bytes())]
+        return made + [foretold.disk_finding(sizes, self.config, env.free_bytes("."), env.disk_reserve_bytes())]
 
     def _timed(self):
         steps, started = [], self.clock.now()

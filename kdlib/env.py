@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 from pathlib import Path
 
 PACKAGES = ("kdlib", "torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -48,6 +49,18 @@ def session_age_s(processes=None):
     processes = processes or Path(os.environ.get("KDLIB_PROC") or "/proc")
     started = int((processes / "1" / "stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
     return max(0.0, float((processes / "uptime").read_text().split()[0]) - started)
+
+
+KEPT_BYTES = 20 * 10**9
+"""Of what lies in a kernel's working folder Kaggle keeps no more."""
+
+
+def free_bytes(folder):
+    """Bytes that a folder still takes: what its disk has free; on Kaggle no more than it keeps of the working folder."""
+    free, working = shutil.disk_usage(folder).free, Path.cwd()
+    if on_kaggle() and Path(folder).resolve().is_relative_to(working):
+        free = min(free, KEPT_BYTES - sum(path.stat().st_size for path in working.rglob("*") if path.is_file()))
+    return free
 
 
 def disk_reserve_bytes():

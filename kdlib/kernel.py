@@ -17,6 +17,8 @@ SESSION_S, MARGIN_S = 12 * 3600, 3600
 """A session of Kaggle's, and what is left of it for packing up; the time budget of a run that was given none."""
 KINDS = ("datasets", "notebooks", "models")
 """First parts of the newer layout's paths; the owner follows."""
+MAX_CHECKPOINTS = 20
+"""Checkpoints kept in a kernel, at most: some eight files each, of some 500 that Kaggle keeps."""
 MARKS = {
     "model": ("config.json", "tokenizer*", "*.model"),
     "text": ("*.txt", "*.jsonl", "*.parquet"),
@@ -41,7 +43,8 @@ def config(teacher, student, dataset, settings, given_budget=""):
         "teacher_cache": "cache",
     }
     found = {name: located(named[name], kind) for name, kind in kinds.items() if named.get(name)}
-    return Config.from_dict({"time_budget": time_budget(given_budget), **named, **found})
+    made = Config.from_dict({"time_budget": time_budget(given_budget), **named, **found})
+    return made.replace(keep_checkpoints=min(made.keep_checkpoints, MAX_CHECKPOINTS)) if env.on_kaggle() else made
 
 
 def located(name, kind):

@@ -5,7 +5,6 @@ What was looked up (`describe`, `cards`) is plain data, and what it means (`find
 
 import dataclasses
 import re
-import shutil
 import sys
 
 import torch
@@ -123,7 +122,7 @@ def describe():
         "python": sys.version_info[:3],
         "memory_free": memory.free("cpu"),
         "memory_total": memory.usage("cpu")["total_bytes"],
-        "disk_free": shutil.disk_usage(".").free,
+        "disk_free": env.free_bytes("."),
         "disk_reserve": env.disk_reserve_bytes(),
         "on_kaggle": env.on_kaggle(),
     }

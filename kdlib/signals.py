@@ -27,6 +27,8 @@ INDEX, READER, HEAD = "cache.json", "teacher", "head.safetensors"
 SPLITS = ("train", "validation", "test")
 SHARD_POSITIONS = 2**16
 """Aligned positions in a shard, at least: what a kill can cost. 17 MB at 64 tokens."""
+MAX_SHARDS = 200
+"""Shards of one text, at most: Kaggle keeps some 500 files."""
 TOP_K = 64
 """Tokens kept of a position where `kd_top_k` is 0. Of real text they hold nearly all the probability (RESULTS.md)."""
 NEED_TEACHER = ("layerwise", "attention", "attention_alignment", "routing_feature")
@@ -87,11 +89,14 @@ def bytes_a_position(settings, student_rows, teacher_width):
 
 
 def plan(windows):
-    """Shards `[first, last)` of windows: whole documents, at least SHARD_POSITIONS aligned positions but for the last."""
+    """Shards `[first, last)` of windows: whole documents, at least SHARD_POSITIONS aligned positions but for the last, and
+    no more than MAX_SHARDS of them.
+    """
     shards, first, count, whole = [], 0, 0, Windows.of(windows)
+    least = max(SHARD_POSITIONS, -(-int(np.sum(whole.column("student_rows"))) // MAX_SHARDS))
     begins = np.diff(whole.column("document"), prepend=-1) != 0
     for index, (num_rows, begins_document) in enumerate(zip(whole.column("student_rows"), begins, strict=True)):
-        if count >= SHARD_POSITIONS and begins_document:
+        if count >= least and begins_document:
             shards.append([first, index])
             first, count = index, 0
         count += int(num_rows)

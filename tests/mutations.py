@@ -271,6 +271,7 @@ MUTANTS = {
     "a hash without its windows": ("windows.py", "digest.update(_numbers(batch.column(name).value_lengths()).tobytes())", "pass", [WINDOWS]),
     "counts of the last document only": ("windows.py", "[: len(cut)]", "[: len(cut) - 1] + [[0] * 4]", [WINDOWS]),
     "an environment left changed": ("env.py", "        os.environ = environment  # noqa", "        pass  # noqa", [WINDOWS]),
+    "spare characters in any order": ("tiny.py", "(piece, settled.get(piece, score))", "(piece, score)", ["test_tiny.py"]),
     "documents numbered anew in each process": ("windows.py", '"number": [number for number, _ in batch]', '"number": [0 for number, _ in batch]', [WINDOWS]),
     "the peak without what is there already": ("peak.py", "return now + _more_bytes(training, now)", "return _more_bytes(training, now)", [MEMORY]),
     "moments to come forgotten": ("peak.py", "round(state + max(passes, gradients + update))", "round(max(passes, gradients + update))", [MEMORY]),

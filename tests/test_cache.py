@@ -270,6 +270,17 @@ def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches):
     assert plan["missing"] == 0
 
 
+def test_a_long_text_has_larger_shards_not_more_of_them(caches, monkeypatch):
+    values, _ = caches["vocab"]
+    windows = inputs.load(Config.from_dict(values)).train
+    plain = signals.plan(windows)
+    monkeypatch.setattr(signals, "MAX_SHARDS", 2)
+    few = signals.plan(windows)
+    assert len(plain) > 2 >= len(few) > 1
+    assert [first for first, _ in few] == [0, *(last for _, last in few[:-1])]
+    assert few[-1][1] == plain[-1][1] == len(windows)
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
 

@@ -1,6 +1,7 @@
 """What a run knows of the kernel it is in: mounted inputs in either layout, the session's end, an end that keeps files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,19 @@ def test_a_complete_run_is_taken_over_whole(settings, tmp_path):
         for name in ("first", "second")
     )
     assert first == second
+
+
+def test_a_kernel_writes_no_more_than_kaggle_keeps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "weights").write_bytes(b"0" * 3000)
+    monkeypatch.setattr(env, "KEPT_BYTES", 10_000)
+    assert env.free_bytes("run") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.free_bytes("run") == 7000
+    assert env.free_bytes("/") == pytest.approx(shutil.disk_usage("/").free, rel=0.01)
+    assert kernel.config("a", "b", "c", {"keep_checkpoints": 90}).keep_checkpoints == 20
+    assert kernel.config("a", "b", "c", {"keep_checkpoints": 3}).keep_checkpoints == 3
 
 
 CELL = "from kdlib import kernel\nwith kernel.guard('run'):\n    {}\nprint('not reached')"

@@ -296,17 +296,53 @@ def test_the_pushed_notebook_needs_no_kdlib_and_no_network(image, attached, tmp_
     assert server.connects == []
 
 
+KILLED_ONCE = """
+import os, pathlib
+plain = client.Client.push
+def push(*given, **more):
+    made = plain(*given, **more)
+    if made.version == 2:
+        os._exit(9)
+    return made
+client.Client.push = push
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["new", "old"])
-def test_four_sessions_end_with_the_bytes_of_one(image, attached, tmp_path, layout):
-    ends = {}
-    for name, timeout, fates, steps in (("one", "1h", [], 2400), ("four", "60s", ["run"], 2400)):
-        server = KaggleServer(tmp_path / f"kaggle-{name}", image, layout, fates)
+@pytest.mark.parametrize(
+    ("layout", "fates", "code"),
+    [
+        ("new", [], KILLED_ONCE),
+        ("old", ["run", "run:20", "error", "run", "cancel:15"], ""),
+    ],
+    ids=["killed between push and poll", "lost sessions"],
+)
+def test_four_sessions_end_with_the_bytes_of_one(image, attached, tmp_path, layout, fates, code):
+    ends, lost = {}, sum(fate != "run" for fate in fates)
+    for name in ("one", "four"):
+        server = KaggleServer(tmp_path / f"kaggle-{name}", image, layout, fates if name == "four" else ())
         server.attach("ann/pair", attached)
-        ran = really(server, tmp_path, name, timeout, steps, *([] if name == "one" else ["--param", "time_budget=30s"]))
+        if name == "one":
+            ran = really(server, tmp_path, name, "1h", 4000)
+        else:
+            budget = f"time_budget={quarter(tmp_path / 'one'):.0f}s"
+            ran = really(server, tmp_path, name, "5m", 4000, "--param", budget, code=code)
+            if code:
+                assert ran.returncode == 9
+                ran = really(server, tmp_path, name, "5m", 4000, "--param", budget)
         server.close()
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
         ends[name] = student_of(tmp_path / name)
         states = [each["state"] for each in records.read_json(tmp_path / name / "relay.json")["sessions"]]
-        assert states[-1] == "complete" and (len(states) >= 4) == (name == "four"), states
+        assert states[-1] == "complete" and states.count("lost") == (lost if name == "four" else 0), states
+        assert name == "one" or len(states) - lost >= 4, states
+        assert len(server.kernels[REF]) == len(states)
     assert ends["one"] == ends["four"] and "model.safetensors" in ends["one"]
+
+
+def quarter(folder):
+    """Seconds of a session that does between a fourth and a fifth of what the run in `folder` did."""
+    status = records.read_json(folder / "outputs" / "run" / "status.json")
+    costs = status["costs"]
+    around = 1.25 * sum(costs[task] for task in ("start", "save", "evaluate")) + 1.25 * costs.get("export", 1.0)
+    return (around + (status["session_s"] - costs["start"]) / 4.5) / 0.98
