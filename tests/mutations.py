@@ -301,6 +301,7 @@ MUTANTS = {
     "an infinite peak as a number": ("course.py", "predicted if math.isfinite(predicted) else None", "predicted", [MEMORY]),
     "each process decides on its layers alone": ("course.py", "accelerate.utils.broadcast_object_list([training.recomputes])[0]", "training.recomputes", [MEMORY]),
     "a quantised teacher told by all its weights": ("identity.py", 'if getattr(model, "is_quantized", False):', "if False:", [BITS]),
+    "spare characters in any order": ("tiny.py", "(piece, settled.get(piece, score))", "(piece, score)", ["test_tiny.py"]),
     "4 bits taken for 8": ("identity.py", '        digest.update(" ".join(rounded).encode())', "        pass", [BITS]),
     "another optimizer goes on": ("identity.py", '    "check_teacher",\n', '    "check_teacher", "optimizer", "teacher_quantization",\n', [BITS]),
     "rows of special tokens are empty": ("pairing.py", "head.num_rows - len(head.vocabulary.gaps)", "head.num_rows", [DOCTOR]),
