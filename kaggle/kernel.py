@@ -78,7 +78,7 @@ def package():
     files = {f"kdlib-{kdlib.__version__}.dist-info/METADATA": about.encode()}
     files.update({f"kdlib/{path.name}": path.read_bytes() for path in sorted((HOUSE / "kdlib").glob("*.py"))})
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:xz", format=tarfile.USTAR_FORMAT, preset=9) as archive:
+    with tarfile.open(fileobj=packed, mode="w:xz", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)

@@ -46,6 +46,13 @@ def parser(description):
 
 def prepared(options, token, sources=(), budget_s=None):
     """`(notebook, metadata, timeout_s)` of what will be pushed; ValueError where anything is wrong with it."""
+    values, metadata, timeout_s = checked(options, sources, budget_s)
+    stamp = {"token": token, "version": kernel.kdlib.__version__, "accelerator": options.accelerator}
+    return kernel.build(options.notebook, values, stamp), metadata, timeout_s
+
+
+def checked(options, sources=(), budget_s=None):
+    """`(parameters, metadata, timeout_s)` that the options mean; ValueError where anything is wrong with them."""
     if not (options.title or options.slug):
         options.title = "kdlib distill"
     timeout_s = _timeout_s(options.timeout)
@@ -60,8 +67,7 @@ def prepared(options, token, sources=(), budget_s=None):
         values.setdefault("accelerator", options.accelerator)
     if "time_budget" in known and (budget_s or not values.get("time_budget")):
         values["time_budget"] = f"{budget_s:.0f}s" if budget_s else kernel.time_budget(timeout_s)
-    stamp = {"token": token, "version": kernel.kdlib.__version__, "accelerator": options.accelerator}
-    return kernel.build(path, values, stamp), metadata, timeout_s
+    return values, metadata, timeout_s
 
 
 def _timeout_s(text):

@@ -23,7 +23,7 @@ from pathlib import Path
 import kernel
 from client import RUNNING, Busy, Client, Refused, busy_kind, main_of
 from pull import pull
-from push import parser, prepared
+from push import checked, parser, prepared
 
 from kdlib import budget, records
 
@@ -45,8 +45,7 @@ class Relay:
         self.client, self.options, self.clock, self.poll_s = client, options, clock, poll_s
         self.out = Path(options.out)
         self.path = self.out / "relay.json"
-        _, metadata, _ = prepared(options, "")
-        self.ref = metadata["id"]
+        self.ref = checked(options)[1]["id"]
         asked = {"kernel": self.ref, "notebook": Path(options.notebook).name, "parameters": sorted(options.param)}
         self.state = self._found(asked) or {**asked, "sessions": []}
 
