@@ -33,6 +33,10 @@ class Refused(RuntimeError):
     """Kaggle said no, or could not be asked."""
 
 
+class Unreachable(Refused):
+    """Kaggle could not be asked for a while; later it may."""
+
+
 class Busy(Refused):
     """No session can begin now. `kind`: `sessions` or `quota`."""
 
@@ -74,7 +78,7 @@ class Client:
                     return made
                 continue
             return self._judged(answer, ref, token)
-        raise Refused(f"{ref} could not be pushed in {TRIES} tries; no version was made as far as can be seen")
+        raise Unreachable(f"{ref} could not be pushed in {TRIES} tries; no version was made as far as can be seen")
 
     def _judged(self, answer, ref, token):
         if answer is None:
@@ -174,7 +178,7 @@ class Client:
                 return self._ask(ask, missing)
             except Ambiguous as problem:
                 if attempt == TRIES - 1:
-                    raise Refused(f"Kaggle could not be asked: {problem}") from None
+                    raise Unreachable(f"Kaggle could not be asked: {problem}") from None
                 self._wait(attempt, f"Kaggle did not answer ({problem})")
         return None
 
@@ -198,7 +202,7 @@ class Client:
                 raise Refused(_said(error, code)) from None
             except (requests.exceptions.RequestException, json.JSONDecodeError) as error:
                 raise Ambiguous(_said(error)) from None
-        raise Refused("Kaggle kept asking for patience (429); try again later")
+        raise Unreachable("Kaggle kept asking for patience (429); try again later")
 
     def _wait(self, attempt, why, seconds=None):
         seconds = seconds or FIRST_WAIT_S * 2**attempt * random.uniform(0.75, 1.25)

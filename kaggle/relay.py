@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import kernel
-from client import RUNNING, Busy, Client, Refused, busy_kind, main_of
+from client import RUNNING, Busy, Client, Refused, Unreachable, busy_kind, main_of
 from pull import pull
 from push import checked, parser, prepared
 
@@ -66,17 +66,28 @@ class Relay:
 
     def run(self):
         """All sessions that are still needed; the exit status."""
-        while True:
-            last = self.state["sessions"][-1] if self.state["sessions"] else None
-            if last is None or last["phase"] == "done":
-                answer = self._answer(last)
-                if answer is not None:
-                    return answer
-                last = self._begin()
-            if last["phase"] == "pushing" and not self._push(last):
-                return 0
-            if last["phase"] == "running":
-                self._wait_for(last)
+        answer = None
+        while answer is None:
+            try:
+                answer = self._go_on()
+            except Unreachable as problem:  # all that is known is on the disk: the next try begins there
+                self.client.say(f"{problem}. Next try in {budget.spoken(self.poll_s[1])}.")
+                self.clock.sleep(self.poll_s[1])
+        return answer
+
+    def _go_on(self):
+        """The next thing that is to be done; the exit status where that was the last."""
+        last = self.state["sessions"][-1] if self.state["sessions"] else None
+        if last is None or last["phase"] == "done":
+            answer = self._answer(last)
+            if answer is not None:
+                return answer
+            last = self._begin()
+        if last["phase"] == "pushing" and not self._push(last):
+            return 0
+        if last["phase"] == "running":
+            self._wait_for(last)
+        return None
 
     def _answer(self, last):
         """The exit status where nothing more is to be pushed; None where another session is."""

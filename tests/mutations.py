@@ -364,6 +364,7 @@ MUTANTS = {
     "lost sessions without end": ("kaggle/relay.py", "if len(lost) == LOSSES and all(lost):", "if False:", [RELAY]),
     "sessions that get nowhere without end": ("kaggle/relay.py", "if len(steps) == LOSSES and len(set(steps)) == 1:", "if False:", [RELAY]),
     "hours beyond the budget": ("kaggle/relay.py", "usable if usable < whole else None", "None", [RELAY]),
+    "an outage ends the relay": ("kaggle/relay.py", "            except Unreachable as problem:", "            except ZeroDivisionError as problem:", [RELAY]),
     "a changed package runs": ("kaggle/kernel.py", "hexdigest() != CHECKSUM", 'hexdigest() == ""', [KAGGLE]),
     "outputs are sent": ("kaggle/kernel.py", "            cell.outputs, cell.execution_count = [], None\n", "", [KAGGLE]),
     "no time between our end and Kaggle's": ("kaggle/kernel.py", "whole - min(MARGIN_S, whole // 10)", "whole", [KAGGLE]),

@@ -209,6 +209,18 @@ def test_two_relays_do_not_share_a_folder(server, tmp_path):
     assert ran.returncode == 2 and "another relay works on" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    "method", ["GetKernelSessionStatus", "SaveKernel", "ListKernelSessionOutput", "files", "GetKernel"]
+)
+def test_an_outage_of_kaggle_is_waited_for(server, tmp_path, method):
+    server.faults[method] = ["500"] * 8
+    ran = relayed(server, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "Next try in" in ran.stdout
+    assert [each["state"] for each in state_of(tmp_path)] == ["paused", "paused", "complete"]
+    assert len(server.kernels[REF]) == 3
+
+
 def test_follow_shows_the_log(server, tmp_path):
     def slowly(version, working):
         version.log = json.dumps([{"stream_name": "stdout", "time": 1.0, "data": f"line of {version.number}\n"}])
