@@ -143,6 +143,10 @@ class Config:
     every two minutes or as seldom as keeps saving below 2 % of the time."""
     keep_checkpoints: int = 2
     """Checkpoints kept, the newest ones; each holds the best weights so far too."""
+    second_copy: str = ""
+    """Private Kaggle data set (`kaggle:OWNER/NAME`) or Hugging Face repository (`hub:OWNER/NAME`) for checkpoints."""
+    second_copy_saves: int = 5
+    """Checkpoints from one that is sent to the next."""
     time_budget: float | str = ""
     """Length of a session, counted from its start: hours, or `11h`, `40m`, `1h30m`, `90s`. Before it is over the run saves
     itself and ends `paused`; the same command goes on with it. Empty: no end."""
@@ -169,6 +173,10 @@ class Config:
                 raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.teacher_device):
             raise ValueError(f"unknown teacher_device {self.teacher_device!r}; have auto, cpu, cuda:0, cuda:1, ...")
+        if not re.fullmatch(_COPIES, self.second_copy):
+            raise ValueError(
+                f"second_copy is {self.second_copy!r}; write kaggle:OWNER/NAME (NAME: 6-50 of a-z 0-9 -) or hub:OWNER/NAME"
+            )
         if not self.lm_weight + sum(getattr(self, f"{name}_weight") for name in self._teaching()) > 0:
             raise ValueError("the weights of all parts are 0; nothing would be learned")
         if self.kd_top_k and self.kd_method == "chunk_likelihood":
@@ -271,6 +279,7 @@ _CHOICES = {
 
 AUTO, DURATION = int | str, float | str
 _HUGE = 10**12
+_COPIES = r"|kaggle:[\w-]+/(?!-)[a-z0-9-]{6,50}(?<!-)|hub:[\w.-]+/[\w.-]+"
 _RANGES = {
     "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
     "max_steps": (0, _HUGE), "learning_rate": (0.0, 10.0), "projector_learning_rate": (0.0, 10.0),
@@ -279,7 +288,8 @@ _RANGES = {
     "label_smoothing": (0.0, 0.99), "loss_chunk_size": (1, 10**9), "kd_top_k": (0, 10**9),
     **{f"{name}_weight": (0.0, 10.0**6) for name in FEATURES}, "feature_layers": (1, 10**4), "attention_layers": (1, 10**4),
     "share_steps": (0, _HUGE), "non_finite_steps": (1, _HUGE),
-    "eval_steps": (0, _HUGE), "save_steps": (0, _HUGE), "keep_checkpoints": (1, 10**6), "ema_decay": (0.0, 1.0),
+    "eval_steps": (0, _HUGE), "save_steps": (0, _HUGE), "second_copy_saves": (1, _HUGE),
+    "keep_checkpoints": (1, 10**6), "ema_decay": (0.0, 1.0),
     "eval_tokens": (16, _HUGE), "log_steps": (1, _HUGE), "early_stopping_patience": (0, _HUGE), "repeats": (1, 1000),
     "seed": (0, 2**31 - 1),
 }  # fmt: skip
@@ -300,16 +310,7 @@ def parse_flag(name, text):
     if field.type == DURATION:
         return text
     if field.type is bool:
-        words = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
+        words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
         if text.lower() not in words:
             raise ValueError(f"{name} takes true or false, got {text!r}")
         return words[text.lower()]

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 PACKAGES = ("kdlib", "torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers", "numpy")
@@ -16,6 +17,16 @@ def cache_folder():
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlib"
+
+
+def variable(name):
+    """An environment variable, None where it is not set or empty."""
+    return os.environ.get(name) or None
+
+
+def of_a_process(**more):
+    """The environment of a process of ours: that of this one, its modules found where this one finds them."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **more}
 
 
 def is_main_process():

@@ -16,6 +16,7 @@ HARMLESS = {
     "epochs", "batch_size", "grad_accumulation",  # the plan and the windows in a step are compared
     "packing", "loss_chunk_size", "amp_dtype", "teacher_device", "gradient_checkpointing", "share_steps", "log_steps",
     "eval_steps", "save_steps", "keep_checkpoints", "time_budget", "early_stopping_patience", "non_finite_steps",
+    "second_copy", "second_copy_saves",
     "check_teacher",
 }  # fmt: skip
 NAMES = {
