@@ -147,10 +147,12 @@ def size_of(tensors):
 
 
 class Writer:
-    """Writes checkpoints behind the training, one at a time."""
+    """Writes checkpoints behind the training, one at a time. `copies` (`copies.Copies`) are given each that is whole, and
+    give up what they keep where the disk is full.
+    """
 
-    def __init__(self, clock):
-        self.clock = clock
+    def __init__(self, clock, copies=None):
+        self.clock, self.copies = clock, copies
         self.pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdlib-checkpoint")
         self.pending = None
         self.write_s = 0.0
@@ -173,12 +175,25 @@ class Writer:
         if pending:
             pending.result()
 
+    def told(self, place):
+        """Alerts of the copies, at `place()`."""
+        return self.copies.told(place) if self.copies else []
+
     def close(self):
         self.pool.shutdown(wait=True)
+        if self.copies:
+            self.copies.close()
 
     def _write(self, arguments):
         started = self.clock.now()
-        write(*arguments)
+        try:
+            path = write(*arguments)
+        except OSError as error:
+            if not (self.copies and error.errno in records.FULL and self.copies.give_up()):
+                raise
+            path = write(*arguments)
+        if self.copies:
+            self.copies.take(path)
         self.write_s = self.clock.now() - started
 
 

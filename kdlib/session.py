@@ -8,7 +8,7 @@ import weakref
 
 import torch
 
-from kdlib import budget, checkpoint, conclusion, env, fused, inputs, plan, precision, records, resume
+from kdlib import budget, checkpoint, conclusion, copies, env, fused, inputs, plan, precision, records, resume
 from kdlib.course import Course
 from kdlib.leg import DISTILLED, Scorer
 
@@ -72,6 +72,7 @@ class Session:
 
     def _load(self, config):
         """The inputs, and what an earlier session left."""
+        self.writer = checkpoint.Writer(self.clock, copies.of_run(config, self.folder) if self.writes else None)
         there = precision.teacher_device(config.teacher_device, self.accelerator)
         loaded = inputs.load(config, self.accelerator.device, precision.teacher_dtype(self.accelerator, there), there)
         per_step = config.effective_batch * self.accelerator.num_processes
@@ -96,7 +97,6 @@ class Session:
         )
         self.budget = budget.Budget(seconds, self.clock, self.started, status.get("costs", {}), guesses)
         scorer = Scorer(loaded, chunk, self.budget, facts.get("halvings", 0), self._tick)
-        self.writer = checkpoint.Writer(self.clock)
         self.course = Course(self.config, loaded, self.accelerator, self.clock, self.budget, scorer)
         self.was_saved, self.saved_step, self.saved_at, self.saving_s = bool(facts), None, self.clock.now(), 0.0
         self.trained_from, self.outlook = None, None
@@ -159,7 +159,7 @@ class Session:
         if facts:
             yield from self._written(self.found.alerts(course.place()))
         for found in course.run():
-            yield from self._written(found)
+            yield from self._written([*found, *self.writer.told(course.place)])
             yield from self._look_ahead()
         self._save_whole()
         if not self.budget.allows("conclude") and self.trained_from is not None:

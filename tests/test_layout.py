@@ -23,7 +23,7 @@ FLOORS = [
     "windows",
     "data corpus",
     "align vocab fused attention",
-    "losses machine",
+    "losses machine copies upload",
     "memory precision schedule records env alerts",
     "keys",
     "config",
@@ -134,7 +134,8 @@ def test_the_package_needs_only_what_the_image_ships():
     import sys
 
     shipped = allowed | {"tokenizers", "pyarrow"} | sys.stdlib_module_names  # the last two come with the others
-    optional = {"bitsandbytes": {"precision"}}
+    clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
+    optional = {"bitsandbytes": {"precision"}, **{name: {"copies", "upload"} for name in clients}}
     for room, source in sources().items():
         wanted = {name.split(".")[0] for name in imports_of(source)} - {"kdlib"} - shipped
         assert all(room in optional.get(name, ()) for name in wanted), room
