@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits f
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdlib-datasets-")  # nor finds what another run left
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+import copy_servers
 import kaggle_server
 import pytest
 import torch
@@ -58,3 +59,40 @@ def server(tmp_path):
     yield server
     server.close()
     assert server.connects == []  # nothing tried to leave this machine
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """A server, and an environment in which Kaggle is that."""
+    server = copy_servers.DataSets(tmp_path / "kaggle")
+    for name in [name for name in os.environ if "proxy" in name.lower() or "KAGGLE" in name]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(kaggle_server.CLIENTS["2.2.5"]))
+    yield server
+    server.close()
+    assert server.connects == []  # nothing tried to leave this machine
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub, and an environment in which it is the only one."""
+    server = copy_servers.Hub(tmp_path / "hub")
+    for name in [name for name in os.environ if "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    told = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_abcdefgh", "HF_HOME": str(tmp_path / "hf")}
+    told |= {"HTTPS_PROXY": server.address}
+    for name, value in {**told, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.close()
+    assert server.connects == []
+
+
+@pytest.fixture
+def run(tmp_path, kaggle):
+    """A run folder whose every checkpoint is copied to Kaggle."""
+    made = copy_servers.Run(tmp_path / "run", "kaggle:ann/run-copy")
+    yield made
+    made.copies.close()

@@ -29,6 +29,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
 MEMORY, BITS = "test_memory.py", "test_bits.py"
 DOCTOR = "test_doctor.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
+COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -348,6 +349,17 @@ MUTANTS = {
     "the best of the findings": ("findings.py", "max((finding.state for finding", "min((finding.state for finding", [f"{DOCTOR}::test_findings_are_plain_values"]),
     "JSON that is none": ("findings.py", "            told[\"number\"] = None  # JSON", "            pass  # JSON", [f"{DOCTOR}::test_findings_are_plain_values"]),
     "a table torn by a bar": ("findings.py", '.replace("|", "\\\\|")', "", [f"{DOCTOR}::test_findings_are_shown_as_a_table"]),
+    "every checkpoint is sent": ("copies.py", "if not (self.overdue or self.num_saves % self.every == 0):", "if False:", [f"{COPIES}::test_every_so_many_checkpoints_are_taken"]),
+    "a failed copy is forgotten": ("copies.py", "self.overdue = self.waiting is None", "self.overdue = False", [f"{UPLOAD}::test_an_upload_that_fails_is_told_once_and_tried_again_with_the_next_checkpoint"]),
+    "a credential in an alert": ("copies.py", 'problem.replace(value, "...")', "problem", [f"{UPLOAD}::test_a_failure_tells_no_credential", f"{UPLOAD}::test_a_hub_that_fails_is_told_without_the_token"]),
+    "a copy that goes with its checkpoint": ("copies.py", "os.link(file, kept / file.name)", "os.symlink(file, kept / file.name)", [f"{COPIES}::test_training_goes_on_while_a_copy_is_sent_and_the_newest_waits"]),
+    "every waiting copy is kept": ("copies.py", "        if former:\n            shutil", "        if False:\n            shutil", [f"{COPIES}::test_training_goes_on_while_a_copy_is_sent_and_the_newest_waits"]),
+    "a data set made without a file": ("upload.py", "if len(request.files) != wanted:", "if False:", [f"{UPLOAD}::test_an_upload_that_fails_is_told_once_and_tried_again_with_the_next_checkpoint"]),
+    "nobody looks what arrived": ("upload.py", 'compare(sizes_of(folder), _listed(api, name), ["checkpoints.tar"])', "_listed(api, name)", [f"{UPLOAD}::test_a_file_that_got_lost_on_the_way_is_missed"]),
+    "a public data set gets the run": ("upload.py", "if there is not None and not there.is_private:", "if False:", [f"{UPLOAD}::test_a_public_data_set_gets_nothing"]),
+    "old checkpoints stay on the Hub": ("upload.py", 'path.startswith("checkpoints/") and path not in sent', "False", [f"{UPLOAD}::test_the_hub_holds_the_newest_copy_in_one_commit_each"]),
+    "a copy fills the disk": ("checkpoint.py", " and self.copies.give_up()):", " and False):", [f"{COPIES}::test_a_full_disk_costs_the_copy_and_not_the_checkpoint"]),
+    "another place for copies is another run": ("identity.py", '    "second_copy", "second_copy_saves",\n', "", [f"{COPIES}::test_a_run_goes_on_with_its_copy_and_ends_with_the_same_bytes"]),
     "what a tokenizer puts behind forgotten": ("data.py", "tuple(full[start + len(bare) :])", "()", [f"{DOCTOR}::test_marks_around_a_text"]),
     "a refused push is a success": ("kaggle/client.py", "        if answer.error:\n", "        if False:\n", [KAGGLE]),
     "sources left out are no matter": ("kaggle/client.py", "        if left_out:\n", "        if False:\n", [KAGGLE]),
