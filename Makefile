@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 	$(RUN) kdlib.cli demo --out "$(OUT)"
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) pytest -m slow

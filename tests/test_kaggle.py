@@ -60,11 +60,11 @@ def test_parameters_injected_twice_are_those_of_the_second_time(tmp_path):
 
 def run_cell(source, folder):
     """The cell in an interpreter that has no kdlib of its own."""
-    code = source + "\nimport kdlib, importlib.metadata\nprint(kdlib.__file__, importlib.metadata.version('kdlib'))\n"
+    told = "\nimport kdlib, importlib.metadata\nprint(kdlib.__file__, importlib.metadata.version('kdlib'))\n"
+    (folder / "cell.py").write_text(source + told)
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": ""}
-    return subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    words = [sys.executable, "-I", "-S", "cell.py"]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_carrying_cell_brings_kdlib_and_leaves_its_stamp(tmp_path):

@@ -153,12 +153,12 @@ def test_where_kaggle_has_no_room_it_waits_and_says_how_long(server, tmp_path):
 
 
 def test_a_session_that_quota_ends_at_once_is_no_loss(server, tmp_path, monkeypatch):
-    server.fates = ["error"] * 4 + ["complete"] * 3
+    server.fates = ["error"] * 4 + ["complete"]
     plain = KaggleServer._end
     message = "Maximum weekly GPU quota of 30.00 hours reached."
     monkeypatch.setattr(KaggleServer, "_end", staticmethod(lambda version, fate, _: plain(version, fate, message)))
     ran = relayed(server, tmp_path)
-    assert (ran.returncode, len(server.kernels[REF])) == (0, 7), ran.stdout
+    assert (ran.returncode, len(server.kernels[REF])) == (0, 5), ran.stdout
 
 
 @pytest.mark.parametrize(
