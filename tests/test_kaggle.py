@@ -141,16 +141,23 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_siz
         "kd=1=2",
     ]
 )
-FLAGS = st.sampled_from(
-    ["--owner", "--slug", "--title", "--param", "--accelerator", "--dataset", "--kernel-source", "--model", "--docker-image",
-     "--timeout"]
-)  # fmt: skip
+SOUND = {
+    "--slug": ["my-run", "kdlib-distill"], "--param": ["max_steps=3", "teacher=a/b", "out=other", "kd-top-k=8", "small={}"],
+    "--accelerator": ["NvidiaTeslaT4", "NvidiaTeslaP100", "none", "NvidiaL4"], "--dataset": ["ann/texts", "b/c"],
+    "--kernel-source": ["ann/other-run"], "--model": ["q/qwen/transformers/0.6b/1"], "--timeout": ["12h", "90s", "2"],
+    "--docker-image": ["gcr.io/kaggle/python@sha256:" + "a" * 64], "--title": ["My run", "kdlib distill"],
+}  # fmt: skip
+PAIRS = st.sampled_from(sorted(SOUND)).flatmap(
+    lambda flag: st.tuples(
+        st.just(flag), st.integers(0, 5).flatmap(lambda n: WORDS if n == 0 else st.sampled_from(SOUND[flag]))
+    )
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.tuples(FLAGS, WORDS), max_size=5), st.booleans())
+@given(st.lists(PAIRS, max_size=4), st.integers(0, 9))
 def test_whatever_is_asked_for_makes_a_sound_kernel_or_one_clear_line(capsys, pairs, named):
-    words = ["--owner", "ann"] * named + [f"{flag}={word}" for flag, word in pairs]
+    words = ["--owner", "ann"] * (named > 0) + [f"{flag}={word}" for flag, word in pairs]
     try:
         assert push.run([*words, "--dry-run"]) == 0
     except ValueError as error:
@@ -164,8 +171,13 @@ def test_whatever_is_asked_for_makes_a_sound_kernel_or_one_clear_line(capsys, pa
     sent = json.loads(told)
     owner, slug = sent["id"].split("/")
     assert owner and 5 <= len(slug) <= 50 and slug == slug.lower()
-    assert all(len(each.split("/")) == 2 for each in [*sent["dataset_sources"], *sent["kernel_sources"]])
-    assert all(len(each.split("/")) == 5 for each in sent["model_sources"])
+    for flag, field in (
+        ("--dataset", "dataset_sources"),
+        ("--kernel-source", "kernel_sources"),
+        ("--model", "model_sources"),
+    ):
+        assert sent[field] == [word for name, word in pairs if name == flag]
+    assert sent.get("machine_shape", "none") == ([w for f, w in pairs if f == "--accelerator"] or ["NvidiaTeslaT4"])[-1]
     assert sent["enable_internet"] is True and sent["is_private"] is True
     assert sent["parameters"]["time_budget"]
 
