@@ -69,18 +69,23 @@ def _highest(training, before, accumulates):
                 found[count] = _points(training, longest[-count:])
         finally:
             objective.zero_grad()
-    return max(
-        _height(few, more, len(longest), before, *points) for points in zip(found[few], found[more], strict=True)
-    )
+    return _top(few, more, len(longest), before, zip(found[few], found[more], strict=True))
+
+
+def _top(few, more, whole, before, points):
+    """Bytes at the highest of all points: the one where most is alive, for what an allocator keeps where less is was alive
+    elsewhere.
+    """
+    return sum(max(_height(few, more, whole, before, *point) for point in points))
 
 
 def _height(few, more, whole, before, less, much):
-    """Bytes at one point of a micro-batch of `whole` windows, from `(alive, in use beside)` of `few` windows and of `more`.
-    What is more in use beside than there was `before` is what an allocator keeps: it grows with its blocks.
+    """`(alive, kept)` bytes at one point of a micro-batch of `whole` windows, from `(alive, in use beside)` of `few` windows
+    and of `more`. What is more in use beside than there was `before` is what an allocator keeps: it grows with its blocks.
     """
     kept = [max(0, beside - before) for _, beside in (less, much)]
     growth = (whole - more) / max(1, more - few)
-    return sum(last + max(0, last - first) * growth for first, last in ((less[0], much[0]), kept))
+    return tuple(last + max(0, last - first) * growth for first, last in ((less[0], much[0]), kept))
 
 
 def _points(training, windows):

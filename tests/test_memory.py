@@ -127,8 +127,14 @@ def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
 
 def test_what_an_allocator_keeps_grows_with_the_windows():
     """Points of 2 and of 4 windows: 100 and 160 bytes alive, 20 and 50 more in use; ten windows."""
-    assert peak._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60) + (50 + 3 * 30)
-    assert peak._height(4, 4, 4, 1000, (100, 990), (100, 990)) == 100
+    assert peak._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)
+    assert peak._height(4, 4, 4, 1000, (100, 990), (100, 990)) == (100, 0)
+
+
+def test_what_was_alive_elsewhere_is_not_counted_again():
+    """A point with little alive, where the allocator still holds what an earlier pass has let go."""
+    points = [((200, 1010), (220, 1010)), ((8, 1000), (16, 1133))]
+    assert peak._top(1, 2, 8, 1000, points) == 220 + 6 * 20 + 10
 
 
 def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):
