@@ -12,6 +12,10 @@ from kdlib import batching, memory, optimizer, seeds
 from kdlib.windows import longest_of
 
 
+LIVELY = 1 / 3
+"""Measured: with all points told / taken is 1.25 where layers are made anew, with the liveliest alone 0.86 to 0.99."""
+
+
 def fit(training, total_bytes):
     """The `predicted_bytes` of a `train.Training`. Where they are more than there is, the student's layers are made anew in
     the backward pass from now on (`Training.recomputes`), if its class can.
@@ -73,10 +77,12 @@ def _highest(training, before, accumulates):
 
 
 def _top(few, more, whole, before, points):
-    """Bytes at the highest of all points: the one where most is alive, for what an allocator keeps where less is was alive
-    elsewhere.
+    """Bytes at the highest of all points where at least LIVELY of the most is alive: what an allocator keeps where there is
+    less was alive elsewhere, and would be counted twice.
     """
-    return sum(max(_height(few, more, whole, before, *point) for point in points))
+    heights = [_height(few, more, whole, before, *point) for point in points]
+    most = max(alive for alive, _ in heights)
+    return max(alive + kept for alive, kept in heights if alive >= LIVELY * most)
 
 
 def _height(few, more, whole, before, less, much):

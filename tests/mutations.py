@@ -281,7 +281,7 @@ MUTANTS = {
     "gradients between passes forgotten": ("peak.py", "held = gradients if training.config.effective_batch > training.micro_batch else 0", "held = 0", [MEMORY]),
     "the first windows watched, not the longest": ("peak.py", "longest_of(training.windows, training.micro_batch)", "training.windows[: training.micro_batch]", [MEMORY]),
     "what an allocator keeps forgotten": ("peak.py", "in ((less[0], much[0]), kept)", "in ((less[0], much[0]),)", [MEMORY]),
-    "what was alive elsewhere counted again": ("peak.py", "sum(max(_height(few, more, whole, before, *point) for point in points))", "max(sum(_height(few, more, whole, before, *point)) for point in points)", [MEMORY]),
+    "what was alive elsewhere counted again": ("peak.py", " if alive >= LIVELY * most)", ")", [MEMORY]),
     "no memory for a look is a failed run": ("peak.py", "        if not memory.ran_out(error):\n            raise\n        error", "        raise\n        error", [MEMORY]),
     "a student that can't is told to": ("peak.py", " and memory.can_recompute(training.objective.student):", ":", [MEMORY]),
     "the peak of layers kept, told for layers made anew": ("peak.py", "        training.recomputes = True\n        predicted = predicted_bytes(training)\n", "        training.recomputes = True\n", [MEMORY]),

@@ -133,8 +133,9 @@ def test_what_an_allocator_keeps_grows_with_the_windows():
 
 def test_what_was_alive_elsewhere_is_not_counted_again():
     """A point with little alive, where the allocator still holds what an earlier pass has let go."""
-    points = [((200, 1010), (220, 1010)), ((8, 1000), (16, 1133))]
-    assert peak._top(1, 2, 8, 1000, points) == 220 + 6 * 20 + 10
+    lively, less, idle = ((200, 1010), (220, 1010)), ((150, 1020), (160, 1045)), ((8, 1000), (16, 1133))
+    assert peak._top(1, 2, 8, 1000, [lively, idle]) == 220 + 6 * 20 + 10
+    assert peak._top(1, 2, 8, 1000, [idle, less, lively]) == (160 + 6 * 10) + (45 + 6 * 25)
 
 
 def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):
