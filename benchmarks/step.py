@@ -206,9 +206,12 @@ def row(way, timed, kept, to_floor):
 
 
 def growth(options, measured):
-    """Print seconds and peak megabytes of few layers, a row for each way and size."""
+    """Print processor seconds and peak megabytes of few layers, a row for each way and size."""
     depth = {"num_hidden_layers": options.depth or 2}
-    print("| grows | to | way | tokens a second | seconds | peak MB above |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| grows | to | way | tokens a processor second | processor seconds | peak MB above |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for grows, sizes in GROWTH.items():
         for size, changes in sizes.items():
             shapes = {side: {**depth, **changes.get(side, {})} for side in ("teacher", "student")}
@@ -218,13 +221,13 @@ def growth(options, measured):
                 if "failed" in found:
                     print(f"| {grows} | {size} | {way} | {found['failed']} | | |", flush=True)
                     continue
-                best = min(found["way_s"])[0]
+                best = min(own for _, own in found["way_s"])
                 figures = f"{found['tokens'] / best:.1f} | {best:.2f} | {found['above_bytes'] / 1e6:.0f}"
                 print(f"| {grows} | {size} | {way} | {figures} |", flush=True)
 
 
 def draw(found, folder):
-    """Write `growth.png`: seconds and peak megabytes against each size, a line a way."""
+    """Write `growth.png`: processor seconds and peak megabytes against each size, a line a way."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,10 +238,12 @@ def draw(found, folder):
         for way in WAYS:
             points = [(str(size), point(found, way, changes)) for size, changes in sizes.items()]
             points = [(size, *point) for size, point in points if point]
-            for line, name in enumerate(("seconds", "peak MB above the models")):
+            for line, name in enumerate(("processor seconds", "peak MB above the models")):
                 if points:
                     axes[line][column].plot([p[0] for p in points], [p[1 + line] for p in points], "o-", label=way)
                 axes[line][column].set(xlabel=grows, ylabel=name, yscale="log")
+                axes[line][column].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+                axes[line][column].yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}")
     axes[0][0].legend(fontsize=7)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "growth.png", dpi=110)
@@ -254,7 +259,7 @@ def point(found, way, changes):
         asked = {"num_windows": 8, "length": 0, "teacher": {}, "student": {}, **changes}
         few = world["student"].get("num_hidden_layers")
         if record["what"] == "memory" and record["way"] == way and few and {**world, **plain} == asked:
-            return min(record["way_s"])[0], record["above_bytes"] / 1e6
+            return min(own for _, own in record["way_s"]), record["above_bytes"] / 1e6
     return None
 
 
