@@ -175,7 +175,6 @@ def build(path, values, stamp):
     carriers[0].source = carrying_cell(stamp)
     carriers[0].metadata.update({"_kg_hide-input": True, "jupyter": {"source_hidden": True}})
     for cell in notebook.cells:
-        cell.pop("attachments", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.metadata.pop("execution", None)
