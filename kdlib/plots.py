@@ -1,38 +1,12 @@
-"""Records -> figures, in one style, for light and dark pages. Colours after Okabe and Ito, safe for colour-blind eyes."""
+"""Records -> figures of how a run went, over its steps and its time."""
 
-import contextlib
-
-import matplotlib
-from matplotlib.figure import Figure
-
-COLOURS = {"distilled": "#D55E00", "ce_only": "#0072B2", "teacher": "#009E73", "student_before": "#999999"}
-PART_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
-NAMES = {
-    "distilled": "distilled",
-    "ce_only": "control (plain training)",
-    "teacher": "teacher",
-    "student_before": "student before",
-}
-PARTS = ("lm", "kd", "layerwise", "attention_alignment", "attention", "routing_feature", "contrastive")
-PART_NAMES = {
-    "lm": "next token (lm)",
-    "kd": "distillation (kd)",
-    "layerwise": "layers (layerwise)",
-    "attention_alignment": "attention relations",
-    "attention": "attention maps",
-    "routing_feature": "routed layers",
-    "contrastive": "contrastive",
-}
-THEMES = {
-    "light": {"text": "#1a1a1a", "back": "#ffffff", "grid": "#d9d9d9"},
-    "dark": {"text": "#e8e8e8", "back": "#14171a", "grid": "#3a3f44"},
-}
+from kdlib.style import COLOURS, NAMES, PART_COLOURS, PART_NAMES, PARTS, THEMES, figure
 
 
 def learning_curves(records, theme="light"):
     """Validation bits per byte over training time, each run a line, the teacher as a level."""
     points = [r for r in records if r["kind"] == "eval" and r["split"] == "validation"]
-    with _figure(theme, height=3.6) as (figure, axes):
+    with figure(theme, height=3.6) as (made, axes):
         unit, seconds = _time_unit([r["elapsed_s"] for r in points])
         for run in ("ce_only", "distilled"):
             repeats = sorted({r["repeat"] for r in points if r["run"] == run})
@@ -56,13 +30,13 @@ def learning_curves(records, theme="light"):
         axes.set_ylabel("bits per byte, validation text\n(lower is better)")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, labelcolor=THEMES[theme]["text"])
-    return figure
+    return made
 
 
 def loss_shares(records, theme="light"):
     """Parts of the distilled run's loss over its steps: what each adds in nats, and its share of the whole."""
     rows = [r for r in _distilled(records) if r["loss"] is not None and not r["skipped"]]
-    with _figure(theme, height=4.6, rows=2) as (figure, (above, below)):
+    with figure(theme, height=4.6, rows=2) as (made, (above, below)):
         if rows:
             names = _parts([r["shares"] for r in rows])
             steps = [r["step"] for r in rows]
@@ -78,25 +52,25 @@ def loss_shares(records, theme="light"):
         below.set_ylim(0, 100)
         below.set_xlabel("optimizer step")
         above.sharex(below)
-    return figure
+    return made
 
 
 def gradient_shares(records, theme="light"):
     """Each part's share of the gradient where it touches the student, as often as it was measured."""
     rows = [r for r in _distilled(records) if r["grad_shares"]]
-    with _figure(theme, height=2.8) as (figure, axes):
+    with figure(theme, height=2.8) as (made, axes):
         names = _parts([r["grad_shares"] for r in rows])
         for name, colour in zip(names, _colours(names), strict=True):
             points = [(r["step"], 100 * r["grad_shares"][name]) for r in rows if name in r["grad_shares"]]
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, marker="o", ms=3, label=PART_NAMES[name])
         _percent_over_steps(axes, "share of the gradient (%)", theme)
-    return figure
+    return made
 
 
 def routing(records, theme="light"):
     """Mean weight of each tapped teacher layer in the mixture that the student's states choose."""
     rows = [r for r in _distilled(records) if "routing_0" in r["figures"]]
-    with _figure(theme, height=2.6) as (figure, axes):
+    with figure(theme, height=2.6) as (made, axes):
         layers = [name for name in rows[0]["figures"] if name.startswith("routing_")] if rows else []
         smooth = _smoother(len(rows))
         for i, layer in enumerate(layers):
@@ -104,7 +78,7 @@ def routing(records, theme="light"):
             label = f"tapped layer {i + 1} of {len(layers)}"
             axes.plot([r["step"] for r in rows], line, color=PART_COLOURS[i % len(PART_COLOURS)], lw=1.8, label=label)
         _percent_over_steps(axes, "mean weight (%)", theme)
-    return figure
+    return made
 
 
 def measured(records, field, name=None):
@@ -131,69 +105,6 @@ def _parts(shares):
 
 def _colours(names):
     return [PART_COLOURS[PARTS.index(name)] for name in names]
-
-
-def gain(verdict, theme="light"):
-    """Bits per byte saved against the control: the interval, the mean, every run."""
-    with _figure(theme, height=1.9) as (figure, axes):
-        ink = THEMES[theme]["text"]
-        axes.axvline(0, color=ink, lw=1)
-        if verdict["gain"] is not None:
-            low, high = verdict["interval"]
-            colour = {True: COLOURS["teacher"], False: COLOURS["distilled"], None: "#999999"}[verdict["helped"]]
-            axes.plot([low, high], [0, 0], color=colour, lw=7, solid_capstyle="butt", alpha=0.55, label="95 % interval")
-            axes.plot(verdict["gain"], 0, "o", color=colour, ms=10, label="mean")
-            if len(verdict["gain_by_run"]) > 1:
-                axes.plot(
-                    verdict["gain_by_run"], [0] * len(verdict["gain_by_run"]), "|", color=ink, ms=16, label="runs"
-                )
-            edge = 1.25 * max(abs(low), abs(high), 1e-6)
-            axes.set_xlim(-edge, edge)
-            axes.legend(frameon=False, labelcolor=ink, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.32))
-        axes.set_yticks([])
-        axes.set_xlabel("bits per byte saved against plain training  (left of 0: worse, right: better)")
-        axes.grid(axis="y", visible=False)
-    return figure
-
-
-def bits_per_byte(verdict, theme="light"):
-    """Bits per byte of the four models on the test text, as bars with their numbers."""
-    shown = [(n, verdict["bits_per_byte"][n]) for n in ("student_before", "ce_only", "distilled", "teacher")]
-    shown = [(name, value) for name, value in shown if value is not None]
-    with _figure(theme, height=2.2) as (figure, axes):
-        for place, (name, value) in enumerate(reversed(shown)):
-            axes.barh(place, value, color=COLOURS[name], height=0.66)
-            axes.text(value, place, f" {value:.3f}", va="center", color=THEMES[theme]["text"])
-        axes.set_yticks(range(len(shown)), [NAMES[name] for name, _ in reversed(shown)])
-        axes.set_xlim(0, 1.12 * max(value for _, value in shown))
-        axes.set_xlabel("bits per byte, test text (lower is better)")
-        axes.grid(axis="y", visible=False)
-    return figure
-
-
-@contextlib.contextmanager
-def _figure(theme, height, rows=1):
-    """A figure 6.6 inches wide in a theme's colours; laid out when the block ends."""
-    colours = THEMES[theme]
-    style = {
-        "font.size": 11,
-        "text.color": colours["text"],
-        "axes.labelcolor": colours["text"],
-        "axes.edgecolor": colours["grid"],
-        "axes.facecolor": colours["back"],
-        "figure.facecolor": colours["back"],
-        "xtick.color": colours["text"],
-        "ytick.color": colours["text"],
-        "grid.color": colours["grid"],
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.fontsize": 10,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(6.6, height), dpi=120, layout="constrained")
-        yield figure, figure.subplots(rows, 1)
 
 
 def _time_unit(seconds):

@@ -6,8 +6,9 @@ import io
 import json
 from pathlib import Path
 
-from kdlib import plots, records
+from kdlib import charts, plots, records
 from kdlib.budget import spoken
+from kdlib.style import NAMES
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --back: #ffffff; --soft: #5b6168; --line: #d9d9d9; --card: #f5f6f7; }
@@ -46,7 +47,7 @@ def write_report(path):
     if plots.measured(found, "figures", "routing_0"):
         pictures["routing"] = plots.routing, found
     if verdict:
-        pictures |= {"gain": (plots.gain, verdict), "bits_per_byte": (plots.bits_per_byte, verdict)}
+        pictures |= {"gain": (charts.gain, verdict), "bits_per_byte": (charts.bits_per_byte, verdict)}
     drawn = {name: _draw(path / "figures", name, *picture) for name, picture in pictures.items()}
     config = records.read_json(path / "config.json")
     page = _page(status, verdict, config, records.read_json(path / "env.json"), drawn, found)
@@ -117,7 +118,7 @@ def _table(verdict):
         figures = [verdict[key][name] for key in ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")]
         if figures[0] is not None:
             cells = [
-                plots.NAMES[name],
+                NAMES[name],
                 f"{figures[0]:.4f}",
                 f"{figures[1]:.2f}",
                 f"{figures[2]:.3f}",
@@ -133,7 +134,7 @@ def _samples(samples):
     for name in ("teacher", "student_before", "ce_only", "distilled"):
         if name in samples:
             text = samples[name] if samples[name].strip() else "(white space only)"
-            yield f'<div class="sample"><b>{plots.NAMES[name]}</b>{html.escape(text)}</div>'
+            yield f'<div class="sample"><b>{NAMES[name]}</b>{html.escape(text)}</div>'
 
 
 def _trust(verdict, found):
@@ -170,7 +171,7 @@ def _trust(verdict, found):
                 "that stand there; the others give and take no signal."
             )
     for alert in (record for record in found if record["kind"] == "alert"):
-        name = plots.NAMES[alert["run"]]
+        name = NAMES[alert["run"]]
         lines.append(f"Alert, {name}, step {alert['step']}: {alert['meaning']}. What to try: {alert['advice']}.")
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 

@@ -1,0 +1,54 @@
+"""The look of every figure: one style, for light and dark pages. Colours after Okabe and Ito, safe for colour-blind eyes."""
+
+import contextlib
+
+import matplotlib
+from matplotlib.figure import Figure
+
+COLOURS = {"distilled": "#D55E00", "ce_only": "#0072B2", "teacher": "#009E73", "student_before": "#999999"}
+PART_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]
+NAMES = {
+    "distilled": "distilled",
+    "ce_only": "control (plain training)",
+    "teacher": "teacher",
+    "student_before": "student before",
+}
+PARTS = ("lm", "kd", "layerwise", "attention_alignment", "attention", "routing_feature", "contrastive")
+PART_NAMES = {
+    "lm": "next token (lm)",
+    "kd": "distillation (kd)",
+    "layerwise": "layers (layerwise)",
+    "attention_alignment": "attention relations",
+    "attention": "attention maps",
+    "routing_feature": "routed layers",
+    "contrastive": "contrastive",
+}
+THEMES = {
+    "light": {"text": "#1a1a1a", "back": "#ffffff", "grid": "#d9d9d9"},
+    "dark": {"text": "#e8e8e8", "back": "#14171a", "grid": "#3a3f44"},
+}
+
+
+@contextlib.contextmanager
+def figure(theme, height, rows=1):
+    """A figure 6.6 inches wide in a theme's colours; laid out when the block ends."""
+    colours = THEMES[theme]
+    style = {
+        "font.size": 11,
+        "text.color": colours["text"],
+        "axes.labelcolor": colours["text"],
+        "axes.edgecolor": colours["grid"],
+        "axes.facecolor": colours["back"],
+        "figure.facecolor": colours["back"],
+        "xtick.color": colours["text"],
+        "ytick.color": colours["text"],
+        "grid.color": colours["grid"],
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.fontsize": 10,
+    }
+    with matplotlib.rc_context(style):
+        made = Figure(figsize=(6.6, height), dpi=120, layout="constrained")
+        yield made, made.subplots(rows, 1)
