@@ -1,6 +1,6 @@
 """The end of a run, or of a session: verdict, student, report."""
 
-from kdlib import evaluate, export, models, records, report, verdict
+from kdlib import evaluate, export, inside, models, records, report, verdict
 from kdlib.leg import CONTROL
 
 
@@ -28,8 +28,11 @@ def conclude(config, inputs, folder, scores, pairs, start_weights):
     answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
     control = pairs[chosen.repeat][1]
     students = {"student_before": start_weights, "distilled": chosen.best_weights}
-    answer["samples"] = _samples(inputs, students | ({"ce_only": control.best_weights} if control else {}))
+    students |= {"ce_only": control.best_weights} if control else {}
+    answer["samples"] = _samples(inputs, students)
+    told = inside.look(inputs, students)
     if folder:
+        records.write_json(folder.path / "inside.json", told)
         write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
         records.write_json(folder.path / "verdict.json", answer)
         report.write_report(folder.path)

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import torch
 
-from kdlib import batching, fused, losses, models, vocab
+from kdlib import attention, batching, fused, losses, models, vocab
 from kdlib.data import IGNORE
+from kdlib.retention import Retention
 from kdlib.windows import Windows
 
 LN2 = math.log(2.0)
@@ -19,7 +20,8 @@ class Score:
 
     `bits_per_byte` over the bytes that both tokenizations cover alike; `perplexity` per token of its own tokenizer (exp
     of the plain token loss); `kl_to_teacher` in nats and `top1_agreement` in [0, 1] at aligned positions, None without a
-    teacher. `bits` and `num_bytes` hold the sums by document, for intervals.
+    teacher. `bits` and `num_bytes` hold the sums by document, for intervals; `retention` those of `Retention.to_dict` where
+    the text asks for them.
     """
 
     bits_per_byte: float
@@ -28,6 +30,7 @@ class Score:
     top1_agreement: float | None
     bits: np.ndarray
     num_bytes: np.ndarray
+    retention: dict | None = None
 
     def to_dict(self):
         """Plain values that `from_dict` makes the same score of."""
@@ -49,7 +52,8 @@ class HeldOut:
     does not change): last hidden states that `teacher_head` decodes, or top tokens where that is None. `windows` are those
     of each batch, in its order; `pads` and `widest` as for `batching.collate`. `buckets` are the `vocab.tail_buckets` of the
     pair; `same[j]` is the student id with the bytes of teacher column j, or -1. `known`: the teacher's own score, where a
-    cache knows it.
+    cache knows it. `times_seen` `[ids]`: how often each of the student's tokens stands in the training text; where it is
+    given, scores tell their retention.
     """
 
     batches: list
@@ -63,6 +67,7 @@ class HeldOut:
     pads: tuple
     widest: tuple
     known: Score | None = None
+    times_seen: torch.Tensor | None = None
 
     def halved(self):
         """The same text in batches half as large; None where each holds one window already."""
@@ -79,7 +84,7 @@ class HeldOut:
         return dataclasses.replace(self, batches=batches, windows=groups, signals=signals)
 
 
-def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0)):
+def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0), times_seen=None):
     """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them."""
     ordered = sorted(windows, key=lambda window: len(window.student_ids))
     groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
@@ -94,7 +99,9 @@ def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0), wi
             teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared)),
         )
     known = teacher.known
-    return HeldOut(batches, groups, signals, teacher.near, ours, theirs, buckets.num, same, pads, widest, known)
+    return HeldOut(
+        batches, groups, signals, teacher.near, ours, theirs, buckets.num, same, pads, widest, known, times_seen
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -106,7 +113,8 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
     chunk_size, _ = fused.rows_at_once(columns, model.device, chunk_size)
     was_training = model.training
     model.eval()
-    tally = _Tally(held_out.windows)
+    told = None if held_out.times_seen is None else Retention(held_out.times_seen)
+    tally = _Tally(held_out.windows, told)
     try:
         for batch, windows, signal in zip(held_out.batches, held_out.windows, held_out.signals, strict=True):
             tick()
@@ -115,9 +123,12 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
             states = states.flatten(0, 1)
             of_window = batch.student_windows * batch.student_scored
             tally.add_text(head, states, moved.labels.flatten(), of_window.flatten(), windows, chunk_size)
+            places = attention.restarted(moved.student_windows).flatten()
             for first in range(0, len(moved.student_rows), chunk_size):
                 part = slice(first, first + chunk_size)
-                tally.add_pairs(head, states[moved.student_rows[part]], signal.rows(part), held_out)
+                rows = moved.student_rows[part]
+                at = moved.labels.flatten()[rows], places[rows]
+                tally.add_pairs(head, states[rows], signal.rows(part), held_out, *at)
     finally:
         model.train(was_training)
     return tally.score()
@@ -130,7 +141,7 @@ def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
         tick()
         return held_out.known
     chunk_size, _ = fused.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
-    tally = _Tally(held_out.windows)
+    tally = _Tally(held_out.windows, None if held_out.times_seen is None else Retention())
     for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
         tick()
         moved = batch.to(teacher.model.device)
@@ -142,13 +153,19 @@ def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
     return dataclasses.replace(tally.score(), kl_to_teacher=0.0, top1_agreement=1.0)
 
 
+def times_seen(vocabulary, windows, side="student"):
+    """How often each of one side's tokens is to be predicted in some windows, int64 `[ids]`."""
+    counts = np.zeros(vocabulary.num_rows, dtype=np.int64)
+    for labels in Windows.of(windows).labels(side):
+        counts += np.bincount(labels, minlength=len(counts))
+    return counts
+
+
 def frequencies(vocabulary, side, train, held_out):
     """How one side (`teacher`, `student`) would read held-out text, in nats a token, if it knew nothing but how frequent its
     tokens are in the training windows (each counted once more than seen).
     """
-    counts = np.ones(vocabulary.num_rows)
-    for labels in Windows.of(train).labels(side):
-        counts += np.bincount(labels, minlength=len(counts))
+    counts = 1.0 + times_seen(vocabulary, train, side)
     held = np.concatenate([getattr(window, f"{side}_labels") for group in held_out.windows for window in group])
     return -float(np.log(counts / counts.sum())[held[held != IGNORE]].mean())
 
@@ -156,7 +173,8 @@ def frequencies(vocabulary, side, train, held_out):
 class _Tally:
     """Sums over batches."""
 
-    def __init__(self, groups):
+    def __init__(self, groups, retention=None):
+        self.retention = retention
         self.documents = sorted({w.document for group in groups for w in group})
         self.place = {document: i for i, document in enumerate(self.documents)}
         self.nats = np.zeros(len(self.documents))
@@ -171,8 +189,10 @@ class _Tally:
         rows = (labels != IGNORE).nonzero().squeeze(1)
         nats = torch.zeros(len(labels), dtype=torch.float64)
         for chunk in rows.split(chunk_size):
-            values = losses.cross_entropy(losses.log_probs(head.decode(states[chunk])), head.columns(labels[chunk]))
-            nats[chunk.cpu()] = values.double().cpu()
+            logs, columns = losses.log_probs(head.decode(states[chunk])), head.columns(labels[chunk])
+            nats[chunk.cpu()] = losses.cross_entropy(logs, columns).double().cpu()
+            if self.retention:
+                self.retention.add_text(logs, columns)
         self.token_nats += float(nats.sum())
         self.num_tokens += len(rows)
         by_window = nats.new_zeros(len(windows) + 1).index_add(0, of_window, nats)[1:]
@@ -180,9 +200,10 @@ class _Tally:
             self.nats[self.place[window.document]] += value
             self.bytes[self.place[window.document]] += window.num_bytes
 
-    def add_pairs(self, head, states, signal, held_out):
-        """Divergence and agreement at aligned positions, from the student's last hidden `states` and what the teacher says.
-        From a cache the divergence is over the teacher's likeliest tokens and one tail: a lower bound that is close.
+    def add_pairs(self, head, states, signal, held_out, labels, places):
+        """Divergence and agreement at aligned positions, from the student's last hidden `states` and what the teacher says;
+        `labels` and `places` as for `Retention.add_pairs`. From a cache the divergence is over the teacher's likeliest
+        tokens and one tail: a lower bound that is close.
         """
         logits = head.decode(states)
         ours = losses.bucket_log_probs(
@@ -197,9 +218,12 @@ class _Tally:
             )
         else:
             theirs, best = self._decoded(signal.hidden, held_out, logits.device)
-        self.kl += float(losses.forward_kl(ours, theirs).double().sum())
-        self.agreed += int((head.columns(best) == logits.argmax(dim=-1)).sum())
+        kl, agreed = losses.forward_kl(ours, theirs), head.columns(best) == logits.argmax(dim=-1)
+        self.kl += float(kl.double().sum())
+        self.agreed += int(agreed.sum())
         self.num_pairs += len(logits)
+        if self.retention:
+            self.retention.add_pairs(labels, places, theirs, kl, agreed)
 
     @staticmethod
     def _decoded(hidden, held_out, device):
@@ -220,6 +244,7 @@ class _Tally:
             top1_agreement=self.agreed / pairs if self.num_pairs else None,
             bits=self.nats / LN2,
             num_bytes=self.bytes.copy(),
+            retention=self.retention and self.retention.to_dict(),
         )
 
 

@@ -96,7 +96,11 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
     if config.teacher_cache:
         pair.teacher.refuse_other(known)
     samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
-    held_out = [_hold_out(_numbered(s), pair, config, name) for s, name in zip(samples, HELD_OUT, strict=True)]
+    seen = None, torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, train))  # the test tells more
+    held_out = [
+        _hold_out(_numbered(part), pair, config, name, times)
+        for part, name, times in zip(samples, HELD_OUT, seen, strict=True)
+    ]
     if config.check_teacher:
         check_teacher(pair.teacher, train, held_out[0])
     sizes = {name: int(lengths_of(part).sum()) for name, part in zip(HELD_OUT, (validation, test), strict=True)}
@@ -113,7 +117,8 @@ def load_for_evaluation(config, device="cpu"):
     windows = _windows(documents, pair, config)
     _check_scored({"given": windows})
     pair.widest = _widest(pair, config, [windows])
-    return pair, _hold_out(windows, pair, config), _report(windows, pair)
+    seen = torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, windows))
+    return pair, _hold_out(windows, pair, config, times=seen), _report(windows, pair)
 
 
 def load_pair(config, device, teacher_dtype, teacher_device=None):
@@ -281,10 +286,10 @@ def _numbered(windows):
     return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
 
 
-def _hold_out(windows, pair, config, split=None):
-    """The `evaluate.HeldOut` of some windows; `split`: what a teacher cache knows them as."""
-    teacher = pair.teacher.of(split)
-    return evaluate.hold_out(windows, teacher, pair.head, pair.shared, config.batch_size, pair.pads, pair.widest)
+def _hold_out(windows, pair, config, split=None, times=None):
+    """The `evaluate.HeldOut` of some windows; `split`: what a teacher cache knows them as; `times`: its `times_seen`."""
+    teacher, layout = pair.teacher.of(split), (pair.pads, pair.widest)
+    return evaluate.hold_out(windows, teacher, pair.head, pair.shared, config.batch_size, *layout, times)
 
 
 def _widest(pair, config, splits):

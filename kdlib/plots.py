@@ -1,6 +1,12 @@
 """Records -> figures of how a run went, over its steps and its time."""
 
-from kdlib.style import COLOURS, NAMES, PART_COLOURS, PART_NAMES, PARTS, THEMES, figure
+from kdlib.style import COLOURS, NAMES, PART_COLOURS, PART_NAMES, PARTS, THEMES, figure, legend
+
+DISTILLED, CONTROL = "distilled", "ce_only"
+SHORT_NAMES = {DISTILLED: "distilled", CONTROL: "control"}
+GIB = 2**30
+MANY_SESSIONS, NEAR = 6, 3.0
+"""So many sessions are named in a legend; memory is drawn with its limit where that is no more than so many times higher."""
 
 
 def learning_curves(records, theme="light"):
@@ -28,8 +34,7 @@ def learning_curves(records, theme="light"):
                 axes.axhline(r["bits_per_byte"], color=COLOURS["teacher"], ls="--", lw=1.4, label=NAMES["teacher"])
         axes.set_xlabel(f"training time ({unit})")
         axes.set_ylabel("bits per byte, validation text\n(lower is better)")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, labelcolor=THEMES[theme]["text"])
+        legend(axes, theme)
     return made
 
 
@@ -45,7 +50,7 @@ def loss_shares(records, theme="light"):
             added = [smooth([r["shares"].get(name, 0.0) * r["loss"] for r in rows]) for name in names]
             above.stackplot(steps, added, labels=[PART_NAMES[n] for n in names], colors=_colours(names), alpha=0.9)
             below.stackplot(steps, [[100 * x for x in line] for line in shares], colors=_colours(names), alpha=0.9)
-            above.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+            legend(above, theme)
             above.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         above.set_ylabel("weighted loss (nats)")
         below.set_ylabel("share (%)")
@@ -81,21 +86,154 @@ def routing(records, theme="light"):
     return made
 
 
+def averaging(records, theme="light"):
+    """What the running average of the weights saves on validation text against the weights as they are."""
+    pairs = {}
+    for r in records:
+        if r["kind"] == "eval" and r["split"] == "validation" and r["run"] in (DISTILLED, CONTROL) and r["repeat"] == 0:
+            pairs.setdefault((r["run"], r["step"]), {})[r["averaged"]] = r["bits_per_byte"]
+    with figure(theme, height=2.8) as (made, axes):
+        axes.axhline(0, color=THEMES[theme]["text"], lw=1)
+        for run in (DISTILLED, CONTROL):
+            line = [
+                (step, both[False] - both[True])
+                for (name, step), both in pairs.items()
+                if name == run and len(both) == 2
+            ]
+            if line:
+                axes.plot(*zip(*line, strict=True), color=COLOURS[run], lw=1.8, marker="o", ms=3, label=NAMES[run])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("bits per byte saved\nby averaging")
+        legend(axes, theme)
+    return made
+
+
+def memory(records, theme="light"):
+    """Memory in use over the training time, what there is, and what was foretold."""
+    rows = [r for r in records if r["kind"] == "train"]
+    with figure(theme, height=2.8) as (made, axes):
+        hours, name = _times(rows)
+        for run in (DISTILLED, CONTROL):
+            line = [(x, r["memory"]["used_bytes"] / GIB) for x, r in zip(hours, rows, strict=True) if r["run"] == run]
+            if line:
+                axes.plot(*zip(*line, strict=True), color=COLOURS[run], lw=1.8, label=f"in use, {SHORT_NAMES[run]}")
+        if rows:
+            foretold = [r["memory"]["predicted_bytes"] for r in rows if r["memory"]["predicted_bytes"]]
+            there, most = rows[-1]["memory"]["total_bytes"] / GIB, max(r["memory"]["used_bytes"] for r in rows) / GIB
+            most = max([most, *(size / GIB for size in foretold)])
+            near = there < NEAR * most
+            label = f"there are {there:.1f} GiB" + ("" if near else " (above)")
+            axes.axhline(there, color=THEMES[theme]["text"], ls="--", lw=1.4, label=label)
+            axes.set_ylim(0, 1.1 * (there if near else most))
+            if foretold:
+                axes.axhline(max(foretold) / GIB, color=COLOURS["teacher"], ls=":", lw=1.6, label="foretold")
+        axes.set_xlabel(f"training time ({name})")
+        axes.set_ylabel("memory (GiB)")
+        legend(axes, theme, ncols=2)
+    return made
+
+
+def throughput(records, theme="light"):
+    """The student's tokens a second, and tokens computed for each real one: what is above 1 is padding."""
+    with figure(theme, height=4.2, rows=2) as (made, (above, below)):
+        for run in (DISTILLED, CONTROL):
+            rows = [r for r in records if r["kind"] == "train" and r["run"] == run and r["repeat"] == 0]
+            smooth, steps = _smoother(len(rows)), [r["step"] for r in rows]
+            if rows:
+                speeds = smooth([r["tokens_per_s"] for r in rows])
+                above.plot(steps, speeds, color=COLOURS[run], lw=1.8, label=NAMES[run])
+            for side, style in (("student", "-"), ("teacher", ":")) if run == DISTILLED else ():
+                line = [(r["step"], r["computed_per_token"][side]) for r in rows if side in r["computed_per_token"]]
+                if line:
+                    steps, values = zip(*line, strict=True)
+                    below.plot(steps, smooth(values), style, color=COLOURS[run], lw=1.8, label=f"the {side}'s")
+        above.set_ylim(bottom=0)
+        above.set_ylabel("tokens a second")
+        below.set_ylabel("tokens computed\nfor each real one")
+        below.set_ylim(bottom=0.98)
+        below.set_xlabel("optimizer step")
+        legend(above, theme)
+        legend(below, theme)
+    return made
+
+
+def sessions(records, theme="light"):
+    """Which session trained which student when, over all training time, with alerts and the best evaluation."""
+    legs = list(dict.fromkeys((r["repeat"], r["run"]) for r in records if r["kind"] == "train"))
+    told = [r for r in records if r["kind"] in ("train", "eval", "alert") and (r["repeat"], r["run"]) in legs]
+    unit, seconds = _time_unit([sum(max(r["elapsed_s"] for r in _of(told, leg) if "elapsed_s" in r) for leg in legs)])
+    with figure(theme, height=1.3 + 0.42 * max(1, len(legs))) as (made, axes):
+        begin, shown = 0.0, set()
+        for place, leg in enumerate(legs):
+            rows = _of(told, leg)
+            at = {r["step"]: begin + r["elapsed_s"] / seconds for r in rows if "elapsed_s" in r}
+            start = begin
+            for session in sorted({r["session"] for r in rows if r["kind"] == "train"}):
+                end = max(
+                    begin + r["elapsed_s"] / seconds for r in rows if r["session"] == session and "elapsed_s" in r
+                )
+                label = f"session {session}" if session not in shown and len(shown) < MANY_SESSIONS else None
+                shown.add(session)
+                colour = PART_COLOURS[(session - 1) % len(PART_COLOURS)]
+                axes.barh(place, end - start, left=start, color=colour, height=0.55, label=label)
+                start = end
+            alerts = [at[r["step"]] for r in rows if r["kind"] == "alert" and r["step"] in at]
+            scored = [r for r in rows if r["kind"] == "eval" and r["split"] == "validation"]
+            ink = THEMES[theme]["text"]
+            axes.plot(alerts, [place] * len(alerts), "X", color=ink, ms=7, label=None if place else "alert")
+            if scored:
+                best = at[min(scored, key=lambda r: r["bits_per_byte"])["step"]]
+                axes.plot(best, place, "*", color=ink, ms=11, label=None if place else "best weights")
+            begin = max(at.values())
+        axes.set_yticks(range(len(legs)), [_leg_name(leg, legs) for leg in legs])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"training time of all students ({unit})")
+        legend(axes, theme, ncols=4)
+    return made
+
+
 def measured(records, field, name=None):
     """Whether the distilled run's train records hold this field (with this name in it)."""
     return any(r[field] and (name is None or name in r[field]) for r in _distilled(records))
+
+
+def has_averages(records):
+    """Whether averaged weights were scored."""
+    return any(r["kind"] == "eval" and r.get("averaged") and r["split"] == "validation" for r in records)
 
 
 def _percent_over_steps(axes, label, theme):
     axes.set_ylim(0, 100)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=THEMES[theme]["text"], ncols=2, loc="upper right")
+    legend(axes, theme)
 
 
 def _distilled(records):
-    return [r for r in records if r["kind"] == "train" and r["run"] == "distilled" and r["repeat"] == 0]
+    return [r for r in records if r["kind"] == "train" and r["run"] == DISTILLED and r["repeat"] == 0]
+
+
+def _of(records, leg):
+    return [r for r in records if (r["repeat"], r["run"]) == leg]
+
+
+def _leg_name(leg, legs):
+    repeat, run = leg
+    several = len({repeat for repeat, _ in legs}) > 1
+    return SHORT_NAMES[run] + (f", {repeat + 1}" if several else "")
+
+
+def _times(rows):
+    """When each record was made, in training time of all students one after the other; and the unit."""
+    begin, last, leg, times = 0.0, 0.0, None, []
+    for r in rows:
+        if (r["repeat"], r["run"]) != leg:
+            begin, leg = begin + last, (r["repeat"], r["run"])
+        last = r["elapsed_s"]
+        times.append(begin + last)
+    unit, seconds = _time_unit(times)
+    return [time / seconds for time in times], unit
 
 
 def _parts(shares):

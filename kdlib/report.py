@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 
@@ -19,7 +18,8 @@ body { margin: 0 auto; max-width: 46rem; padding: 1.2rem; font: 16px/1.55 system
   background: var(--back); }
 h1 { font-size: 1.45rem; line-height: 1.3; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 p.soft, figcaption { color: var(--soft); font-size: .92rem; }
-figure { margin: 1rem 0; } img { width: 100%; height: auto; display: block; }
+figure { margin: 1rem 0; overflow-x: auto; } img { width: 100%; min-width: 30rem; height: auto; display: block; }
+figcaption { position: sticky; left: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
@@ -28,6 +28,12 @@ th:first-child, td:first-child { text-align: left; }
   overflow-wrap: anywhere; font: 14px/1.5 ui-monospace, monospace; }
 .sample b { display: block; font: 600 .85rem system-ui, sans-serif; color: var(--soft); }
 """
+
+
+SPAN_COLOURS = [
+    "rgba(0,114,178,.25)", "rgba(230,159,0,.3)", "rgba(0,158,115,.28)", "rgba(204,121,167,.3)", "rgba(86,180,233,.3)",
+]  # fmt: skip
+"""One a piece, in turn; they let light and dark pages shine through."""
 
 
 def write_report(path):
@@ -41,18 +47,38 @@ def write_report(path):
     found = records.read_records(path / "records.jsonl")
     status = records.read_json(path / "status.json")
     verdict = records.read_json(path / "verdict.json") if (path / "verdict.json").exists() else None
-    pictures = {"learning_curves": (plots.learning_curves, found), "loss_shares": (plots.loss_shares, found)}
+    inside = records.read_json(path / "inside.json") if (path / "inside.json").exists() else {}
+    drawn = {
+        name: _draw(path / "figures", name, *picture) for name, picture in _pictures(found, verdict, inside).items()
+    }
+    env = records.read_json(path / "env.json")
+    page = _page(status, verdict, inside, records.read_json(path / "config.json"), env, drawn, found)
+    records.write_text(path / "report.html", page)
+    return path / "report.html"
+
+
+def _pictures(found, verdict, inside):
+    """`{name: (figure, its content)}`: all that can be drawn of what is there."""
+    pictures = {
+        name: (getattr(plots, name), found) for name in ("learning_curves", "loss_shares", "memory", "throughput")
+    }
+    if any(record["kind"] == "train" for record in found):
+        pictures["sessions"] = plots.sessions, found
     if plots.measured(found, "grad_shares"):
         pictures["gradient_shares"] = plots.gradient_shares, found
     if plots.measured(found, "figures", "routing_0"):
         pictures["routing"] = plots.routing, found
+    if plots.has_averages(found):
+        pictures["averaging"] = plots.averaging, found
     if verdict:
-        pictures |= {"gain": (charts.gain, verdict), "bits_per_byte": (charts.bits_per_byte, verdict)}
-    drawn = {name: _draw(path / "figures", name, *picture) for name, picture in pictures.items()}
-    config = records.read_json(path / "config.json")
-    page = _page(status, verdict, config, records.read_json(path / "env.json"), drawn, found)
-    records.write_text(path / "report.html", page)
-    return path / "report.html"
+        pictures |= {
+            name: (getattr(charts, name), verdict) for name in ("gain", "bits_per_byte", "agreement", "calibration")
+        }
+    if inside:
+        pictures["alignment"] = charts.alignment, inside
+    if inside and "without" not in inside:
+        pictures |= {name: (getattr(charts, name), inside) for name in ("attention_maps", "layer_similarity")}
+    return pictures
 
 
 def _draw(folder, name, plot, content):
@@ -60,38 +86,61 @@ def _draw(folder, name, plot, content):
     folder.mkdir(exist_ok=True)
     sources = {}
     for theme, suffix in (("light", ""), ("dark", "-dark")):
-        image = io.BytesIO()
-        plot(content, theme).savefig(image, format="png")
-        (folder / f"{name}{suffix}.png").write_bytes(image.getvalue())
-        sources[theme] = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
+        image = plot(content, theme).png()
+        (folder / f"{name}{suffix}.png").write_bytes(image)
+        sources[theme] = "data:image/png;base64," + base64.b64encode(image).decode()
     return (
         f'<picture><source srcset="{sources["dark"]}" media="(prefers-color-scheme: dark)">'
         f'<img src="{sources["light"]}" alt="{name.replace("_", " ")}"></picture>'
     )
 
 
-def _page(status, verdict, config, env, drawn, found):
+SECTIONS = {
+    "How much each model knows": ("bits_per_byte",),
+    "Learning over time": ("learning_curves", "averaging"),
+    "What the student learned from": ("loss_shares", "gradient_shares", "routing"),
+    "Where the two tokenizers meet": ("alignment",),
+    "What was kept of the teacher": ("agreement", "calibration"),
+    "A look inside": ("attention_maps", "layer_similarity"),
+    "The machine and its sessions": ("sessions", "memory", "throughput"),
+}
+"""The page's parts after the verdict, with their figures."""
+CAPTIONS = {
+    "learning_curves": "Both students start from the same weights. Time counts training only.",
+    "averaging": "Above 0 the running average of the weights knows more than the weights themselves.",
+    "loss_shares": "Above: what each part adds to the loss. Below: its share of the whole.",
+    "gradient_shares": "What really competes: how hard each part pulls where it touches the student.",
+    "routing": "Which teacher layers the student's states chose to learn from.",
+    "alignment": "Left: the share of a window's positions where both have read the same bytes, and the teacher can say "
+    "something. Right: how many tokens stand between two such positions.",
+    "agreement": "How often the student finds the same token likeliest as its teacher. A token of the teacher's that the "
+    "student does not have can't be agreed with.",
+    "calibration": "On the diagonal a model is right as often as it says. Below it, too sure of itself.",
+    "attention_maps": "Each row is a distribution over what was read before; all heads and layers averaged. Marks at the "
+    "beginning of a text are left out.",
+    "layer_similarity": "Whether layers see the same positions alike. The control tells what training on text alone does.",
+    "sessions": "Training time only; what a session needs to start and to end is left out.",
+    "memory": "What was foretold is the peak of a training step; in use is what the machine counts after it.",
+    "throughput": "Both kinds of padding cost time: the student's rows and the teacher's.",
+}
+
+
+def _page(status, verdict, inside, config, env, drawn, found):
     title = verdict["sentence"] if verdict else f"The run is {status['state']}. {status.get('reason') or ''}"
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="soft">{html.escape(_subtitle(status, config))}</p>']
     if verdict:
         if verdict["gain"] is not None:
             marks = "; the upright marks are single runs" if verdict["num_runs"] > 1 else ""
             parts.append(_figure(drawn["gain"], f"The interval is what this run can vouch for{marks}."))
-        parts += ["<h2>How much each model knows</h2>", _table(verdict), f"<figure>{drawn['bits_per_byte']}</figure>"]
-    parts += [
-        "<h2>Learning over time</h2>",
-        _figure(drawn["learning_curves"], "Both students start from the same weights. Time counts training only."),
-        "<h2>What the student learned from</h2>",
-        _figure(drawn["loss_shares"], "Above: what each part adds to the loss. Below: its share of the whole."),
-    ]
-    captions = {
-        "gradient_shares": "What really competes: how hard each part pulls where it touches the student.",
-        "routing": "Which teacher layers the student's states chose to learn from.",
-    }
-    parts += [_figure(drawn[name], caption) for name, caption in captions.items() if name in drawn]
+        else:
+            parts.append(f"<figure>{drawn['bits_per_byte']}</figure>")
+        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, found, inside)]
+    for head, names in SECTIONS.items():
+        shown = [_figure(drawn[name], CAPTIONS.get(name, "")) for name in names if name in drawn]
+        if shown:
+            parts += [f"<h2>{head}</h2>", *_opening(head, verdict, inside), *shown]
     if verdict:
         parts += ["<h2>What they write</h2>", *_samples(verdict["samples"])]
-        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, found)]
     parts += ["<h2>Settings</h2>", _settings(config, env)]
     body = "\n".join(parts)
     return (
@@ -101,6 +150,34 @@ def _page(status, verdict, config, env, drawn, found):
     )
 
 
+def _opening(head, verdict, inside):
+    """What stands above a section's figures."""
+    if head == "How much each model knows":
+        yield _table(verdict)
+    if head == "Where the two tokenizers meet":
+        yield f'<div class="wide">{aligned(inside["spans"])}</div>'
+
+
+def aligned(spans):
+    """HTML of a text as both tokenizers read it (`inside.spans`): a piece that both delimit has one colour, | stands between
+    the tokens within it.
+    """
+    lines = []
+    for side in ("student", "teacher"):
+        pieces = []
+        for place, span in enumerate(spans):
+            text = "|".join(token.replace(" ", "\u00b7").replace("\n", "\u21b5") for token in span[side])
+            colour = SPAN_COLOURS[place % len(SPAN_COLOURS)]
+            style = f"background:{colour};border-radius:3px;padding:1px 2px;margin-right:3px"
+            pieces.append(f'<span style="{style}">{html.escape(text)}</span>')
+        lines.append(
+            f'<div style="line-height:1.9;margin:.3rem 0"><b>{side}</b><br><code style="background:none">'
+            + "<wbr>".join(pieces)
+            + "</code></div>"
+        )
+    return "".join(lines)
+
+
 def _subtitle(status, config):
     names = f"Teacher {Path(config['teacher']).name}, student {Path(config['student']).name}"
     steps = f"{status['step']} of {status['max_steps']} steps, {spoken(status['elapsed_s'])}"
@@ -108,7 +185,8 @@ def _subtitle(status, config):
 
 
 def _figure(picture, caption):
-    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    told = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{picture}{told}</figure>"
 
 
 def _table(verdict):
@@ -137,7 +215,7 @@ def _samples(samples):
             yield f'<div class="sample"><b>{NAMES[name]}</b>{html.escape(text)}</div>'
 
 
-def _trust(verdict, found):
+def _trust(verdict, found, inside):
     told = verdict["alignment"]
     lines = [
         f"{told['coverage']:.0%} of the student's tokens got teacher signal: the two tokenizations meet there.",
@@ -170,6 +248,8 @@ def _trust(verdict, found):
                 f"The {side}'s tokenizer changes the text: only {told[f'faithful_{side}']:.1%} of its tokens are the bytes "
                 "that stand there; the others give and take no signal."
             )
+    if "without" in inside:
+        lines.append(f"No look inside the models: {inside['without']}.")
     for alert in (record for record in found if record["kind"] == "alert"):
         name = NAMES[alert["run"]]
         lines.append(f"Alert, {name}, step {alert['step']}: {alert['meaning']}. What to try: {alert['advice']}.")

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from kdlib import retention
+
 CONFIDENCE = 0.95
 HELPED, NOT_HELPED, UNCLEAR = "helped", "did not help", "unclear"
 
@@ -70,6 +72,10 @@ def make_verdict(control, scores, pairs):
         "perplexity": {name: score and score.perplexity for name, score in scores.items()},
         "kl_to_teacher": {name: score and score.kl_to_teacher for name, score in scores.items()},
         "top1_agreement": {name: score and score.top1_agreement for name, score in scores.items()},
+        "calibration_error": {
+            name: score and retention.calibration_error(score.retention) for name, score in scores.items()
+        },
+        "retention": {name: score and score.retention for name, score in scores.items()},
         "control": control,
         "num_runs": len(pairs),
         "num_documents": len(scores["distilled"].num_bytes),
@@ -112,7 +118,11 @@ def mean_score(scores):
     """One `Score` for several runs on the same documents: every figure is the mean over the runs."""
     first = scores[0]
     figures = {name: _mean([getattr(score, name) for score in scores]) for name in first.summary()}
-    return dataclasses.replace(first, bits=np.mean([score.bits for score in scores], axis=0), **figures)
+    bits, told = (
+        np.mean([score.bits for score in scores], axis=0),
+        retention.added([score.retention for score in scores]),
+    )
+    return dataclasses.replace(first, bits=bits, retention=told, **figures)
 
 
 def _mean(values):

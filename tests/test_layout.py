@@ -15,9 +15,10 @@ FLOORS = [
     "course conclusion resume pairing",
     "leg report inputs peak",
     "plots charts train verdict",
+    "inside",
     "signals",
     "evaluate objective checkpoint export identity plan ahead",
-    "teacher parts router",
+    "teacher parts router retention",
     "models projector",
     "batching hooks ema seeds optimizer",
     "windows",
@@ -133,7 +134,7 @@ def test_the_package_needs_only_what_the_image_ships():
     assert {re.split(r"[<>=]", line)[0] for line in wanted} == allowed
     import sys
 
-    shipped = allowed | {"tokenizers", "pyarrow"} | sys.stdlib_module_names  # the last two come with the others
+    shipped = allowed | {"tokenizers", "pyarrow", "PIL"} | sys.stdlib_module_names  # these three come with the others
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
     optional = {"bitsandbytes": {"precision"}, **{name: {"copies", "upload"} for name in clients}}
     for room, source in sources().items():

@@ -1,0 +1,175 @@
+"""A look inside a pair: how two tokenizations of a text meet, where teacher and students look, which layers are alike.
+
+What is found is plain values, written as `inside.json` and drawn by `charts`.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+
+from kdlib import attention, corpus, data, hooks, memory, models, signals
+from kdlib.corpus import Document
+
+SHOWN_SPANS, SHOWN_CHARS = 24, 240
+"""How much of a text is shown: spans of an attention map, characters of an alignment."""
+COMPARED_POSITIONS = 512
+"""Aligned positions on which layers are compared."""
+MANY = 4
+"""Spans of so many tokens or more on a side are counted together."""
+COVERAGE_BINS = 20
+
+
+def look(inputs, students):
+    """What `inside.json` holds of a run's `inputs.Inputs`; `students`: weights by name. Where a model can't be watched, or
+    the memory has no room, `without` says why.
+    """
+    pair = inputs.pair
+    window = _shown(inputs.test.windows)
+    readers = pair.student_reader, pair.teacher.reader
+    told = {
+        "spans": spans(window, *readers)[: SHOWN_SPANS + 1],
+        "sizes": sizes(pair.sample),
+        "coverage": coverage(inputs.train),
+    }
+    if pair.teacher.model is None:
+        return {**told, "without": "the teacher came from its cache, which keeps none of its layers"}
+    windows = [window for group in inputs.test.windows for window in group]
+    try:
+        told |= {"attention": {"teacher": attention_map(pair.teacher.model, window, "teacher")}, "similarity": {}}
+        theirs = layer_states(pair.teacher.model, windows, "teacher")
+        for name, weights in students.items():
+            models.put_back(pair.student, weights)
+            told["attention"][name] = attention_map(pair.student, window, "student")
+            ours = layer_states(pair.student, windows, "student")
+            told["similarity"][name] = [[round(cka(a, b), 4) for b in theirs] for a in ours]
+    except Exception as error:
+        if not isinstance(error, ValueError) and not memory.ran_out(error):
+            raise
+        told["without"] = f"the models could not be watched: {error}".splitlines()[0]
+    return told
+
+
+def sentence(config):
+    """The spans of the beginning of a config's text, both tokenizers having read it: nothing but tokenizers is loaded."""
+    student = models.load_reader(config.student, "student")
+    if config.teacher_cache:
+        teacher = signals.CachedTeacher(signals.folders_of(config.teacher_cache)).reader
+    else:
+        teacher = models.load_reader(config.teacher, "teacher")
+    text = next(iter(corpus.read_documents(config.dataset, config.text_field))).text
+    document = Document(_beginning(text, SHOWN_CHARS))
+    windows = data.cut_windows(
+        document, data.encode(document, student), data.encode(document, teacher), student, teacher, 4 * SHOWN_CHARS
+    )
+    return spans(windows[0], student, teacher) if windows else []
+
+
+def spans(window, student, teacher):
+    """The pieces of a window that both tokenizations delimit: `[{"student": [text of each token], "teacher": [...]}]`. What
+    stands between two positions where both have read the same bytes is one piece.
+    """
+    ours = _pieces(student, window.student_ids, window.student_rows)
+    theirs = _pieces(teacher, window.teacher_ids, window.teacher_rows)
+    return [{"student": a, "teacher": b} for a, b in zip(ours, theirs, strict=True)]
+
+
+def _pieces(reader, ids, rows):
+    """The texts of one side's tokens, in a list for each piece, torn characters as their bytes; what the tokenizer put
+    around the text is left out.
+    """
+    vocabulary, last = reader.vocabulary, len(ids)
+    if reader.eos and ids[-1] == reader.eos[-1]:
+        last -= len(reader.eos)
+    texts = [(vocabulary.tokens[index] or b"").decode("utf-8", "backslashreplace") for index in ids]
+    edges = [len(reader.prefix), *(int(row) + 1 for row in rows), last]
+    return [texts[start:stop] for start, stop in itertools.pairwise(edges)]
+
+
+def sizes(windows):
+    """Shares of spans by their tokens: `[MANY][MANY]`, row i: i + 1 of the student's tokens, column j: j + 1 of the
+    teacher's; the last row and column are for so many or more.
+    """
+    counts = np.zeros((MANY, MANY))
+    for window in windows:
+        ours, theirs = window.student_stops - window.student_rows, window.teacher_stops - window.teacher_rows
+        known = ours > 0
+        np.add.at(counts, (np.minimum(ours[known], MANY) - 1, np.minimum(theirs[known], MANY) - 1), 1)
+    return (counts / max(1, counts.sum())).round(5).tolist()
+
+
+def coverage(windows):
+    """How many training windows have which share of their positions with teacher signal, in bins of equal width."""
+    shares = windows.column("student_rows") / np.maximum(1, windows.column("num_positions"))
+    return np.histogram(shares, bins=COVERAGE_BINS, range=(0.0, 1.0))[0].tolist()
+
+
+def attention_map(model, window, side):
+    """Attention between the first spans of a window `[K, K]`: the mean of `attention.span_map` over all heads and layers."""
+    rows = torch.from_numpy(getattr(window, f"{side}_rows")[: SHOWN_SPANS + 1]).to(model.device)
+    layers = range(model.config.num_hidden_layers)
+    seen = _watched(model, getattr(window, f"{side}_ids")[: int(rows[-1]) + 1], attention_of=layers)
+    maps = []
+    for layer in layers:
+        query, key, _, scaling = seen.attention[layer]
+        maps.append(attention.span_map(query[0][:, rows], key[0], rows, scaling).exp()[1:, 1:].cpu())
+    return [[round(x, 4) for x in row] for row in torch.stack(maps).double().mean(dim=0).tolist()]
+
+
+def layer_states(model, windows, side):
+    """Each layer's output at the aligned positions of some windows, centred by nothing: a list of float64 `[N, D]`."""
+    found, count = [], 0
+    for window in windows:
+        if count >= COMPARED_POSITIONS:
+            break
+        rows = torch.from_numpy(getattr(window, f"{side}_rows"))[: COMPARED_POSITIONS - count]
+        seen = _watched(model, getattr(window, f"{side}_ids"), layers=range(model.config.num_hidden_layers))
+        found.append([seen.layers[i][0][rows.to(model.device)].double().cpu() for i in sorted(seen.layers)])
+        count += len(rows)
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def cka(ours_ND, theirs_NE):
+    """How alike two layers see the same N positions, 1 for the same up to rotation and scale, about 0 for unrelated ones:
+    linear centred kernel alignment, Kornblith et al. 2019, arXiv 1905.00414, with the unbiased estimate of Nguyen et al.
+    2021, arXiv 2010.15327, eq. 3, since positions may be fewer than dimensions.
+    """
+    grams = [states @ states.T for states in (ours_ND, theirs_NE)]
+    a, b = (gram.fill_diagonal_(0.0) for gram in grams)
+    scale = (_alike(a, a) * _alike(b, b)) ** 0.5
+    return float(_alike(a, b) / scale) if scale > 0 else 0.0
+
+
+def _alike(a, b):
+    num = len(a)
+    sums = a.sum(dim=1), b.sum(dim=1)
+    crossed = (a * b).sum() + sums[0].sum() * sums[1].sum() / ((num - 1) * (num - 2))
+    return float(crossed - 2.0 / (num - 2) * (sums[0] @ sums[1])) / (num * (num - 3))
+
+
+@torch.no_grad()
+def _watched(model, ids, layers=(), attention_of=()):
+    """The `hooks.Seen` of one forward pass over `ids`, the model in evaluation mode for so long."""
+    was_watched, was_training = model.config._attn_implementation == hooks.WATCHED_SDPA, model.training
+    hooks.watch_attention(model, bool(attention_of) or was_watched)
+    model.eval()
+    try:
+        with hooks.watch(model, tuple(layers), tuple(attention_of)) as seen:
+            model.base_model(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
+    finally:
+        model.train(was_training)
+        hooks.watch_attention(model, was_watched)
+    return seen
+
+
+def _shown(groups):
+    """The held-out window whose beginning is shown: one that has enough spans, the longest else."""
+    windows = [window for group in groups for window in group]
+    enough = [window for window in windows if len(window.student_rows) > SHOWN_SPANS]
+    return max(enough or windows, key=lambda window: (len(window.student_rows), -window.place))
+
+
+def _beginning(text, size):
+    """The beginning of a text up to its last whole word."""
+    cut = text.strip()[:size]
+    return cut[: cut.rindex(" ")] if len(text.strip()) > size and " " in cut.strip() else cut
