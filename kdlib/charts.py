@@ -1,4 +1,4 @@
-"""What a run came to -> figures: its verdict, and its look inside the models (`inside.json`)."""
+"""What a run came to -> figures: its verdict, and its look inside the models (`figures/inside.json`)."""
 
 import math
 

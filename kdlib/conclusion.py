@@ -32,7 +32,8 @@ def conclude(config, inputs, folder, scores, pairs, start_weights):
     answer["samples"] = _samples(inputs, students)
     told = inside.look(inputs, students)
     if folder:
-        records.write_json(folder.path / "inside.json", told)
+        (folder.path / "figures").mkdir(exist_ok=True)
+        records.write_json(folder.path / "figures" / "inside.json", told)
         write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
         records.write_json(folder.path / "verdict.json", answer)
         report.write_report(folder.path)

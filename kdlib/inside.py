@@ -1,6 +1,6 @@
 """A look inside a pair: how two tokenizations of a text meet, where teacher and students look, which layers are alike.
 
-What is found is plain values, written as `inside.json` and drawn by `charts`.
+What is found is plain values, written as `figures/inside.json` and drawn by `charts`.
 """
 
 import itertools
@@ -21,7 +21,7 @@ COVERAGE_BINS = 20
 
 
 def look(inputs, students):
-    """What `inside.json` holds of a run's `inputs.Inputs`; `students`: weights by name. Where a model can't be watched, or
+    """What is told of a run's `inputs.Inputs`; `students`: weights by name. Where a model can't be watched, or
     the memory has no room, `without` says why.
     """
     pair = inputs.pair

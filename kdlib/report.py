@@ -47,7 +47,8 @@ def write_report(path):
     found = records.read_records(path / "records.jsonl")
     status = records.read_json(path / "status.json")
     verdict = records.read_json(path / "verdict.json") if (path / "verdict.json").exists() else None
-    inside = records.read_json(path / "inside.json") if (path / "inside.json").exists() else {}
+    looked = path / "figures" / "inside.json"
+    inside = records.read_json(looked) if looked.exists() else {}
     drawn = {
         name: _draw(path / "figures", name, *picture) for name, picture in _pictures(found, verdict, inside).items()
     }

@@ -15,13 +15,20 @@ import pytest
 import torch
 from families import LINES, byte_level, tiny_model, unigram
 
-from kdlib import cli, tiny
+from kdlib import cli, report, tiny
 
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     cli.quiet()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(request, monkeypatch):
+    """A run of a test leaves no pictures, which take longer than its training, unless the test is marked `pictures`."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(report, "_draw", lambda folder, name, *_: f"<img alt={name!r}>")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 
-from kdlib import ahead, batching, budget, inputs, models, precision, records, report, session, train
+from kdlib import ahead, batching, budget, inputs, models, precision, records, session, train
 from kdlib.config import Config
 
 CONFIGS = {
@@ -218,7 +218,6 @@ def test_the_head_that_losses_decode_is_the_students_neighbour(settings):
 
 
 def test_a_whole_run_comes_to_the_same_verdict(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
     kept = []
     for device in ("cpu", "cpu:0"):
         monkeypatch.setattr(session.precision, "teacher_device", lambda *_, device=device: torch.device(device))

@@ -10,13 +10,8 @@ import torch
 import transformers
 from families import byte_level, tiny_model
 
-from kdlib import checkpoint, identity, inputs, optimizer, report, session, tiny
+from kdlib import checkpoint, identity, inputs, optimizer, session, tiny
 from kdlib.config import Config
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
 
 
 class StandIn(torch.optim.Optimizer):

@@ -240,9 +240,6 @@ def test_no_weight_of_the_teacher_is_ever_loaded(caches, tmp_path, monkeypatch):
 
 
 def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_path, monkeypatch):
-    from kdlib import report
-
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
     settings, folder = caches["prefix"]
     config = Config.from_dict({**settings, "teacher_cache": str(folder)})
     list(session.distill(config, tmp_path / "whole"))

@@ -18,14 +18,8 @@ pytest.importorskip("kaggle", reason="the client needs Python 3.11")
 from copy_servers import KEY
 from kaggle_server import files_of, wait_until
 
-from kdlib import checkpoint, copies, env, report, session
+from kdlib import checkpoint, copies, env, session
 from kdlib.config import Config
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
-
 
 # what is taken, and when
 

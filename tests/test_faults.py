@@ -6,15 +6,8 @@ import itertools
 import pytest
 import torch
 
-from kdlib import checkpoint, evaluate, memory, parts, records, report, session, train
+from kdlib import checkpoint, evaluate, memory, parts, records, session, train
 from kdlib.config import Config
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """Reports have tests of their own, and take longer than these runs."""
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
-
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 SETTINGS = {"control": "off", "max_steps": 6, "eval_steps": 2, "batch_size": 8, "save_steps": 2}

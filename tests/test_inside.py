@@ -111,7 +111,7 @@ def test_layers_are_read_at_aligned_positions():
 
 def test_a_run_leaves_its_look_inside(settings, tmp_path):
     list(distill(Config.from_dict({**settings, "control": "full"}), tmp_path / "run"))
-    told = json.loads((tmp_path / "run" / "inside.json").read_text())
+    told = json.loads((tmp_path / "run" / "figures" / "inside.json").read_text())
     assert set(told["attention"]) == {"teacher", "student_before", "distilled", "ce_only"}
     assert set(told["similarity"]) == {"student_before", "distilled", "ce_only"}
     for rows in told["attention"].values():
@@ -132,7 +132,7 @@ def test_what_can_not_be_watched_is_said_not_raised(settings, tmp_path, monkeypa
 
     monkeypatch.setattr(hooks, "watch_attention", refuse)
     list(distill(Config.from_dict({**settings, "control": "off"}), tmp_path / "run"))
-    told = json.loads((tmp_path / "run" / "inside.json").read_text())
+    told = json.loads((tmp_path / "run" / "figures" / "inside.json").read_text())
     assert told["without"] == "the models could not be watched: Odd does not take another attention function"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "No look inside the models" in page

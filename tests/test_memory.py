@@ -17,7 +17,6 @@ from kdlib import (
     memory,
     models,
     peak,
-    report,
     session,
     tiny,
     train,
@@ -31,11 +30,6 @@ EVERYTHING = {
     "share_steps": 1,
     "feature_layers": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
 
 
 def distil(settings, out, cut_at=None):

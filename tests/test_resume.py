@@ -23,13 +23,6 @@ from processes import together
 from kdlib import checkpoint, cli, course, env, evaluate, records, report, session, tiny, train
 from kdlib.config import Config
 
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """Reports have tests of their own, and take longer than these runs."""
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
-
-
 HOUSE = Path(__file__).parent.parent
 
 TIMED = {"elapsed_s", "left_s", "memory", "session", "tokens_per_s"}

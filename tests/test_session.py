@@ -144,7 +144,7 @@ def test_the_report_stands_alone_and_tells_the_verdict(run):
     page = (run[0] / "report.html").read_text()
     verdict = records.read_json(run[0] / "verdict.json")
     assert page.startswith("<!doctype html>")
-    assert page.count("data:image/png;base64,") == 8
+    assert page.count("data:image/png;base64,") == 24
     assert "http://" not in page
     assert "https://" not in page
     for text in (f"{verdict['bits_per_byte']['distilled']:.4f}", "prefers-color-scheme: dark", "What to trust"):
@@ -163,12 +163,6 @@ def test_a_report_can_be_drawn_of_a_run_that_is_not_finished(run, tmp_path):
         (tmp_path / "records.jsonl").write_text("".join(lines[:kept]))
         page = report.write_report(tmp_path).read_text()
         assert "The run is failed. &lt;b&gt;full disk" in page
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Reports take longer than the runs that do not ask for them."""
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
 
 
 def drive(settings, out, **changes):
@@ -194,7 +188,6 @@ def test_without_a_control_nothing_is_claimed(settings, tmp_path):
     assert "nothing tells whether it helped" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
     found = drive(settings, tmp_path / "run", control="off", learning_rate=0.0, max_steps=50, eval_steps=2,
                   early_stopping_patience=3)  # fmt: skip
@@ -202,7 +195,6 @@ def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
     assert found[-1]["kind"] == "verdict"
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.0)
     found = drive(settings, tmp_path / "run", learning_rate=0.0, max_steps=50, eval_steps=2, early_stopping_patience=3)
@@ -214,14 +206,12 @@ def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(set
     assert found[-1]["steps"] == steps
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_epochs_give_the_plan_where_no_steps_are_named(settings, tmp_path):
     drive(settings, tmp_path / "run", control="off", max_steps=0, epochs=0.5)
     windows = len(inputs.load(Config.from_dict(settings)).train)
     assert records.read_json(tmp_path / "run" / "config.json")["max_steps"] == round(0.5 * windows / 2)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
     steps = session.distill(Config.from_dict(settings), tmp_path / "run")
     for record in steps:
@@ -232,7 +222,6 @@ def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
     assert (status["state"], status["reason"]) == ("paused", "broken off by its caller; goes on from step-00000001")
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_run_does_the_same_twice(settings, tmp_path):
     """Same seed: same losses, same student, byte for byte (the control's length is timed, and may differ)."""
     first, second = (drive(settings, tmp_path / name, control="off") for name in ("a", "b"))
@@ -242,7 +231,6 @@ def test_a_run_does_the_same_twice(settings, tmp_path):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_the_control_gets_the_steps_that_fit_into_the_same_time(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.5)
     found = drive(settings, tmp_path / "run", max_steps=4, eval_steps=2)
@@ -314,6 +302,7 @@ def test_two_processes_do_what_one_does(settings, tmp_path, launch, more):
     assert any(a["grad_shares"] for a in one) == bool(more)
 
 
+@pytest.mark.pictures
 def test_a_run_with_every_part_tells_what_drove_it(settings, tmp_path):
     """The preset, three phases long, with a control: records, figures, the report, and a control that knows no teacher."""
     found = drive({**settings, "preset": "documents", "share_steps": 4, "kd_top_k": 30}, tmp_path / "run", max_steps=24)

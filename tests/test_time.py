@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kdlib import budget, checkpoint, conclusion, course, env, evaluate, inputs, plan, records, report, session, train
+from kdlib import budget, checkpoint, conclusion, course, env, evaluate, inputs, plan, records, session, train
 from kdlib.config import Config
 
 COSTS = {"load": 45.0, "step": 18.0, "evaluation": 20.0, "save": 8.0, "export": 4.0}
@@ -33,7 +33,6 @@ class World:
 
         monkeypatch.setattr(evaluate._Tally, "add_text", part_of_an_evaluation)
         monkeypatch.setattr(checkpoint.Writer, "begin", lambda writer, *given: writer._write(given))
-        monkeypatch.setattr(report, "write_report", lambda folder: None)
 
     def now(self):
         return self.time
