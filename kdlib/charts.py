@@ -4,6 +4,9 @@ import math
 
 from kdlib.style import COLOURS, NAMES, SHADES, THEMES, figure, legend
 
+HELPED_COLOURS = {True: COLOURS["teacher"], False: COLOURS["distilled"], None: "#999999"}
+"""Of a gain: it helped, it did not, nobody can tell."""
+
 
 def gain(verdict, theme="light"):
     """Bits per byte saved against the control: the interval, the mean, every run."""
@@ -12,7 +15,7 @@ def gain(verdict, theme="light"):
         axes.axvline(0, color=ink, lw=1)
         if verdict["gain"] is not None:
             low, high = verdict["interval"]
-            colour = {True: COLOURS["teacher"], False: COLOURS["distilled"], None: "#999999"}[verdict["helped"]]
+            colour = HELPED_COLOURS[verdict["helped"]]
             axes.plot([low, high], [0, 0], color=colour, lw=7, solid_capstyle="butt", alpha=0.55, label="95 % interval")
             axes.plot(verdict["gain"], 0, "o", color=colour, ms=10, label="mean")
             if len(verdict["gain_by_run"]) > 1:
@@ -25,6 +28,22 @@ def gain(verdict, theme="light"):
         axes.set_yticks([])
         axes.set_xlabel("bits per byte saved against plain training  (left of 0: worse, right: better)")
         axes.grid(axis="y", visible=False)
+    return made
+
+
+def gains(verdicts, theme="light"):
+    """What several runs gained, each against its own control: mean and interval, one under the other."""
+    told = {name: verdict for name, verdict in verdicts.items() if verdict["gain"] is not None}
+    with figure(theme, height=1.2 + 0.42 * max(1, len(told))) as (made, axes):
+        axes.axvline(0, color=THEMES[theme]["text"], lw=1)
+        for place, verdict in enumerate(told.values()):
+            colour = HELPED_COLOURS[verdict["helped"]]
+            axes.plot(verdict["interval"], [place, place], color=colour, lw=7, solid_capstyle="butt", alpha=0.55)
+            axes.plot(verdict["gain"], place, "o", color=colour, ms=9)
+        axes.set_yticks(range(len(told)), list(told))
+        axes.set_ylim(len(told) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("bits per byte saved against plain training (95 % interval)")
     return made
 
 

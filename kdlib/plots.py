@@ -38,6 +38,25 @@ def learning_curves(records, theme="light"):
     return made
 
 
+def compared(runs, theme="light"):
+    """Validation bits per byte over training time: the distilled student of each of `runs` (records by name), and the first
+    one's control.
+    """
+    with figure(theme, height=3.6) as (made, axes):
+        lines = {name: _scored(records, DISTILLED) for name, records in runs.items()}
+        lines[NAMES[CONTROL]] = _scored(next(iter(runs.values()), []), CONTROL)
+        unit, seconds = _time_unit([r["elapsed_s"] for line in lines.values() for r in line])
+        for place, (name, line) in enumerate(lines.items()):
+            colour, style = (THEMES[theme]["text"], "--") if name == NAMES[CONTROL] else (PART_COLOURS[place % 8], "-")
+            xs, ys = [r["elapsed_s"] / seconds for r in line], [r["bits_per_byte"] for r in line]
+            axes.plot(xs, ys, style, color=colour, lw=1.8, marker="o", ms=3, label=name if line else None)
+        _zoom(axes, [r["bits_per_byte"] for line in lines.values() for r in line if r["step"]])
+        axes.set_xlabel(f"training time ({unit})")
+        axes.set_ylabel("bits per byte, validation text\n(lower is better)")
+        legend(axes, theme)
+    return made
+
+
 def loss_shares(records, theme="light"):
     """Parts of the distilled run's loss over its steps: what each adds in nats, and its share of the whole."""
     rows = [r for r in _distilled(records) if r["loss"] is not None and not r["skipped"]]
@@ -212,6 +231,12 @@ def _percent_over_steps(axes, label, theme):
 
 def _distilled(records):
     return [r for r in records if r["kind"] == "train" and r["run"] == DISTILLED and r["repeat"] == 0]
+
+
+def _scored(records, run):
+    """The validation records of a student's weights as they are."""
+    found = [r for r in records if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == run]
+    return [r for r in found if r["repeat"] == 0 and not r.get("averaged")]
 
 
 def _of(records, leg):

@@ -8,6 +8,7 @@ scarce. Made once and kept in the user's cache folder.
 import ast
 import hashlib
 import json
+import math
 import shutil
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ import tokenizers
 import torch
 import transformers
 
-from kdlib import budget, data, models, train
+from kdlib import budget, data, env, models, train
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.objective import Objective
@@ -37,11 +38,17 @@ TEACHER_CONFIG = Config(
 )
 
 
-def docstrings():
-    """Documents of the running Python's standard library: `{module: text}`, every docstring once."""
+def docstrings(chars=math.inf):
+    """Documents of the running Python's standard library: `{module: text}`, every docstring once. Of about `chars`
+    characters where that is less than all: then modules are taken in an order that mixes them.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    seen, texts = set(), {}
-    for path in sorted(root.rglob("*.py")):
+    seen, texts, paths = set(), {}, sorted(root.rglob("*.py"))
+    if math.isfinite(chars):
+        paths.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()[::-1])
+    for path in paths:
+        if sum(map(len, texts.values())) >= chars:
+            break
         module = path.relative_to(root)
         if LEFT_OUT & set(module.parts):
             continue
@@ -102,9 +109,22 @@ def config(cache, **changes):
     return Config.from_dict({**values, **changes})
 
 
-def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHARS):
+def small(steps, student_chars, chars, **changes):
+    """The `Config` of the embedded default in a small form, as `prepare` makes it; made once and kept. For models of this
+    size one torch thread is fastest, and is set.
+    """
+    torch.set_num_threads(1)
+    cache = env.cache_folder() / f"small-{steps}-{student_chars}-{chars}"
+    if not is_ready(cache):
+        for _progress in prepare(cache, steps=steps, student_chars=student_chars, chars=chars):
+            pass
+    return config(cache, **changes)
+
+
+def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHARS, chars=math.inf):
     """Make the embedded default below `cache`; a generator of `(what, done, total)` that says how far it is. `steps`:
-    how long its teacher is trained; `student_chars`: how much text of its own the student gets.
+    how long its teacher is trained; `student_chars`: how much text of its own the student gets; `chars`: of how much text in
+    all.
 
     Nothing half-made is ever taken for whole: everything is built beside and renamed at the end.
     """
@@ -114,7 +134,7 @@ def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHA
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     yield "reading the standard library's docstrings", 0, 1
-    teacher_texts, student_texts, held = split(docstrings(), student_chars)
+    teacher_texts, student_texts, held = split(docstrings(chars), student_chars)
     write_jsonl(beside / "train.jsonl", student_texts)
     write_jsonl(beside / "held_out.jsonl", held)
     yield "training two tokenizers", 0, 1

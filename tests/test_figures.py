@@ -170,3 +170,27 @@ def test_the_page_holds_every_figure_after_the_verdict_and_what_to_trust(setting
     assert page.count("data:image/png") == 2 * len(names)
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_several_runs_are_compared_over_their_time_with_one_control():
+    one = [evaluated(1, 3.0), evaluated(2, 2.0), evaluated(2, 9.0, averaged=True), evaluated(3, 2.5, "ce_only")]
+    axes = plots.compared({"a way": one, "another": [evaluated(4, 1.0), evaluated(5, 7.0, "ce_only")]}).axes[0]
+    assert lines(axes) == {
+        "a way": [(2.0, 3.0), (4.0, 2.0)],
+        "another": [(8.0, 1.0)],
+        "control (plain training)": [(6.0, 2.5)],
+    }
+    assert axes.get_xlabel() == "training time (seconds)"
+
+
+def test_gains_stand_one_under_the_other():
+    verdicts = {
+        "first": {"gain": 0.5, "interval": [0.25, 0.75], "helped": True},
+        "second": {"gain": -0.5, "interval": [-0.75, -0.25], "helped": False},
+        "no control": {"gain": None, "interval": None, "helped": None},
+    }
+    axes = charts.gains(verdicts).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
+    drawn = [list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines[1:]]
+    assert drawn == [[(0.25, 0), (0.75, 0)], [(0.5, 0)], [(-0.75, 1), (-0.25, 1)], [(-0.5, 1)]]
+    assert axes.lines[1].get_color() != axes.lines[3].get_color()

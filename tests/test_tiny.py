@@ -44,7 +44,7 @@ def test_tokenizers_are_made_the_same_every_time(texts):
 
 
 def test_a_half_made_default_is_never_taken_for_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "docstrings", lambda: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(400)})
+    monkeypatch.setattr(tiny, "docstrings", lambda *_: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(400)})
     monkeypatch.setitem(tiny.TEACHER, "vocab", 320)
     monkeypatch.setitem(tiny.STUDENT, "vocab", 400)
     making = tiny.prepare(tmp_path, steps=3)
@@ -60,3 +60,24 @@ def test_a_half_made_default_is_never_taken_for_whole(tmp_path, monkeypatch):
     assert {p.name for p in home.iterdir()} == {"teacher", "student", "train.jsonl", "held_out.jsonl", "complete.json"}
     config = tiny.config(tmp_path, max_steps=7)
     assert (config.max_steps, config.control, config.kd_method) == (7, "full", "shared_prefix")
+
+
+def test_a_small_form_takes_as_much_text_as_it_is_given_from_all_over(texts):
+    some = tiny.docstrings(150_000)
+    size = sum(map(len, some.values()))
+    assert 150_000 <= size < 150_000 + max(map(len, texts.values()))
+    assert len(some) < len(texts) / 3
+    assert len({module.split("/")[0][0] for module in some}) > 5  # not the first letters of the alphabet
+    assert some == tiny.docstrings(150_000)
+
+
+def test_a_small_form_is_made_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(tiny, "docstrings", lambda chars: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(400)})
+    monkeypatch.setitem(tiny.TEACHER, "vocab", 320)
+    monkeypatch.setitem(tiny.STUDENT, "vocab", 400)
+    config = tiny.small(2, 5000, 10_000, max_steps=9)
+    assert config.max_steps == 9
+    assert str(tmp_path) in config.teacher
+    monkeypatch.setattr(tiny, "prepare", None)
+    assert tiny.small(2, 5000, 10_000, max_steps=9) == config
