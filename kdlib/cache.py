@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kdlib import batching, budget, env, evaluate, inputs, memory, precision, records, signals, vocab
+from kdlib import batching, budget, env, evaluate, inputs, memory, precision, records, samples, signals, vocab
 from kdlib.signals import HEAD, INDEX, READER
 from kdlib.windows import Windows
 
@@ -219,8 +219,8 @@ class Pass:
         """What a verdict wants of the teacher itself: its score, and how it goes on with a text."""
         held_out = getattr(self.loaded, split)
         score = evaluate.evaluate_teacher(self.pair.teacher, held_out).to_dict()
-        opening = evaluate.opening(held_out, self.pair.student_reader.tokenizer)
-        return {"score": score, "says": evaluate.teacher_says(self.pair.teacher, opening)}
+        opening = samples.openings(held_out, self.pair.student_reader.tokenizer, 1)[0]
+        return {"score": score, "says": samples.teacher_says(self.pair.teacher, opening)}
 
 
 def _refuse_folder(out):

@@ -151,28 +151,15 @@ def _writer(text):
 
 
 def evaluate(positional, flags):
-    from kdlib import evaluate, inputs
+    from kdlib import comparison
 
     as_json = flags.pop("json", None) is not None
     if positional:
         raise ValueError(f"evaluate takes --teacher, --student and --dataset; got {positional[0]!r}")
     config = Config.from_dict(flags)
     quiet()
-    pair, held_out, alignment = inputs.load_for_evaluation(config)
-    scores = {
-        "teacher": evaluate.evaluate_teacher(pair.teacher, held_out).summary(),
-        "student": evaluate.evaluate_student(pair.student, pair.head, held_out).summary(),
-    }
-    if as_json:
-        print(json.dumps({**scores, "alignment": alignment}, indent=2))
-        return 0
-    print(f"{'':10}{'bits per byte':>15}{'perplexity':>12}{'KL to teacher':>15}{'top-1 agreement':>17}")
-    for name, score in scores.items():
-        print(
-            f"{name:10}{score['bits_per_byte']:15.4f}{score['perplexity']:12.2f}{score['kl_to_teacher']:15.4f}"
-            f"{score['top1_agreement']:17.1%}"
-        )
-    print(f"{alignment['coverage']:.1%} of the student's tokens have a comparable teacher position.")
+    found = comparison.compare(config)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(comparison.told(found)))
     return 0
 
 

@@ -1,6 +1,6 @@
 """The end of a run, or of a session: verdict, student, report."""
 
-from kdlib import evaluate, export, inside, models, records, report, verdict
+from kdlib import export, inside, models, records, report, samples, verdict
 from kdlib.leg import CONTROL
 
 
@@ -60,9 +60,9 @@ def _samples(inputs, students):
     """What teacher and students write after the same beginning of a held-out text."""
     pair = inputs.pair
     tokenizer = pair.student_reader.tokenizer
-    before = evaluate.opening(inputs.test, tokenizer)
-    told = {"teacher": evaluate.teacher_says(pair.teacher.of("test"), before)}
+    before = samples.openings(inputs.test, tokenizer, 1)[0]
+    told = {"teacher": samples.teacher_says(pair.teacher.of("test"), before)}
     for name, weights in students.items():
         models.put_back(pair.student, weights)
-        told[name] = evaluate.continue_text(pair.student, tokenizer, before)
+        told[name] = samples.continue_text(pair.student, tokenizer, before)
     return {"opening": before, **told}

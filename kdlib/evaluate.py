@@ -246,26 +246,3 @@ class _Tally:
             num_bytes=self.bytes.copy(),
             retention=self.retention and self.retention.to_dict(),
         )
-
-
-def opening(held_out, tokenizer, num_tokens=24):
-    """The beginning of a held-out window, as text up to its last whole word: what the samples go on from."""
-    longest = max((w for group in held_out.windows for w in group), key=lambda window: len(window.student_ids))
-    text = tokenizer.decode(longest.student_ids[:num_tokens], skip_special_tokens=True)
-    return text[: text.rindex(" ")] if " " in text.strip() else text
-
-
-def teacher_says(teacher, text):
-    """What the teacher writes after `text`; what its cache has kept, where it is one."""
-    return teacher.says if teacher.model is None else continue_text(teacher.model, teacher.reader.tokenizer, text)
-
-
-@torch.no_grad()
-def continue_text(model, tokenizer, text, num_tokens=48):
-    """What a model writes after `text`, greedily: at most `num_tokens` tokens, without the beginning."""
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    was_training = model.training
-    model.eval()
-    out = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
-    model.train(was_training)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

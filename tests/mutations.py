@@ -28,6 +28,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
 )
 MEMORY, BITS = "test_memory.py", "test_bits.py"
 DOCTOR = "test_doctor.py"
+RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
@@ -389,6 +390,34 @@ MUTANTS = {
     "a complete run stays where it is mounted": ("resume.py", "if writes and folder.path.resolve() != found.source.path.resolve():", "if False:", [IN_KERNEL]),
     "more bytes than Kaggle keeps": ("env.py", "        free = min(free, KEPT_BYTES", "        free = max(free, KEPT_BYTES", [IN_KERNEL]),
     "a shard for every 65,536 positions": ("signals.py", "if count >= least and", "if count >= SHARD_POSITIONS and", [CACHE]),
+    # what was kept of the teacher, a look inside, figures
+    "bins closed on the wrong side": ("retention.py", "right=True", "right=False", [RETENTION]),
+    "frequency of unlabelled positions too": ("retention.py", 'self._add("frequency", seen[known], **{name: value[known] for name, value in values.items()})', 'self._add("frequency", seen, **values)', [RETENTION, "test_parts.py", "test_session.py"]),
+    "confidence of the label": ("retention.py", "sure = best.exp()", "sure = logs_NV.gather(1, columns_N[:, None]).squeeze(1).exp()", [RETENTION]),
+    "entropy without its sign": ("retention.py", "entropy = -(teacher_NB.exp()", "entropy = (teacher_NB.exp()", [RETENTION]),
+    "calibration error over bins alike": ("retention.py", 'return sum(apart) / max(1.0, sum(sums["num"]))', 'return sum(apart) / len(sums["num"])', [RETENTION]),
+    "places counted over the whole row": ("evaluate.py", "places = attention.restarted(moved.student_windows).flatten()", "places = torch.arange(moved.student_windows.numel(), device=states.device)", [RETENTION]),
+    "retention of the last run only": ("verdict.py", "retention.added([score.retention for score in scores])", "scores[-1].retention", [RETENTION]),
+    "similarity of layers with its bias": ("inside.py", "gram.fill_diagonal_(0.0) for gram in grams", "gram for gram in grams", [INSIDE]),
+    "similarity without its correction": ("inside.py", "- 2.0 / (num - 2) * (sums[0] @ sums[1])", "", [INSIDE]),
+    "attention maps with the first boundary": ("inside.py", ".exp()[1:, 1:].cpu()", ".exp()[:-1, :-1].cpu()", [INSIDE]),
+    "attention of the last layer only": ("inside.py", "torch.stack(maps).double().mean(dim=0)", "maps[-1].double()", [INSIDE]),
+    "a watched model stays watched": ("inside.py", "        hooks.watch_attention(model, was_watched)\n", "", [INSIDE]),
+    "layers at the positions before": ("inside.py", "seen.layers[i][0][rows.to(model.device)]", "seen.layers[i][0][(rows - 1).clamp(min=0).to(model.device)]", [INSIDE]),
+    "pieces with what stands around the text": ("inside.py", "edges = [len(reader.prefix), *", "edges = [0, *", [INSIDE]),
+    "any failure inside is let pass": ("inside.py", "if not isinstance(error, ValueError) and not memory.ran_out(error):", "if False:", [INSIDE]),
+    "sizes of the other side": ("inside.py", "np.minimum(ours[known], MANY) - 1, np.minimum(theirs[known], MANY) - 1", "np.minimum(theirs[known], MANY) - 1, np.minimum(ours[known], MANY) - 1", [INSIDE]),
+    "averaging upside down": ("plots.py", "both[False] - both[True]", "both[True] - both[False]", [FIGURES]),
+    "each student's time from nought": ("plots.py", "begin, leg = begin + last, (r", "begin, leg = 0.0, (r", [FIGURES]),
+    "sessions drawn over each other": ("plots.py", "                start = end\n", "", [FIGURES]),
+    "agreement of bins that hold nothing": ("charts.py", 'used = [i for i, num in enumerate(first["num"]) if num]', 'used = list(range(len(first["num"])))', [FIGURES]),
+    "the future has a colour": ("charts.py", "x**0.5 if x else math.nan for x in row", "x**0.5 for x in row", [FIGURES]),
+    "every layer map on its own scale": ("charts.py", '"{:.2f}", top=1.0)', '"{:.2f}")', [FIGURES]),
+    "token texts as markup": ("report.py", '{html.escape(text)}</span>', '{text}</span>', [FIGURES]),
+    "the report ends with what to trust": ("report.py", '        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, found, inside)]\n', "", [FIGURES]),
+    "a stale notebook is fresh": ("tests/refresh.py", "if NUMBER.sub", "if False and NUMBER.sub", ["test_notebook.py::test_what_is_stale_is_seen"]),
+    "any number will do": ("tests/refresh.py", "return all(abs(a - b) <= APART", "return True or all(abs(a - b) <= APART", ["test_notebook.py::test_what_is_stale_is_seen"]),
+    "edited cells are fresh": ("tests/refresh.py", '!= source_hash(committed)', '!= source_hash(committed) and False', ["test_notebook.py::test_what_is_stale_is_seen"]),
 }  # fmt: skip
 
 

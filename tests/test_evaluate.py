@@ -8,7 +8,7 @@ import torch
 import transformers
 from families import byte_level, reader, tiny_model
 
-from kdlib import data, evaluate, inputs, models, vocab
+from kdlib import comparison, data, evaluate, inputs, models, samples, vocab
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.teacher import Teacher
@@ -144,7 +144,51 @@ def test_a_teacher_that_reads_foreign_ids_is_refused(settings, texts, tmp_path):
 
 def test_samples_go_on_from_the_same_opening(small):
     student, _, _, _, held_out, _ = small
-    opening = evaluate.opening(held_out, reader("unigram").tokenizer)
+    opening = samples.openings(held_out, reader("unigram").tokenizer, 1)[0]
     assert opening
-    told = evaluate.continue_text(student, reader("unigram").tokenizer, opening, num_tokens=5)
+    told = samples.continue_text(student, reader("unigram").tokenizer, opening, num_tokens=5)
     assert isinstance(told, str)
+
+
+def test_repetition_and_distinct_n_by_hand():
+    texts = ["a b c d a b c d", "a b c d", "x y"]
+    # the first text has five runs of four words, the first and the last alike; the second has one; the third has none
+    assert samples.repeated(texts) == pytest.approx(1 / 6)
+    # pairs: ab bc cd da ab bc cd, ab bc cd, xy: five different ones of eleven
+    assert samples.distinct(texts) == pytest.approx(5 / 11)
+    assert samples.repeated(["a b"]) is None
+    assert samples.distinct(["a"]) is None
+
+
+def test_openings_are_of_different_documents(small):
+    held_out = small[4]
+    found = samples.openings(held_out, reader("unigram").tokenizer, 5, num_tokens=12)
+    assert len(found) == 2
+    assert len({text.split()[0] for text in found}) == 2
+
+
+def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
+    config = Config.from_dict({**settings, "control": "off"})
+    found = comparison.compare(config)
+    pair, held_out, alignment = inputs.load_for_evaluation(config)
+    score = evaluate.evaluate_student(pair.student, pair.head, held_out)
+    assert found["student"] == {
+        **score.summary(),
+        "calibration_error": pytest.approx(found["student"]["calibration_error"]),
+    }
+    assert found["alignment"] == alignment
+    whole = sum(document["student"] * document["num_bytes"] for document in found["documents"])
+    assert whole / sum(document["num_bytes"] for document in found["documents"]) == pytest.approx(score.bits_per_byte)
+    assert found["retention"]["student"] == score.retention
+    assert sum(score.retention["frequency"]["num"]) > 0
+    assert score.retention["frequency"]["num"][0] == 0.0  # it is counted in this very text
+    assert len(found["samples"]["openings"]) == len(found["samples"]["student"]["texts"]) == 8
+    page = "\n".join(comparison.told(found))
+    for said in (
+        f"{score.bits_per_byte:.4f}",
+        "tokens read before it",
+        "40 documents",
+        "distinct-2",
+        f"{score.top1_agreement:.1%}",
+    ):
+        assert words in page

@@ -1,0 +1,98 @@
+"""Any two models on a text: what each knows, and how much the one kept of the other."""
+
+import statistics
+
+from kdlib import evaluate, inputs, retention, samples
+
+NUM_SAMPLES = 8
+TITLES = {
+    "frequency": "times the next token stands in this text",
+    "position": "tokens read before it",
+    "entropy": "teacher's entropy (nats)",
+}
+WIDE = 12
+
+
+def compare(config, device="cpu"):
+    """What the config's teacher and student make of its data set, all of it held-out text: plain values.
+
+    `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Retention`, whose
+    `frequency` counts in this very text; `documents`: bits per byte of each, with its size; `samples`: what both write after
+    the same beginnings, with the share of repeated 4-grams and distinct-2; `alignment`. ValueError for a wrong input.
+    """
+    pair, held_out, alignment = inputs.load_for_evaluation(config, device)
+    scores = {
+        "teacher": evaluate.evaluate_teacher(pair.teacher, held_out),
+        "student": evaluate.evaluate_student(pair.student, pair.head, held_out),
+    }
+    told = {
+        name: {**score.summary(), "calibration_error": retention.calibration_error(score.retention)}
+        for name, score in scores.items()
+    }
+    sizes, bits = scores["student"].num_bytes.tolist(), {name: score.bits.tolist() for name, score in scores.items()}
+    documents = [
+        {"num_bytes": size, **{name: bits[name][i] / size for name in bits}} for i, size in enumerate(sizes) if size
+    ]
+    kept = {name: score.retention for name, score in scores.items()}
+    return {
+        **told,
+        "alignment": alignment,
+        "retention": kept,
+        "documents": documents,
+        "samples": _samples(pair, held_out),
+    }
+
+
+def _samples(pair, held_out):
+    beginnings = samples.openings(held_out, pair.student_reader.tokenizer, NUM_SAMPLES)
+    models = {
+        "teacher": (pair.teacher.model, pair.teacher.reader.tokenizer),
+        "student": (pair.student, pair.student_reader.tokenizer),
+    }
+    told = {"openings": beginnings}
+    for name, (model, tokenizer) in models.items():
+        texts = [samples.continue_text(model, tokenizer, text) for text in beginnings]
+        told[name] = {"texts": texts, "repeated": samples.repeated(texts), "distinct_2": samples.distinct(texts)}
+    return told
+
+
+def told(found):
+    """The lines that a terminal shows of it."""
+    heads = (("bits per byte", 15), ("perplexity", 12), ("KL to teacher", 15), ("top-1 agreement", 17))
+    yield " " * 10 + "".join(f"{head:>{width}}" for head, width in heads) + "  calibration off by"
+    for name in ("teacher", "student"):
+        score = found[name]
+        yield (
+            f"{name:10}{score['bits_per_byte']:15.4f}{score['perplexity']:12.2f}{score['kl_to_teacher']:15.4f}"
+            f"{score['top1_agreement']:17.1%}{score['calibration_error']:20.1%}"
+        )
+    yield f"{found['alignment']['coverage']:.1%} of the student's tokens have a comparable teacher position."
+    for kind in ("frequency", "position", "entropy"):
+        yield from _over_bins(TITLES[kind], found["retention"]["student"][kind])
+    values = [document["student"] for document in found["documents"]]
+    ceiling = [document["teacher"] for document in found["documents"]]
+    worse = sum(ours > theirs for ours, theirs in zip(values, ceiling, strict=True))
+    yield (
+        f"\n{len(values)} documents: student {min(values):.3f} to {max(values):.3f} bits per byte, median "
+        f"{statistics.median(values):.3f}; the teacher's {statistics.median(ceiling):.3f}; it knows {worse} of them better."
+    )
+    yield "\n".join(["", *_written(found["samples"])])
+
+
+def _over_bins(title, sums):
+    """Positions, agreement and divergence over the bins that hold anything."""
+    used = [i for i, num in enumerate(sums["num"]) if num]
+    yield f"\n{title + ', from':44}" + "".join(f"{sums['from'][i]:>{WIDE}g}" for i in used)
+    yield f"{'  positions':44}" + "".join(f"{sums['num'][i]:>{WIDE},.0f}" for i in used)
+    yield f"{'  top-1 agreement':44}" + "".join(f"{sums['agreed'][i] / sums['num'][i]:>{WIDE}.1%}" for i in used)
+    yield f"{'  KL to teacher (nats)':44}" + "".join(f"{sums['kl'][i] / sums['num'][i]:>{WIDE}.3f}" for i in used)
+
+
+def _written(told):
+    for name in ("teacher", "student"):
+        measures = {"words in fours said before": told[name]["repeated"], "distinct-2": told[name]["distinct_2"]}
+        said = ", ".join(f"{what} {'-' if value is None else f'{value:.0%}'}" for what, value in measures.items())
+        yield f"{name} writes: {said} ({len(told['openings'])} beginnings, greedily)"
+    if told["openings"]:
+        yield f"  ... {told['openings'][0]!r}"
+        yield from (f"  {name}: {told[name]['texts'][0]!r}" for name in ("teacher", "student"))
