@@ -184,7 +184,7 @@ def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
     assert score.retention["frequency"]["num"][0] == 0.0  # it is counted in this very text
     assert len(found["samples"]["openings"]) == len(found["samples"]["student"]["texts"]) == 8
     page = "\n".join(comparison.told(found))
-    for said in (
+    for words in (
         f"{score.bits_per_byte:.4f}",
         "tokens read before it",
         "40 documents",
