@@ -33,16 +33,14 @@ class Retention:
         self._add("confidence", sure, num=torch.ones_like(sure), confidence=sure, right=(place == columns_N))
 
     def add_pairs(self, labels_N, places_N, teacher_NB, kl_N, agreed_N):
-        """Aligned positions: the student's next token (an id, negative for none), tokens read before, the teacher's
+        """Aligned positions: the student's next token (an id), tokens read before, the teacher's
         log-probabilities of buckets, divergence in nats, whether both find the same token likeliest.
         """
         values = {"num": torch.ones_like(kl_N), "kl": kl_N, "agreed": agreed_N}
         entropy = -(teacher_NB.exp() * teacher_NB).nan_to_num(0.0).sum(dim=-1)
         self._add("entropy", entropy, **values)
         self._add("position", places_N, **values)
-        known = labels_N >= 0
-        seen = self.times_seen.to(labels_N.device)[labels_N.clamp(min=0)]
-        self._add("frequency", seen[known], **{name: value[known] for name, value in values.items()})
+        self._add("frequency", self.times_seen.to(labels_N.device)[labels_N], **values)
 
     def _add(self, kind, where, **values):
         edges = torch.tensor(EDGES[kind][1:], device=where.device, dtype=torch.float64)

@@ -392,7 +392,6 @@ MUTANTS = {
     "a shard for every 65,536 positions": ("signals.py", "if count >= least and", "if count >= SHARD_POSITIONS and", [CACHE]),
     # what was kept of the teacher, a look inside, figures
     "bins closed on the wrong side": ("retention.py", "right=True", "right=False", [RETENTION]),
-    "frequency of unlabelled positions too": ("retention.py", 'self._add("frequency", seen[known], **{name: value[known] for name, value in values.items()})', 'self._add("frequency", seen, **values)', [RETENTION, "test_parts.py", "test_session.py"]),
     "confidence of the label": ("retention.py", "sure = best.exp()", "sure = logs_NV.gather(1, columns_N[:, None]).squeeze(1).exp()", [RETENTION]),
     "entropy without its sign": ("retention.py", "entropy = -(teacher_NB.exp()", "entropy = (teacher_NB.exp()", [RETENTION]),
     "calibration error over bins alike": ("retention.py", 'return sum(apart) / max(1.0, sum(sums["num"]))', 'return sum(apart) / len(sums["num"])', [RETENTION]),

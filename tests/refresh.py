@@ -1,6 +1,6 @@
 """Execute the committed notebooks anew, or check that their outputs are still what comes out.
 
-    python tests/notebooks.py [--check] [NAME ...]
+    python tests/refresh.py [--check] [NAME ...]
 
 Every notebook runs as a batch, as Kaggle runs it, in a folder of its own and from an empty cache; all share what the first
 one makes. What is written back holds outputs and no traces of their making: no widget state, no times of cells, no marks of

@@ -36,8 +36,7 @@ def by_hand(student, teacher, windows, shared, times):
             told = {"num": 1, "kl": kl, "agreed": agreed}
             add(sums, "entropy", entropy, **told)
             add(sums, "position", int(row), **told)
-            if window.student_labels[row] >= 0:
-                add(sums, "frequency", times[window.student_labels[row]], **told)
+            add(sums, "frequency", times[window.student_labels[row]], **told)
     return sums
 
 
