@@ -246,26 +246,32 @@ class Course:
         """Validation records of the weights as they are, and of their average; the better ones are kept where they are the
         best so far.
         """
-        scores = [(False, self.pair.student, self.scorer.student("validation"))]
-        if self.training.average and leg.step:
-            averaged = self.training.average.module
-            scores.append((True, averaged, self.scorer.student("validation", averaged)))
+        scored = self._scored(leg)
         leg.evaluated = leg.step
         leg.since_best += 1
         found = []
-        for is_average, model, score in scores:
-            if score.bits_per_byte < leg.best:
-                leg.best, leg.best_step, leg.best_averaged, leg.since_best = (
-                    score.bits_per_byte,
-                    leg.step,
-                    is_average,
-                    0,
-                )
-                leg.best_weights = models.copy_of(model)
-            facts = {"split": "validation", "averaged": is_average, "progress": leg.step / leg.last_step}
-            record = {"kind": "eval", **self._at(leg), **facts, **score.summary()}
-            found += [record] if is_average else self._watched(leg, record)
+        for model, record in scored:
+            if record["bits_per_byte"] < leg.best:
+                leg.best, leg.best_step, leg.since_best = record["bits_per_byte"], leg.step, 0
+                leg.best_averaged, leg.best_weights = record["averaged"], models.copy_of(model)
+            found += [record] if record["averaged"] else self._watched(leg, record)
         return found
+
+    def look(self, leg):
+        """The records of `evaluate` and none of its consequences: nothing that the run decides depends on them."""
+        return [{**record, "asked": True} for _, record in self._scored(leg)]
+
+    def _scored(self, leg):
+        """`(model, its validation record)` of the weights as they are, and of their average."""
+        candidates = [self.pair.student]
+        if self.training.average and leg.step:
+            candidates.append(self.training.average.module)
+        scored = []
+        for model in candidates:
+            score = self.scorer.student("validation", model)
+            facts = {"split": "validation", "averaged": bool(scored), "progress": leg.step / leg.last_step}
+            scored.append((model, {"kind": "eval", **self._at(leg), **facts, **score.summary()}))
+        return scored
 
     def _test(self, leg):
         return self.scorer.student_with(leg.best_weights, "test")

@@ -60,7 +60,7 @@ class Leg:
         scores = {name: facts[name] and evaluate.Score.from_dict(facts[name]) for name in ("at_compare", "at_end")}
         leg = cls(**{**facts, **scores}, best_weights=best_weights)
         for record in records:
-            if leg.of(record) and record["kind"] in ("train", "eval"):
+            if leg.of(record) and record["kind"] in ("train", "eval") and not record.get("asked"):
                 list(leg.watch.see(record))
         return leg
 

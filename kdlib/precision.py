@@ -18,6 +18,14 @@ def accelerator(amp_dtype):
     return accelerate.Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype)
 
 
+def agreed(accelerator, flags):
+    """For each of these truths whether any process holds it."""
+    if accelerator.num_processes == 1:
+        return flags
+    counted = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [bool(count) for count in accelerator.reduce(counted, "sum").tolist()]
+
+
 @contextlib.contextmanager
 def passing_accelerator(amp_dtype):
     """The `accelerator` for a while. accelerate lets a process have one arithmetic only: afterwards it may choose again,

@@ -8,12 +8,11 @@ import weakref
 
 import torch
 
-from kdlib import budget, checkpoint, conclusion, copies, env, fused, inputs, plan, precision, records, resume
+from kdlib import budget, checkpoint, conclusion, copies, env, fused, inputs, plan, precision, records, resume, saving
 from kdlib.course import Course
 from kdlib.leg import DISTILLED, Scorer
+from kdlib.wishes import Unknown, Wishes
 
-SAVE_EVERY_S, SAVE_SHARE = 120.0, 0.02
-"""Seconds between checkpoints where `save_steps` is 0, and the share of the time they may take."""
 PLAN_AFTER_S = 60.0
 LIVE = weakref.WeakValueDictionary()
 """Sessions of this process that are not over, by folder: one that nobody drives any more gives way to the next."""
@@ -30,7 +29,7 @@ class Paused(Exception):
     """The session ends here, with nothing half-done; the text says why."""
 
 
-def distill(config, out, clock=None, resume="auto"):
+def distill(config, out, clock=None, resume="auto", wishes=None):
     """Run `config` in the folder `out`, or go on with the run that it holds: a generator of records (dicts, as in
     `records.jsonl`; besides, one of kind `start` with what was loaded, one of kind `plan` after the first minute, and at
     the end one of kind `verdict` or `paused`).
@@ -39,16 +38,21 @@ def distill(config, out, clock=None, resume="auto"):
     gone on with in `out`. Raises ValueError before anything is written where the config, the models, the text or the folder
     won't do. Whatever fails later leaves `status.json` at `failed` with the reason, and is raised. The caller may break off
     at any record, and the machine may ask to stop (SIGTERM, SIGINT): then all is saved and the state is `paused`.
+
+    `wishes`: a set into which the caller may put words at any time, from any thread too. Each is granted as soon as nothing
+    is half-done, and then taken out: `pause` ends the session as above; `save` writes a checkpoint; `evaluate` scores the
+    student on the validation text, for a look only: its eval record says `asked`, and nothing depends on it. A record of
+    kind `wish` tells what became of the last two. Another word is a ValueError, with all saved.
     """
-    session = Session(config, out, clock or budget.Clock(), resume)
+    session = Session(config, out, clock or budget.Clock(), resume, wishes)
     yield from session.run()
 
 
 class Session:
     """The state of `distill`."""
 
-    def __init__(self, config, out, clock, wanted="auto"):
-        self.clock = clock
+    def __init__(self, config, out, clock, wanted="auto", wishes=None):
+        self.clock, self.wishes = clock, Wishes(wishes)
         self.started = clock.now() - env.session_age_s()
         self.interrupts = budget.Interrupts()
         self.folder = records.RunFolder(out)
@@ -91,14 +95,13 @@ class Session:
             facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
         columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
         chunk = facts.get("chunk") or fused.rows_at_once(columns, self.accelerator.device, config.loss_chunk_size)[0]
-        seconds, guesses = (
-            budget.seconds_of(config.time_budget),
-            plan.guessed_costs(loaded.pair.student.num_parameters()),
-        )
+        seconds = budget.seconds_of(config.time_budget)
+        guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
         self.budget = budget.Budget(seconds, self.clock, self.started, status.get("costs", {}), guesses)
         scorer = Scorer(loaded, chunk, self.budget, facts.get("halvings", 0), self._tick)
         self.course = Course(self.config, loaded, self.accelerator, self.clock, self.budget, scorer)
-        self.was_saved, self.saved_step, self.saved_at, self.saving_s = bool(facts), None, self.clock.now(), 0.0
+        folder = self.folder if self.writes else None
+        self.saving = saving.Saving(self.course, self.who, folder, self.writer, bool(facts))
         self.trained_from, self.outlook = None, None
 
     def run(self):
@@ -112,6 +115,9 @@ class Session:
             yield from self._run()
         except Paused as pause:
             yield from self._pause(str(pause))
+        except Unknown as wish:
+            self.leave(str(wish))
+            raise
         except GeneratorExit:
             self.leave("broken off by its caller")
             raise
@@ -152,16 +158,16 @@ class Session:
         if facts:
             path = self.folder.records.path
             course.restore(self.found.groups, facts["course"], records.read_records(path) if path.exists() else [])
-            self.found.groups, self.saved_step = None, course.step
+            self.found.groups, self.saving.step = None, course.step
         resumed = self.found.path.name if facts else None
-        told = {"session": self.num_sessions, "resumed": resumed, "notes": self.notes}
-        yield {"kind": "start", **course.summary(), **told}
+        told = {"session": self.num_sessions, "session_left_s": self.budget.left(), "resumed": resumed}
+        yield {"kind": "start", **course.summary(), **told, "notes": self.notes}
         if facts:
             yield from self._written(self.found.alerts(course.place()))
         for found in course.run():
             yield from self._written([*found, *self.writer.told(course.place)])
             yield from self._look_ahead()
-        self._save_whole()
+        self.saving.whole()
         if not self.budget.allows("conclude") and self.trained_from is not None:
             raise Paused("no time is left for the verdict in this session")
         started = self.clock.now()
@@ -193,20 +199,50 @@ class Session:
             self.trained_from = self.clock.now()
         ahead = ["step"] + ["evaluate"] * self.course.evaluation_due(leg, leg.step + 1)
         fits = leg.done or self.budget.allows(*ahead, "save", "evaluate", "export")
-        save, asked, late = self._agreed(self._save_due(leg), bool(self.interrupts.asked), not fits)
+        in_vain = "evaluate" in self.wishes and not self.budget.allows(*ahead, "save", "evaluate", "evaluate", "export")
+        here = (self.saving.due(leg), bool(self.interrupts.asked), not fits, *self.wishes.all(), in_vain)
+        save, asked, late, *wanted = precision.agreed(self.accelerator, here)
         if asked:
             raise Paused(self.interrupts.asked or "another process was asked to stop")
         if late:
             raise Paused(self._time_is_up())
         if save:
-            self._save()
+            self.saving.begin()
+        yield from self._grant(leg, *wanted)
         if self.outlook is None and leg.step and self.clock.now() - self.trained_from >= PLAN_AFTER_S:
             self._make_plan()
             yield {"kind": "plan", "session": self.num_sessions, **self.outlook}
 
+    def _grant(self, leg, pause, save, look, unknown, in_vain):
+        """Fulfil wishes, save and look only where nothing is half-done; tell what became of them."""
+        if unknown:
+            self.wishes.refuse_unknown()
+            raise Unknown("another process was given an unknown wish")
+        if pause:
+            self._pause_as_wished()
+        settled = self.course.settled(leg)
+        if save and settled:
+            name = checkpoint.folder_name(self.course.step)
+            saved = self.saving.whole()
+            yield self._fulfilled("save", f"saved as {name}" if saved else "not saved: the weights are no numbers")
+        if look and settled and (in_vain or leg.evaluated == leg.step):
+            answer = "no time is left for it in this session" if in_vain else "it was evaluated at this very step"
+            yield self._fulfilled("evaluate", answer)
+        elif look and settled:
+            yield from self._written(self.course.look(leg))
+            yield self._fulfilled("evaluate", "evaluated for a look")
+
+    def _fulfilled(self, wish, answer):
+        self.wishes.fulfil(wish)
+        return {"kind": "wish", "wish": wish, "answer": answer, **self.course.place(), "session": self.num_sessions}
+
+    def _pause_as_wished(self):
+        self.wishes.fulfil("pause")
+        raise Paused("asked to pause")
+
     def _make_plan(self):
         leg = self.course.legs[-1]
-        between = self.config.save_steps * leg.train_s / max(1, leg.step) or self._save_every_s()
+        between = self.config.save_steps * leg.train_s / max(1, leg.step) or self.saving.every_s()
         self.outlook = self.course.outlook(self.num_sessions, self.budget.expected("save") / max(between, 1e-9))
 
     def _time_is_up(self):
@@ -219,62 +255,17 @@ class Session:
             return  # processes must stop together
         if self.interrupts.asked:
             raise Paused(self.interrupts.asked)
+        if "pause" in self.wishes:
+            self._pause_as_wished()
         if self.budget.left() < self.budget.cost("batch", "save") + 0.5 * self.budget.margin():
             raise Paused(self._time_is_up())
-
-    def _agreed(self, *wishes):
-        """Each wish, granted where any process has it."""
-        if self.accelerator.num_processes == 1:
-            return wishes
-        counted = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
-        return [bool(count) for count in self.accelerator.reduce(counted, "sum").tolist()]
-
-    def _save_due(self, leg):
-        if not leg.step or leg.done or not self.course.settled(leg):
-            return leg.done
-        if self.config.save_steps:
-            return leg.step % self.config.save_steps == 0
-        return not self.was_saved or self.clock.now() - self.saved_at >= self._save_every_s()
-
-    def _save_every_s(self):
-        return max(SAVE_EVERY_S, self.budget.expected("save") / SAVE_SHARE)
-
-    def _save(self):
-        """Begin a checkpoint: the state is copied now and written behind the training. The first one is waited for: it shows
-        that the disk takes it, and what it costs. So is every one under `save_steps`: no more steps than that may be lost.
-        """
-        started = self.clock.now()
-        self.writer.wait()
-        if self.course.training is None or self.saved_step == self.course.step:
-            return
-        if not self.course.training.is_finite():
-            return  # weights that are no numbers would be no help
-        groups = self.course.groups()
-        if self.writes:
-            facts = {
-                **self.who, "course": self.course.facts(), "chunk": self.course.scorer.chunk,
-                "halvings": self.course.scorer.halvings, "records_bytes": self.folder.records.position(),
-            }  # fmt: skip
-            copied_s = self.clock.now() - started
-            keep, reserve = self.config.keep_checkpoints, env.disk_reserve_bytes()
-            self.writer.begin(self.folder.checkpoints, self.course.step, groups, facts, keep, reserve)
-            if not self.was_saved or self.config.save_steps:
-                self.writer.wait()
-            self.budget.took("save", copied_s + self.writer.write_s)
-        self.was_saved, self.saved_step, self.saved_at = True, self.course.step, self.clock.now()
-        self.saving_s += self.saved_at - started
-
-    def _save_whole(self):
-        """A checkpoint of now, and nothing being written any more."""
-        self._save()
-        self.writer.wait()
 
     def _pause(self, reason):
         """Save; then, where there is time, score and export what there is, so that a session ends with something to look at.
         What is told of it goes with the next session: that begins where the checkpoint stands.
         """
         try:
-            self._save_whole()
+            self.saving.whole()
         except OSError as error:
             reason += f", and the disk did not take it ({error.strerror})"
         self._status("paused", f"{reason}; {self._kept()}")
@@ -302,7 +293,7 @@ class Session:
             return
         if isinstance(error, FloatingPointError):
             with contextlib.suppress(OSError):
-                self._save_whole()
+                self.saving.whole()
         self._end("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         if isinstance(error, ValueError):  # the caller's mistakes were all found before: this one is ours
             raise RuntimeError(f"the run failed: {error}") from error
@@ -313,7 +304,7 @@ class Session:
         if self.over or (self.folder.lock is None and self.writes):
             return
         try:
-            self._save_whole()
+            self.saving.whole()
         except OSError as error:
             reason += f", and not saved ({error.strerror})"
         self._end("paused", f"{reason}; {self._kept()}")
@@ -344,6 +335,7 @@ class Session:
         self.folder.status(
             state, reason=reason, step=sum(leg.step for leg in self.course.legs if leg.name == DISTILLED),
             max_steps=self.config.max_steps * self.config.repeats, sessions=self.num_sessions,
-            elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3), saving_s=round(self.saving_s, 3),
-            plan=None if state == "complete" else self.outlook, costs=self.budget.costs,
+            elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3),
+            saving_s=round(self.saving.took_s, 3), costs=self.budget.costs,
+            plan=None if state == "complete" else self.outlook,
         )  # fmt: skip

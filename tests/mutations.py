@@ -206,7 +206,7 @@ MUTANTS = {
     "no lock": ("records.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", [f"{RESUME}::test_two_processes_never_work_on_one_folder"]),
     "a full disk fails the run": ("session.py", "error.errno in records.FULL:", "False:", [f"{RESUME}::test_a_full_disk_pauses_the_run_with_its_last_checkpoint"]),
     "signals not heard": ("session.py", "        self.interrupts.listen()\n", "", ["test_kernel.py::test_an_interrupted_cell_ends_as_if_it_was_through"]),
-    "weights that are no numbers saved": ("session.py", "if not self.course.training.is_finite():", "if False:", [FAULTS]),
+    "weights that are no numbers saved": ("saving.py", "if not course.training.is_finite():", "if False:", [FAULTS]),
     "gradients of a failed try kept": ("train.py", "            self.optimizer.zero_grad()\n            memory.let_go()", "            memory.let_go()", [FAULTS]),
     "a half-taken update taken again": ("train.py", "or self._num_updates() != before:", "or False:", [FAULTS]),
     "windows dropped with the halves": ("train.py", "for i in range(0, len(mine), micro_batch)]", "for i in range(0, len(mine) // 2, micro_batch)]", [FAULTS, TRAIN]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import CONTEXT
 
-from kdlib import checkpoint, records, report, session
+from kdlib import checkpoint, records, report, saving, session
 from kdlib.config import Config
 
 SAVE_STEPS = 3
@@ -20,7 +20,7 @@ def drive(settings, out, by_the_clock, figures=True):
     if not figures:
         report.write_report = lambda folder: None
     if by_the_clock:
-        session.SAVE_EVERY_S, session.SAVE_SHARE = 0.05, 1.0
+        saving.SAVE_EVERY_S, saving.SAVE_SHARE = 0.05, 1.0
     for _ in session.distill(Config.from_dict(settings), out):
         pass
 

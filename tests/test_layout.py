@@ -13,7 +13,7 @@ FLOORS = [
     "foretold",
     "session cache",
     "course conclusion resume pairing comparison",
-    "leg report inputs peak",
+    "leg report inputs peak saving",
     "plots charts train verdict",
     "inside",
     "signals",
@@ -28,10 +28,10 @@ FLOORS = [
     "memory precision schedule records env alerts",
     "keys",
     "config",
-    "budget findings style",
+    "budget findings style wishes",
 ]
 FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
-STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env", "alerts", "findings", "keys"}
+STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env", "alerts", "findings", "keys", "wishes"}
 ROOMS = [
     (r"\blog_softmax\b", {"losses"}),
     (r"\bplt\.|matplotlib", {"style"}),

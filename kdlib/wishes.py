@@ -1,0 +1,33 @@
+"""What the caller of a run may wish for while it is under way: words in a set, put there at any time, from any thread."""
+
+PAUSE, SAVE, EVALUATE = KNOWN = ("pause", "save", "evaluate")
+
+
+class Unknown(ValueError):
+    """A word that means nothing."""
+
+
+class Wishes:
+    """Reads the caller's set, and takes out what was fulfilled."""
+
+    def __init__(self, words):
+        self.words = set() if words is None else words
+        self.refuse_unknown()
+
+    def __contains__(self, wish):
+        return wish in self.words
+
+    def all(self):
+        """Whether there is each wish of `KNOWN`, and at last whether there is an unknown one."""
+        return *(wish in self.words for wish in KNOWN), bool(self._unknown())
+
+    def fulfil(self, wish):
+        self.words.discard(wish)
+
+    def refuse_unknown(self):
+        """Raise Unknown where there is a word that means nothing."""
+        if unknown := self._unknown():
+            raise Unknown(f"unknown wish {', '.join(unknown)}; have {', '.join(KNOWN)}")
+
+    def _unknown(self):
+        return sorted(map(repr, set(self.words) - set(KNOWN)))
