@@ -56,8 +56,25 @@ class Picture(Figure):
 @contextlib.contextmanager
 def figure(theme, height, rows=1, columns=1):
     """A figure 6.6 inches wide in a theme's colours, with its axes; laid out when the block ends."""
+    with matplotlib.rc_context(_look(theme)):
+        made = Picture(figsize=(6.6, height), dpi=120, layout="constrained")
+        yield made, made.subplots(rows, columns)
+
+
+@contextlib.contextmanager
+def sheet(theme, size, rows, columns, dpi, **margins):
+    """A figure of `size` inches with many small axes, in a theme's colours. It is laid out by its `margins` alone (those of
+    a grid in matplotlib): that takes a third of the time.
+    """
+    with matplotlib.rc_context({**_look(theme), "font.size": 9, "legend.fontsize": 9, "axes.titlesize": 10}):
+        made = Picture(figsize=size, dpi=dpi)
+        yield made, made.subplots(rows, columns, gridspec_kw=margins)
+
+
+def _look(theme):
+    """What matplotlib is told of a theme."""
     colours = THEMES[theme]
-    style = {
+    return {
         "font.size": 11,
         "text.color": colours["text"],
         "axes.labelcolor": colours["text"],
@@ -73,9 +90,6 @@ def figure(theme, height, rows=1, columns=1):
         "axes.spines.right": False,
         "legend.fontsize": 10,
     }
-    with matplotlib.rc_context(style):
-        made = Picture(figsize=(6.6, height), dpi=120, layout="constrained")
-        yield made, made.subplots(rows, columns)
 
 
 def legend(axes, theme, ncols=3):

@@ -14,7 +14,7 @@ FLOORS = [
     "session cache",
     "course conclusion resume pairing comparison",
     "leg report inputs peak saving",
-    "plots charts train verdict",
+    "plots charts train verdict cockpit",
     "inside",
     "signals",
     "evaluate objective checkpoint export identity plan ahead",
@@ -92,7 +92,7 @@ def test_the_ground_floor_needs_the_standard_library_only(room):
 
 
 def test_pages_and_pictures_never_see_a_model():
-    for room in ("report", "plots", "charts", "style"):
+    for room in ("report", "plots", "charts", "style", "cockpit"):
         assert not {"torch", "transformers"} & {name.split(".")[0] for name in imports_of(sources()[room])}
 
 
