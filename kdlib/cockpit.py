@@ -1,7 +1,5 @@
 """Records -> one sheet of everything to watch while a run is under way."""
 
-import io
-
 from kdlib.style import COLOURS, NAMES, PART_COLOURS, PART_NAMES, PARTS, THEMES, sheet
 
 SIZE, DPI = (13.0, 6.4), 80
@@ -30,13 +28,6 @@ def cockpit(records, theme="light"):
         place = {"loc": "upper left", "bbox_to_anchor": (0.04, 1.0)}
         made.legend(handles=patches, ncols=len(PARTS), frameon=False, labelcolor=ink, **place)
     return made
-
-
-def png(figure):
-    """The bytes of a picture."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
 
 
 def _parts_of_the_loss(above, below, rows):

@@ -6,7 +6,7 @@ from kdlib import budget, checkpoint, env, plan
 from kdlib.findings import Finding
 from kdlib.leg import DISTILLED, Leg
 from kdlib.machine import gib
-from kdlib.session import SAVE_EVERY_S, SAVE_SHARE
+from kdlib.saving import SAVE_EVERY_S, SAVE_SHARE
 
 SESSION = "11h"
 """Length of a session where `time_budget` is empty: what Kaggle's 12 hours leave."""

@@ -160,8 +160,9 @@ class Session:
             course.restore(self.found.groups, facts["course"], records.read_records(path) if path.exists() else [])
             self.found.groups, self.saving.step = None, course.step
         resumed = self.found.path.name if facts else None
-        told = {"session": self.num_sessions, "session_left_s": self.budget.left(), "resumed": resumed}
-        yield {"kind": "start", **course.summary(), **told, "notes": self.notes}
+        told = {"session": self.num_sessions, "resumed": resumed, "notes": self.notes}
+        time = {"session_s": self.budget.seconds, "session_left_s": self.budget.left()}
+        yield {"kind": "start", **course.summary(), **told, **time}
         if facts:
             yield from self._written(self.found.alerts(course.place()))
         for found in course.run():

@@ -13,8 +13,8 @@ FLOORS = [
     "foretold",
     "session cache",
     "course conclusion resume pairing comparison",
-    "leg report inputs peak saving",
-    "plots charts train verdict cockpit",
+    "leg report inputs peak saving dashboard",
+    "plots charts train verdict cockpit front",
     "inside",
     "signals",
     "evaluate objective checkpoint export identity plan ahead",
@@ -92,7 +92,7 @@ def test_the_ground_floor_needs_the_standard_library_only(room):
 
 
 def test_pages_and_pictures_never_see_a_model():
-    for room in ("report", "plots", "charts", "style", "cockpit"):
+    for room in ("report", "plots", "charts", "style", "cockpit", "dashboard", "front"):
         assert not {"torch", "transformers"} & {name.split(".")[0] for name in imports_of(sources()[room])}
 
 
@@ -134,7 +134,9 @@ def test_the_package_needs_only_what_the_image_ships():
     assert {re.split(r"[<>=]", line)[0] for line in wanted} == allowed
     import sys
 
-    shipped = allowed | {"tokenizers", "pyarrow", "PIL"} | sys.stdlib_module_names  # these three come with the others
+    shipped = (
+        allowed | {"tokenizers", "pyarrow", "PIL", "IPython"} | sys.stdlib_module_names
+    )  # these come with them
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
     optional = {"bitsandbytes": {"precision"}, **{name: {"copies", "upload"} for name in clients}}
     for room, source in sources().items():
