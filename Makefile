@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 OUT ?= demo
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint notebooks bench clean
 
 demo: $(VENV)/ready
 	rm -rf -- "$(OUT)"
@@ -19,6 +19,10 @@ test-slow: $(VENV)/ready
 lint: $(VENV)/ready
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+
+notebooks: $(VENV)/ready
+	$(RUN) ruff format notebooks
+	$(VENV)/bin/python tests/refresh.py
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks.quality

@@ -91,11 +91,11 @@ def source_hash(notebook):
 def _joined(outputs):
     """Streams in one piece, as a terminal would leave them; no count of executions; errors of no cell."""
     joined = []
-    for output in outputs:
+    for output in (output for output in outputs if output.get("name") != "stderr"):
         output.pop("execution_count", None)
         if output["output_type"] == "stream":
             output["text"] = "".join(output["text"])
-            if joined and joined[-1].get("name") == output["name"]:
+            if joined and joined[-1]["output_type"] == "stream":
                 joined[-1]["text"] += output["text"]
                 continue
         else:
@@ -106,7 +106,7 @@ def _joined(outputs):
         if output["output_type"] == "stream":
             lines = (line.rstrip("\r").split("\r")[-1].rstrip() for line in output["text"].split("\n"))
             output["text"] = "\n".join(lines)
-    return [output for output in joined if output["output_type"] != "stream" or output["name"] == "stdout"]
+    return joined
 
 
 def differences(committed, made):

@@ -1,5 +1,7 @@
-"""The notebook as people meet it: committed clean, run by nbval, run by papermill with other parameters."""
+"""The notebooks as people meet them: committed clean and fresh, run by nbval, run by papermill with other parameters."""
 
+import ast
+import copy
 import json
 import os
 import subprocess
@@ -7,9 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import refresh
 
 HOUSE = Path(__file__).parent.parent
 NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
+SHORT = {"max_steps": 6, "eval_steps": 3, "eval_tokens": 1500, "batch_size": 4}
+OTHERWISE = {
+    "teacher_cache": {"out": "other", "settings": {"kd_top_k": 16}, "compared_steps": 0},
+    "losses_compared": {"out": "other", "methods": ["shared_vocab"], "parts": {}, "settings": {**SHORT, "control": "short"}},
+    "results": {},  # of the run that distill left
+}  # fmt: skip
 
 
 def cells(path, kind="code"):
@@ -24,13 +33,51 @@ def environment(tmp_path_factory):
     return {**os.environ, "KDLIB_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
+@pytest.fixture(scope="module")
+def distilled(environment, tmp_path_factory):
+    """The run folder of `distill.ipynb` with other parameters, as Kaggle runs it: parameters injected, a batch."""
+    folder = tmp_path_factory.mktemp("distilled")
+    settings = {**SHORT, "kd_method": "projector", "control": "short", "routing_feature_weight": 0.1, "share_steps": 2}
+    papermill("distill", folder, environment, {"out": "other", "settings": settings})
+    return folder / "other", settings
+
+
+def papermill(name, folder, environment, parameters):
+    (folder / f"{name}.ipynb").write_text((HOUSE / "notebooks" / f"{name}.ipynb").read_text())
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"{name}.ipynb",
+        "out.ipynb",
+        "--no-progress-bar",
+        "-y",
+        json.dumps(parameters),
+    ]
+    ran = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return cells(folder / "out.ipynb")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_parameters_come_first_and_nothing_is_defined(path):
     code = cells(path)
     assert code[0]["metadata"]["tags"] == ["parameters"]
     assert all("=" in line for line in code[0]["source"])
-    assert not any(line.lstrip().startswith(("def ", "class ")) for cell in code for line in cell["source"])
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    for cell in code:
+        assert not [node for node in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(node, kinds)]
     assert len(code) <= 12
+    assert sum(len(cell["source"]) for cell in code if cell["metadata"].get("tags") != ["kdlib"]) <= 65
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_step_is_told_before_it_is_taken(path):
+    kinds = [cell["cell_type"] for cell in json.loads(path.read_text())["cells"]]
+    assert kinds[0] == "markdown"
+    told = "".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    assert told.startswith("# ")
+    assert told.count("## ") >= 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -42,38 +89,124 @@ def test_committed_clean(path):
     outputs = json.dumps([cell["outputs"] for cell in cells(path)])
     assert str(Path.home()) not in outputs
     assert "Traceback" not in outputs
+    assert "widget-view" not in outputs
+    assert refresh.cleaned(copy.deepcopy(notebook)) == notebook
 
 
-def test_the_committed_notebook_shows_a_finished_run():
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_of_the_committed_code(path):
+    """The whole check, which executes them, is among the slow tests: this one sees what was edited since."""
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kdlib"]["outputs_of"] == refresh.source_hash(notebook), "make notebooks"
+    assert all(cell["execution_count"] for cell in cells(path))
+
+
+def test_the_committed_notebooks_show_finished_runs():
+    pictures = {
+        path.stem: json.dumps([cell["outputs"] for cell in cells(path)]).count("image/png") for path in NOTEBOOKS
+    }
+    assert pictures == {"distill": 10, "losses_compared": 2, "results": 13, "teacher_cache": 1}
     shown = json.dumps([cell["outputs"] for cell in cells(HOUSE / "notebooks" / "distill.ipynb")])
-    assert shown.count("image/png") == 4
-    assert "bits per byte" in shown
+    assert "Distillation helped" in shown
     assert "complete [" in shown
 
 
-def test_nbval(environment, tmp_path):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_nbval(path, environment, tmp_path):
     """As committed, in its small form; the cells that are checked give what is committed."""
+    (tmp_path / path.name).write_text(path.read_text())
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "-q", "--nbval-cell-timeout", "500",
-         "--rootdir", str(tmp_path), "-c", os.devnull, _copy(tmp_path)],
+         "--rootdir", str(tmp_path), "-c", os.devnull, path.name],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
-    assert " passed" in ran.stdout
+    assert f"{len(cells(path))} passed" in ran.stdout
 
 
-def test_papermill_with_other_parameters(environment, tmp_path):
-    """As Kaggle runs it: parameters injected, a batch run, and the run folder is there."""
-    parameters = {"max_steps": 6, "kd_method": "projector", "control": "short", "batch_size": 4}
-    words = ["-p", "out", "other", "-y", json.dumps({"settings": parameters})]
-    ran = subprocess.run(
-        [sys.executable, "-m", "papermill", _copy(tmp_path), "out.ipynb", "--no-progress-bar", *words],
-        env=environment, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert json.loads((tmp_path / "other" / "status.json").read_text())["state"] == "complete"
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    assert {name: config[name] for name in parameters} == parameters
+def test_distill_with_other_parameters(distilled):
+    folder, settings = distilled
+    assert json.loads((folder / "status.json").read_text())["state"] == "complete"
+    config = json.loads((folder / "config.json").read_text())
+    assert {name: config[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_papermill_with_other_parameters(name, environment, distilled, tmp_path):
+    parameters = OTHERWISE[name] or {"run": str(distilled[0])}
+    shown = json.dumps([cell["outputs"] for cell in papermill(name, tmp_path, environment, parameters)])
+    if name == "teacher_cache":
+        told = json.loads((tmp_path / "other" / "cache.json").read_text())["settings"]
+        assert told["kd_top_k"] == 16
+        assert not (tmp_path / "other-teacher").exists()
+    elif name == "losses_compared":
+        assert {path.name for path in (tmp_path / "other").iterdir()} == {"shared_vocab"}
+        assert "| shared_vocab |" in shown
+    else:
+        assert "complete, step 6 of 6, session 1" in shown
+        assert shown.count("image/png") == 14  # one more than committed: the layers that were chosen
+        assert not (tmp_path / "small-run").exists()
+
+
+def test_what_is_stale_is_seen():
+    """Other words, another number, a picture more or less; not another time, nor the last digit."""
+    old = {
+        "metadata": {},
+        "cells": [{"cell_type": "code", "id": "a", "metadata": {}, "source": ["f()"], "outputs": []}],
+    }
+    old["metadata"]["kdlib"] = {"outputs_of": refresh.source_hash(old)}
+    old["cells"][0]["outputs"] = [
+        {"output_type": "stream", "name": "stdout", "text": "gain 0.512 bits, 30 steps in 12 s"}
+    ]
+    assert refresh.differences(old, copy.deepcopy(old)) == []
+    for text, fresh in (
+        ("gain 0.514 bits, 30 steps in 99.5 s", True),
+        ("gain 0.712 bits, 30 steps in 12 s", False),
+        ("gain -0.512 bits, 30 steps in 12 s", False),
+        ("gain 0.512 bits, 40 steps in 12 s", False),
+        ("gain 0.512 bits, 30 windows in 12 s", False),
+    ):
+        new = copy.deepcopy(old)
+        new["cells"][0]["outputs"][0]["text"] = text
+        assert (refresh.differences(old, new) == []) == fresh, text
+    new = copy.deepcopy(old)
+    new["cells"][0]["outputs"].append({"output_type": "display_data", "data": {"image/png": "aa"}, "metadata": {}})
+    assert refresh.differences(old, new) == ["cell a: 1 outputs, now 2"]
+    edited = copy.deepcopy(old)
+    edited["cells"][0]["source"] = ["g()"]
+    assert refresh.differences(edited, old) == ["code was changed after its outputs were made"]
+    ignored = copy.deepcopy(new)
+    for notebook in (old, ignored):
+        notebook["cells"][0]["metadata"] = {"tags": ["nbval-ignore-output"]}
+    assert refresh.differences(old, ignored) == []
+
+
+def test_noise_is_taken_out_of_outputs():
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["shard 1 of 2  \r"]},
+        {"output_type": "stream", "name": "stderr", "text": "a warning of the kernel's"},
+        {"output_type": "stream", "name": "stdout", "text": ["shard 2 of 2\n", "done\n"]},
+        {"output_type": "execute_result", "execution_count": 3, "data": {"text/plain": "4"}, "metadata": {"x": 1}},
+    ]
+    cell = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {"papermill": {}, "tags": []},
+        "source": ["f()"],
+        "outputs": outputs,
+    }
+    made = refresh.cleaned({"metadata": {"widgets": {"state": {}}, "papermill": {}}, "cells": [cell]})
+    assert set(made["metadata"]) == {"kernelspec", "language_info", "kdlib"}
+    assert made["cells"][0]["metadata"] == {}
+    assert made["cells"][0]["outputs"][0]["text"] == "shard 2 of 2\ndone\n"
+    assert [output["output_type"] for output in made["cells"][0]["outputs"]] == ["stream", "execute_result"]
+
+
+@pytest.mark.slow
+def test_committed_outputs_are_what_comes_out():
+    ran = subprocess.run([sys.executable, refresh.__file__, "--check"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+    assert ran.stdout.count(": fresh") == len(NOTEBOOKS)
 
 
 def test_kernel_metadata_points_at_the_notebook():
@@ -85,8 +218,3 @@ def test_kernel_metadata_points_at_the_notebook():
     assert owner
     assert slug == metadata["title"].lower().replace(" ", "-")
     assert len(slug) >= 5
-
-
-def _copy(folder):
-    (folder / "distill.ipynb").write_text((HOUSE / "notebooks" / "distill.ipynb").read_text())
-    return str(folder / "distill.ipynb")
