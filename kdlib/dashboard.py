@@ -72,17 +72,31 @@ class Account:
             self.expected_s = max(took, 0.9 * self.expected_s)
 
 
+class Wishes(set):
+    """Words that were clicked. Whoever looks for one has the clicks read first: between two steps, say, or two batches of an
+    evaluation, when there is no record to show.
+    """
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def __contains__(self, wish):
+        self.read()
+        return super().__contains__(wish)
+
+
 class Panel:
     """Shows the records of `kdlib.distill` as they come, where somebody sits in front; `wishes` is for its `wishes`.
 
     `out`: the run folder, for what earlier sessions left there to be in the picture too. `problem` is what went wrong in the
-    panel, `share` the part of the time that it took.
+    panel, `share` the part of the time that it took. The clock is a `budget.Clock`.
     """
 
     def __init__(self, out=None, clock=None, front_end=None):
-        self.out, self.clock, self.wishes = out, clock or budget.Clock(), set()
+        self.out, self.clock, self.wishes = out, clock or budget.Clock(), Wishes(self._read_clicks)
         self.seen, self.problem, self.widgets, self.closed = Seen(), None, None, False
-        self.front_end, empty_s = None, 0.0
+        self.front_end, self.read_at, empty_s = None, math.inf, 0.0
         with self._at_own_risk():
             self.front_end = front_end or front.somebody()
             if self.front_end:
@@ -103,18 +117,14 @@ class Panel:
 
     @property
     def share(self):
-        """Of the time since it was opened, the part that `show` took."""
+        """Of the time since it was opened, the part that it took."""
         return self.spent_s / max(self.clock.now() - self.opened, 1e-9)
 
     def show(self, record):
         """Take a record of any kind. Never raises; a broken panel still hears its buttons."""
+        self._read_clicks()
         started = self.clock.now()
-        with self._at_own_risk():
-            if self.widgets and started - self.read_at >= READ_EVERY_S:
-                self.read_at = started
-                self.front_end.read()
-                self.widgets.show_wishes(self.wishes)
-        if self.problem is None:
+        if self.problem is None or not self.widgets:
             with self._at_own_risk():
                 self._see(record)
         self.spent_s += self.clock.now() - started
@@ -124,16 +134,26 @@ class Panel:
         if self.closed:
             return None
         self.closed, made = True, None
-        if self.problem is None:
+        if self.problem is None or not self.widgets:
             with self._at_own_risk():
                 made = self._last()
         if self.widgets:
             with self._at_own_risk():
-                self.widgets.end(self.wishes)
+                self.widgets.end()
         if self.problem is not None:
             kind, text = type(self.problem).__name__, str(self.problem).strip().splitlines() or [""]
             warnings.warn(f"the panel stopped, the run did not: {kind}: {text[0][:200]}", stacklevel=2)
         return made
+
+    def _read_clicks(self):
+        """Five times a second at most."""
+        started = self.clock.now()
+        if self.widgets and not self.closed and started - self.read_at >= READ_EVERY_S:
+            self.read_at = started
+            with self._at_own_risk():
+                self.front_end.read()
+                self.widgets.show_wishes(self.wishes)
+            self.spent_s += self.clock.now() - started
 
     def _last(self):
         if self.widgets:
@@ -249,7 +269,7 @@ class Widgets:
         self.picture.value = picture
         self.picture.layout.display = None
 
-    def end(self, wishes):
+    def end(self):
         for button in self.buttons.values():
             button.disabled = True
 
@@ -277,6 +297,7 @@ def _headline(seen):
     scored = [
         r for r in seen.scored if (r["run"], r["repeat"], r["split"]) == (now["run"], now["repeat"], "validation")
     ]
+    scored = [r for r in scored if not r.get("asked")]
     if scored:
         best = min(scored, key=lambda r: r["bits_per_byte"])
         told.append(f"best {best['bits_per_byte']:.4f} bits per byte (step {best['step']:,})")

@@ -27,14 +27,10 @@ def somebody():
 
 
 def show(thing):
-    """Display a widget, or the bytes of a PNG, or a text."""
+    """Display a widget, or the bytes of a PNG."""
     from IPython import display
 
-    if isinstance(thing, bytes):
-        thing = display.Image(thing)
-    elif isinstance(thing, str):
-        thing = display.Pretty(thing)
-    display.display(thing)
+    display.display(display.Image(thing) if isinstance(thing, bytes) else thing)
 
 
 class FrontEnd:

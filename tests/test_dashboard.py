@@ -110,11 +110,11 @@ def page(panel):
 
 def test_it_tells_where_the_run_is(panel, hand):
     drive(panel, hand, [START, scored(0, "teacher"), scored(0)])
-    drive(panel, hand, [*map(train, range(1, 41)), scored(40), PLAN, ALERT, train(41)])
+    drive(panel, hand, [*map(train, range(1, 41)), scored(40), PLAN, ALERT, scored(41, asked=True), train(41)])
     text = page(panel)
     for told in (
         "<b>distilled</b>", "step 41 of 1,000", "loss 3.024 nats", "best 1.9600 bits per byte (step 40)", "200 tokens/s",
-        "15 min 59 s left", "sessions in all: 3; done 2026-12-01 10:00", "57 min 34 s left of 1 h 00 min",
+        "15 min 59 s left", "sessions in all: 3; done 2026-12-01 10:00", "57 min 33 s left of 1 h 00 min",
         "kd makes up 93% of the &lt;loss&gt;", "lower kd_weight",
     ):  # fmt: skip
         assert told in text
@@ -160,6 +160,20 @@ def test_where_clicks_are_not_heard_there_are_no_buttons(shown, hand, drawn):
 def test_clicks_are_read_five_times_a_second(panel, hand):
     drive(panel, hand, map(train, range(1, 101)), step_s=0.05)
     assert 20 <= panel.front_end.num_read <= 27
+
+
+def test_whoever_looks_for_a_wish_has_the_clicks_read(panel, hand):
+    """A run looks between two steps; records may be rarer."""
+    drive(panel, hand, map(train, range(1, 20)))
+    panel.front_end.clicks.append(panel.widgets.buttons["pause"])
+    assert "pause" not in panel.wishes
+    hand.time += 0.3
+    assert "pause" in panel.wishes
+    assert panel.widgets.buttons["pause"].disabled
+    panel.close()
+    panel.front_end.clicks.append(panel.widgets.buttons["save"])
+    hand.time += 0.3
+    assert "save" not in panel.wishes
 
 
 @pytest.mark.parametrize(("text_s", "figure_s", "step_s"), [(0.002, 0.3, 0.01), (0.02, 2.0, 0.5), (0.001, 0.1, 20.0)])
@@ -234,11 +248,15 @@ def test_a_widget_that_fails_never_throws(shown, hand, drawn, monkeypatch):
     drive(panel, hand, map(train, range(1, 30)))
     with pytest.warns(UserWarning, match="ZeroDivisionError: division by zero"):
         panel.close()
+
+
+def test_where_no_widget_can_be_made_the_figure_comes_at_the_end(shown, hand, drawn, monkeypatch):
     monkeypatch.setattr(dashboard, "Widgets", lambda *_: 1 / 0)
     panel = dashboard.Panel(clock=hand, front_end=Somebody())
-    drive(panel, hand, map(train, range(1, 30)))
+    drive(panel, hand, [*map(train, range(1, 30)), {}])
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
-        panel.close()
+        assert panel.close() == b"\x89PNG"
+    assert drawn == [29]
 
 
 def test_an_interrupt_is_not_swallowed(panel, monkeypatch):
@@ -302,10 +320,9 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_figure_at_any_stage(stage):
-    for theme in ("light", "dark"):
-        made = cockpit.cockpit(STAGES[stage], theme)
-        assert made.png()[:4] == b"\x89PNG"
-        assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in made.axes)
+    made = cockpit.cockpit(STAGES[stage], "dark" if stage == "looks" else "light")
+    assert made.png()[:4] == b"\x89PNG"
+    assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in made.axes)
 
 
 def test_the_figure_shows_the_values():
@@ -326,7 +343,8 @@ def test_the_figure_shows_the_values():
 
 def test_a_second_student_is_the_one_that_is_shown():
     loss, *_ = cockpit.cockpit([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
-    assert loss.get_xlim() == (1, 5)
+    assert {path.get_extents().x1 for stack in loss.collections[:2] for path in stack.get_paths()} == {5.0}
+    assert len(loss.collections[0].get_paths()[0].vertices) < 20
 
 
 class Kernel:
@@ -423,7 +441,7 @@ def test_a_panel_changes_nothing_of_a_run(settings, tmp_path, shown, hand, drawn
     """With somebody who clicks all the time, and with nobody."""
     monkeypatch.setattr(report, "write_report", lambda folder: None)
     for name, somebody in (("clicked", Somebody()), ("alone", None)):
-        plan = Config.from_dict({**settings, "max_steps": 8, "eval_steps": 4, "control": "off"})
+        plan = Config.from_dict({**settings, "max_steps": 6, "eval_steps": 4, "control": "off"})
         panel = dashboard.Panel(tmp_path / name, hand, somebody)
         for record in session.distill(plan, tmp_path / name, wishes=panel.wishes):
             hand.time += 10.0
@@ -433,5 +451,5 @@ def test_a_panel_changes_nothing_of_a_run(settings, tmp_path, shown, hand, drawn
         panel.close()
         assert panel.problem is None
     looks = [r["step"] for r in records.read_records(tmp_path / "clicked" / "records.jsonl") if r.get("asked")]
-    assert len(looks) >= 3
+    assert len(looks) >= 2
     assert state_of(tmp_path / "clicked") == state_of(tmp_path / "alone")
