@@ -31,6 +31,7 @@ DOCTOR = "test_doctor.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
+WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -417,6 +418,42 @@ MUTANTS = {
     "a stale notebook is fresh": ("tests/refresh.py", "if NUMBER.sub", "if False and NUMBER.sub", ["test_notebook.py::test_what_is_stale_is_seen"]),
     "any number will do": ("tests/refresh.py", "return all(abs(a - b) <= APART", "return True or all(abs(a - b) <= APART", ["test_notebook.py::test_what_is_stale_is_seen"]),
     "edited cells are fresh": ("tests/refresh.py", '!= source_hash(committed)', '!= source_hash(committed) and False', ["test_notebook.py::test_what_is_stale_is_seen"]),
+    "a look counts for the best weights": ("course.py", 'for _, record in self._scored(leg)]', "for record in self.evaluate(leg)]", [f"{WISHES}::test_looks_are_of_no_consequence"]),
+    "looks seen by the watch again": ("leg.py", ' and not record.get("asked")', "", [f"{WISHES}::test_alerts_count_no_looks"]),
+    "a wish is never used up": ("wishes.py", "self.words.discard(wish)", "pass", [WISHES]),
+    "unknown wishes pass": ("wishes.py", "if unknown := self._unknown():", "if (unknown := self._unknown()) and False:", [WISHES]),
+    "an unknown wish costs all steps": ("session.py", "            self.leave(str(wish))\n", "", [f"{WISHES}::test_an_unknown_wish_later_costs_no_step"]),
+    "said to be saved in any case": ("session.py", "saved = self.saving.whole()", "saved = [self.saving.whole()]", [f"{WISHES}::test_weights_that_are_no_numbers_are_not_said_to_be_saved"]),
+    "a look where an evaluation is due": ("session.py", "settled = self.course.settled(leg)", "settled = True", [f"{WISHES}::test_a_look_scores_the_weights_of_now"]),
+    "a look whatever the time": ("session.py", 'in_vain = "evaluate" in self.wishes and', "in_vain = False and", [f"{WISHES}::test_a_look_takes_no_time_that_the_end_needs"]),
+    "a pause waits for an evaluation": ("session.py", '        if "pause" in self.wishes:\n            self._pause_as_wished()\n', "", [f"{WISHES}::test_a_pause_does_not_wait_for_an_evaluations_end"]),
+    "each process has wishes of its own": ("precision.py", "    if accelerator.num_processes == 1:\n        return flags\n", "    if True:\n        return flags\n", [f"{WISHES}::test_processes_grant_what_one_of_them_was_told"]),
+    "text as often as it comes": ("dashboard.py", "if self.text.allows():", "if True:", [PANEL]),
+    "figures as often as they come": ("dashboard.py", "self.seen.count > self.drawn and self.figure.allows()", "self.seen.count > self.drawn", [PANEL]),
+    "the first figure for nothing": ("dashboard.py", "EMPTY_FIGURES * empty_s", "0.0", [PANEL]),
+    "a figure of what was drawn already": ("dashboard.py", "self.seen.count > self.drawn and self.figure.allows()", "self.figure.allows()", [PANEL]),
+    "the panel throws": ("dashboard.py", "except Exception as problem:", "except ZeroDivisionError as problem:", [PANEL]),
+    "the panel dies in silence": ("dashboard.py", "        if self.problem is not None:\n            kind", "        if False:\n            kind", [PANEL]),
+    "a broken panel is deaf": ("dashboard.py", "if self.widgets and not self.closed", "if self.problem is None and self.widgets and not self.closed", [PANEL]),
+    "clicks read with a record only": ("dashboard.py", "        self.read()\n        return super", "        return super", [PANEL]),
+    "a look is the best score": ("dashboard.py", '[r for r in scored if not r.get("asked")]', "scored", [PANEL]),
+    "no widgets, no picture": ("dashboard.py", "        if self.problem is None or not self.widgets:\n            with self._at_own_risk():\n                made", "        if self.problem is None:\n            with self._at_own_risk():\n                made", [PANEL]),
+    "clicks read at every step": ("dashboard.py", "self.read_at >= READ_EVERY_S", "self.read_at >= 0.0", [PANEL]),
+    "buttons outlive the run": ("dashboard.py", "            button.disabled = True\n", "            pass\n", [PANEL]),
+    "a button does not say that it was heard": ("dashboard.py", "resting = not self.live or wish in wishes", "resting = not self.live", [PANEL]),
+    "what was there before is not shown": ("dashboard.py", 'if record["kind"] == "start" and record.get("resumed") and self.out:', "if False:", [PANEL]),
+    "records kept without end": ("dashboard.py", "if len(rows) > MOST_RECORDS:", "if False:", [PANEL]),
+    "an alert's words as code": ("dashboard.py", 'html.escape(record["meaning"])', 'record["meaning"]', [PANEL]),
+    "a panel for nobody": ("front.py", ' or not getattr(found, "_allow_stdin", False)', "", [PANEL]),
+    "a panel in a batch kernel": ("front.py", "env.in_batch_kernel()", "False", [PANEL]),
+    "what is no click is lost": ("front.py", "                    self.stream._run_callback(callback, message)\n", "                    pass\n", [PANEL]),
+    "the kernel hears no more": ("front.py", "            self.stream.on_recv(callback, copy=False)\n            for", "            for", [PANEL]),
+    "cells within cells": ("front.py", '"comm_close", "comm_info_request"', '"comm_close", "execute_request", "comm_info_request"', [PANEL]),
+    "an idle kernel whose cell runs": ("front.py", '        kernel._publish_status("busy", "shell")  # which', "        pass  # which", [PANEL]),
+    "a look joined to the curve": ("cockpit.py", 'bool(r.get("asked")) == asked', "not asked", [PANEL]),
+    "steps without a number are drawn": ("cockpit.py", 'if r["loss"] is not None and not r["skipped"]', "if True", [PANEL]),
+    "two students in one": ("cockpit.py", '    rows = [r for r in rows if r["repeat"] == rows[-1]["repeat"]]\n', "", [PANEL]),
+    "the control begins when its student began": ("cockpit.py", 'before[r["run"], r["repeat"]] + r["elapsed_s"]', 'r["elapsed_s"]', [PANEL]),
 }  # fmt: skip
 
 
