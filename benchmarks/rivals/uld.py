@@ -1,0 +1,25 @@
+"""Universal logit distillation (ULD). Boizard et al. 2024, arXiv 2402.12030.
+
+Shapes: N paired positions, V and U the vocabularies of student and teacher.
+"""
+
+import torch.nn.functional as F
+
+
+def sorted_distance(student_NV, teacher_NU):
+    """`sum_i |p_(i) - q_(i)|` of two rows of probabilities, each sorted from the likeliest down, the shorter filled up with
+    zeros: the Wasserstein distance where moving mass from any token to any other costs 1 (section 3.2, eq. 5). `[N]`, no
+    unit, in [0, 2]; which token is which plays no part.
+    """
+    student, teacher = (side.sort(dim=-1, descending=True).values for side in (student_NV, teacher_NU))
+    width = max(student.shape[-1], teacher.shape[-1])
+    student, teacher = (F.pad(side, (0, width - side.shape[-1])) for side in (student, teacher))
+    return (student - teacher).abs().sum(dim=-1)
+
+
+def index_pairs(student_rows, teacher_rows):
+    """The i-th labelled position of one side with the i-th of the other, as far as both go: the paper cuts both sequences to
+    the length of the shorter (section 4.1).
+    """
+    both = min(len(student_rows), len(teacher_rows))
+    return student_rows[:both], teacher_rows[:both]
