@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 OUT ?= demo
 
-.PHONY: demo test test-slow lint notebooks bench clean
+.PHONY: demo test test-slow lint notebooks bench bench-quality clean
 
 demo: $(VENV)/ready
 	rm -rf -- "$(OUT)"
@@ -25,7 +25,11 @@ notebooks: $(VENV)/ready
 	$(VENV)/bin/python tests/refresh.py
 
 bench: $(VENV)/ready
-	$(RUN) benchmarks.quality
+	$(RUN) benchmarks.equal_steps
+
+# hours on one core; a run that is in benchmarks/results/quality.jsonl is not made again
+bench-quality: $(VENV)/ready
+	OMP_NUM_THREADS=1 nice -n 10 $(RUN) benchmarks.quality
 
 clean:
 	rm -rf -- $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

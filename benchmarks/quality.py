@@ -1,247 +1,265 @@
-"""Does it help? Every method against plain training, at equal steps and at equal wall-clock, over seeds.
+"""Does it help, and more than the known ways? Every method at the same wall-clock, tuned alike, over seeds, texts and pairs.
 
-    python -m benchmarks.quality [--study methods|parts|cache] [--data FOLDER] [--seeds 3] [--steps 600] [--out FILE.jsonl]
+    make bench-quality     or     python -m benchmarks.quality [--data FOLDER] [--only WORD ...] [--table]
 
-`methods` compares the ways of kd, at equal steps and at equal wall-clock; `parts` adds one part at a time to the default,
-at equal steps; `cache` sets runs from a teacher cache against the live teacher, at equal steps.
+Settings are in `benchmarks.settings`, methods with their grids in `benchmarks.methods`. A method's number of steps is what
+the time of STEPS steps of the default is worth to it, by processor seconds taken in turn with plain training, once a
+setting; so another load on the machine favours nobody. Every cell of a method's grid is trained at seed TUNING and judged on
+validation text; the best cell is then trained at SEEDS, and its best weights by validation text are judged on test text.
 
-Settings: `default` is the embedded default of `kdlib demo`. With `--data` (a folder with `texts/` and `models/`, as
-described in RESULTS.md) `stories` adds a real pretrained teacher with its own SentencePiece tokenizer. Every finished run
-is a line in `--out`, and a run that is there is not made again. Prints the table of RESULTS.md.
+Every finished run is a line of `benchmarks/results/quality.jsonl`, and a run that is there is not made again, here or on
+another machine. At the end, and with `--table` at once, the table is printed and `docs/quality.png` is drawn.
 """
 
 import argparse
 import dataclasses
-import json
 import statistics
-import tempfile
+import time
 from pathlib import Path
 
 import accelerate
-import numpy as np
 import torch
 
-from kdlib import budget, cache, cli, env, evaluate, inputs, records, signals, tiny, verdict
+from benchmarks import quality_table, settings
+from benchmarks.equal_steps import by_index
+from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
+from kdlib import budget, cli, evaluate, models, records
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
 
-EVALUATIONS = 10
-PLAIN = {"kd_method": "none", "lm_weight": 1.0}
-METHODS = {
-    "shared_prefix": {"kd_method": "shared_prefix"},
-    "shared_vocab": {"kd_method": "shared_vocab"},
-    "projector": {"kd_method": "projector"},
-    "index pairs (the classic mistake)": {"kd_method": "shared_prefix"},
-}
-
-PARTS = {
-    "shared_prefix": {},
-    **{
-        f"+ {name} {weight}": {f"{name}_weight": weight}
-        for name, weight in (
-            ("layerwise", 0.27),
-            ("attention", 0.1),
-            ("attention_alignment", 0.1),
-            ("routing_feature", 0.1),
-            ("contrastive", 0.05),
-        )
-    },
-    "kd_top_k 64": {"kd_top_k": 64},
-    "kd_temperature 2": {"kd_temperature": 2.0},
-    "chunk_likelihood": {"kd_method": "chunk_likelihood"},
-    "preset documents": {"preset": "documents"},
-    "all parts, balance auto": {
-        "preset": "documents",
-        "balance": "auto",
-        "kd_temperature": 1.0,
-        "label_smoothing": 0.0,
-    },
-}
-CACHE = {"shared_prefix": {}, **{f"from a cache of {k}": {"kd_top_k": k} for k in (16, 64, 256)}}
-STUDIES = {"methods": METHODS, "parts": PARTS, "cache": CACHE}
-
-
-@dataclasses.dataclass
-class Setting:
-    """A pair with its text; `student(seed)` makes a fresh student."""
-
-    name: str
-    config: object
-    inputs: object
-    student: object
-    caches: dict = dataclasses.field(default_factory=dict)
+STEPS = {"pretrained": 300, "scratch": 600}
+"""Of the default, by how the student begins: from scratch it learns slowly at first."""
+TUNING, SEEDS = 100, (0, 1, 2)
+EVALUATIONS = 8
+TIMED, WARM = 24, 2
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+ORDER = [
+    ("default pretrained, default scratch", "control ours"), ("default pretrained", "rivals parts search"),
+    ("peps pretrained, stories pretrained", "control ours rivals"), ("default scratch", "rivals parts search"),
+    ("peps pretrained, stories pretrained", "parts"), ("peps scratch, stories scratch", "control ours rivals parts"),
+]  # fmt: skip
+"""Settings and beginnings of the student with groups of methods, the most telling ones first."""
 
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--study", choices=STUDIES, default="methods")
-    options.add_argument("--data")
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--steps", type=int, default=600)
-    options.add_argument("--out")
+    options.add_argument("--data", type=Path, default=settings.FOLDER, help="folder of real text and models")
+    options.add_argument(
+        "--only", nargs="*", default=[], help="methods, settings or beginnings whose name is one of these"
+    )
+    options.add_argument("--table", action="store_true", help="make no run; print the table of what is there")
+    options.add_argument("--out", type=Path, default=RESULTS)
     options = options.parse_args()
     cli.quiet()
-    out = Path(options.out or f"benchmarks/out/quality_{options.study}.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = records.read_records(out) if out.exists() else []
-    for make in (default_setting, *([stories_setting] if options.data else [])):
-        setting = make(options.data)
-        known = [record for record in done if record["setting"] == setting.name and record["steps"] == options.steps]
-        for record in measure(setting, options.steps, range(options.seeds), known, options.study):
-            records.Records(out).append(record)
-            known.append(record)
-            print(json.dumps({k: v for k, v in record.items() if k not in ("bits", "num_bytes")}), flush=True)
-        print(table(setting, known, options.study), flush=True)
+    torch.set_num_threads(1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    study = Study(options.out, options.data)
+    if not options.table:
+        study.run(chosen(options.only))
+    print(quality_table.table(study.known))
+    quality_table.draw(study.known, Path(__file__).parent.parent / "docs" / "quality.png")
 
 
-def default_setting(_):
-    cache = env.cache_folder()
-    if not tiny.is_ready(cache):
-        for _ in tiny.prepare(cache):
-            pass
-    config = tiny.config(cache)
-    loaded = inputs.load(config)
-    return Setting("default", config, loaded, _fresh(loaded))
+def chosen(only):
+    """`(setting, beginning, method)` in the order in which they are measured."""
+    jobs = [
+        (*cell.split(), name)
+        for cells, groups in ORDER
+        for cell in cells.split(", ")
+        for name, method in METHODS.items()
+        if method.group in groups.split()
+    ]
+    unknown = [name for name in only if not any(name in job for job in jobs)]
+    if unknown:
+        raise SystemExit(f"no method, setting or beginning is called {', '.join(unknown)}")
+    for place in range(3):
+        wanted = {name for name in only if any(job[place] == name for job in jobs)}
+        jobs = [job for job in jobs if not wanted or job[place] in wanted]
+    return jobs
 
 
-def stories_setting(data):
-    """The real stories260k teacher (512 pieces) and a student with a byte-level BPE of 2,048 tokens, on 200 kB."""
-    data = Path(data)
-    stories = json.loads((data / "texts/tinystories_1000.json").read_text(encoding="utf-8"))
-    stories = [story if isinstance(story, str) else story["text"] for story in stories]
-    folder = Path(tempfile.mkdtemp(prefix="kdlib-stories-"))
-    count = int(np.searchsorted(np.cumsum([len(story) for story in stories]), 200_000))
-    tiny.write_jsonl(folder / "train.jsonl", stories[:count])
-    tiny.write_jsonl(folder / "held_out.jsonl", stories[-150:])
-    tokenizer = tiny.byte_level_bpe(stories[:-150], 2048)
-    torch.manual_seed(0)
-    tiny.save(tiny.llama(tokenizer, **tiny.STUDENT), tokenizer, folder / "student")
-    config = tiny.config(env.cache_folder()).replace(
-        teacher=str(data / "models/stories260k"),
-        student=str(folder / "student"),
-        dataset=str(folder / "train.jsonl"),
-        eval_dataset=str(folder / "held_out.jsonl"),
-    )
-    loaded = inputs.load(config)
-    return Setting("stories", config, loaded, _fresh(loaded))
+class Study:
+    """The records so far, and how more are made."""
+
+    def __init__(self, path, data):
+        self.path, self.data, self.made = path, data, {}
+        self.known = records.read_records(path) if path.exists() else []
+
+    def run(self, jobs):
+        """Make what is missing, with a line after each run that says how long the rest will take."""
+        jobs = [job for job in jobs if self.setting(job[0])]
+        started, done = time.monotonic(), 0
+        for place, job in enumerate(jobs):
+            for record in self.missing(*job):
+                self.known.append(record)
+                records.Records(self.path).append(record)
+                done += 1
+                each = (time.monotonic() - started) / done
+                left = sum(self.num_missing(*later) for later in jobs[place:])
+                print(said(record), f"| {left} left, {each * left / 60:.0f} min", flush=True)
+
+    def setting(self, name):
+        """The setting of a name, made once; None, with a line, where its data is not there."""
+        if name not in self.made:
+            self.made[name] = settings.SETTINGS[name](self.data)
+            if self.made[name] is None:
+                print(f"{name}: skipped, {self.data} has no such data", flush=True)
+            elif not self.of(self.made[name], what="setting"):
+                self.note(described(self.made[name]))
+        return self.made[name]
+
+    def note(self, record):
+        self.known.append(record)
+        records.Records(self.path).append(record)
+
+    def of(self, setting, **facts):
+        """The records of a setting's present text that have these values."""
+        facts = {"setting": setting.name, "text": setting.text, **facts}
+        return [record for record in self.known if all(record.get(k) == v for k, v in facts.items())]
+
+    def cost(self, setting, name):
+        """Processor time of a method's step in steps of plain training; measured where it is not known."""
+        if name in (PLAIN, EQUAL_STEPS):
+            return 1.0
+        if not self.of(setting, what="cost", method=name):
+            self.note(
+                {"what": "cost", "setting": setting.name, "text": setting.text, "method": name, **cost(setting, name)}
+            )
+        return self.of(setting, what="cost", method=name)[0]["ratio"]
+
+    def num_steps(self, setting, kind, name):
+        if name == EQUAL_STEPS:
+            return STEPS[kind]
+        return round(STEPS[kind] * self.cost(setting, DEFAULT) / self.cost(setting, name))
+
+    def changes(self, setting, kind, name):
+        """The config changes of each cell of a method's grid, those of its base's best cell below them."""
+        method, below = METHODS[name], {}
+        if method.base:
+            below = self.best_cell(setting, kind, method.base)
+            if below is None:
+                return None
+        return [{**below, **cell} for cell in method.cells()]
+
+    def best_cell(self, setting, kind, name):
+        """The cell with the best validation score at the seed for tuning, if its grid is complete."""
+        found = []
+        for cell in self.changes(setting, kind, name) or [None]:
+            runs = self.of(setting, what="run", kind=kind, method=name, cell=cell, seed=TUNING)
+            if not runs:
+                return None
+            found.append((runs[0]["validation"], cell))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def missing(self, name, kind, method):
+        """Make the runs of a method that are not there: its base's first, then its grid, then its best cell at SEEDS."""
+        setting = self.setting(name)
+        if METHODS[method].base:
+            yield from self.missing(name, kind, METHODS[method].base)
+        for cell in self.changes(setting, kind, method):
+            if not self.of(setting, what="run", kind=kind, method=method, cell=cell, seed=TUNING):
+                yield train(setting, kind, method, cell, TUNING, self.num_steps(setting, kind, method))
+        cell = self.best_cell(setting, kind, method)
+        for seed in SEEDS:
+            if not self.of(setting, what="run", kind=kind, method=method, cell=cell, seed=seed):
+                yield train(setting, kind, method, cell, seed, self.num_steps(setting, kind, method))
+
+    def num_missing(self, name, kind, method):
+        """How many runs of its own a method lacks."""
+        runs = self.of(self.setting(name), what="run", kind=kind, method=method)
+        return max(0, len(METHODS[method].cells()) + len(SEEDS) - len(runs))
 
 
-def measure(setting, steps, seeds, known, study):
-    """Every run of a setting that is not known yet; yields its record."""
-    methods = STUDIES[study]
-    have = {(record["method"], record["seed"]) for record in known}
-    runs = {record["method"]: record for record in known}
-    for seed in seeds:
-        for name, changes in {"plain, equal steps": PLAIN, **methods}.items():
-            if (name, seed) not in have:
-                runs[name] = run(setting, name, seed, steps, steps, changes)
-                yield runs[name]
-        if study == "methods" and ("plain, equal wall-clock", seed) not in have:
-            # as many steps as the slowest method's time allows, by the medians of this machine
-            slowest = max(runs[name]["step_s"] for name in methods)
-            longer = round(steps * slowest / runs["plain, equal steps"]["step_s"])
-            yield run(setting, "plain, equal wall-clock", seed, steps, longer, PLAIN)
-
-
-def run(setting, name, seed, steps, num_steps, changes):
-    """Train one student; its record holds the test score of its best weights by validation."""
-    config = Config.from_dict({**_without(setting.config, changes), "seed": seed, **changes})
-    loaded = setting.inputs
-    windows = [by_index(window) for window in loaded.train] if name.startswith("index") else loaded.train
-    student = setting.student(seed)
-    torch.manual_seed(seed)
-    pair = cached(setting, config) if name.startswith("from a cache") else loaded.pair
-    objective = inputs.make_objective(pair, config, student)
-    teacher = pair.teacher if config.needs_teacher else None
-    machine = accelerate.Accelerator(cpu=True)
-    best, score, best_step, seconds = float("inf"), None, 0, []
-    for record in Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), loaded.pair.pads):
-        seconds.append(record.step_s)
-        if record.step % max(1, num_steps // EVALUATIONS) == 0 or record.step == num_steps:
-            found = evaluate.evaluate_student(student, objective.head, loaded.validation).bits_per_byte
-            if found < best:
-                best, best_step = found, record.step
-                score = evaluate.evaluate_student(student, objective.head, loaded.test)
+def described(setting):
+    """The record of a setting: what the table says of it."""
+    pair, test = setting.inputs.pair, setting.inputs.test
+    teacher = evaluate.evaluate_teacher(pair.teacher, test)
+    before = evaluate_text(setting.trained(), pair, test)
     return {
-        "setting": setting.name, "method": name, "seed": seed, "steps": steps, "num_steps": num_steps,
-        "best_step": best_step, "step_s": statistics.median(seconds), "train_s": sum(seconds), **score.summary(),
-        "bits": score.bits.tolist(), "num_bytes": score.num_bytes.tolist(),
+        "what": "setting", "setting": setting.name, "text": setting.text, "about": setting.about,
+        "teacher": round(teacher.bits_per_byte, 4), "trained_before": round(before.bits_per_byte, 4),
+        "coverage": round(setting.inputs.alignment["coverage"], 4), "shared_tokens": len(pair.shared),
+        "num_bytes": teacher.num_bytes.tolist(),
     }  # fmt: skip
 
 
-def cached(setting, config):
-    """The setting's pair with a cached teacher in place of the live one; the cache is written where there is none."""
-    if config.kd_top_k not in setting.caches:
-        folder = tempfile.mkdtemp(prefix="kdlib-cache-")
-        for _ in cache.write(config, Path(folder) / "cache"):
-            pass
-        teacher = signals.CachedTeacher([Path(folder) / "cache"])
-        setting.caches[config.kd_top_k] = dataclasses.replace(setting.inputs.pair, teacher=teacher)
-    return setting.caches[config.kd_top_k]
+def started(setting, kind, name, cell, seed, num_steps):
+    """`(training, objective)` of a method."""
+    method = METHODS[name]
+    base = {k: v for k, v in setting.config.to_dict().items() if k not in PRESETS.get(method.changes.get("preset"), ())}
+    config = Config.from_dict({**base, "seed": seed, "share_steps": 0, **method.changes, **cell})
+    loaded, student = setting.inputs, setting.student(kind, seed)
+    torch.manual_seed(seed)
+    objective, teacher = method.make(loaded.pair, config, student)
+    windows = [by_index(window) for window in loaded.train] if method.by_index else loaded.train
+    layout = loaded.pair.pads, loaded.pair.widest
+    machine = accelerate.Accelerator(cpu=True)
+    return Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), *layout), objective
 
 
-def _without(config, changes):
-    """The config's values without those that a preset is to set."""
-    values = config.to_dict()
-    return {key: value for key, value in values.items() if key not in PRESETS.get(changes.get("preset"), ())}
+def train(setting, kind, name, cell, seed, num_steps):
+    """Train one student; its record holds the test score of its best weights by validation."""
+    training, objective = started(setting, kind, name, cell, seed, num_steps)
+    loaded, marks = setting.inputs, {round(num_steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    best, weights, best_step, before = float("inf"), None, 0, time.process_time()
+    for record in training:
+        if record.step in marks:
+            averaged = [training.average.module] if training.average else []
+            for model in (objective.student, *averaged):
+                found = evaluate_text(model, loaded.pair, loaded.validation).bits_per_byte
+                if found < best:
+                    best, weights, best_step = found, models.copy_of(model), record.step
+    models.put_back(objective.student, weights)
+    score = evaluate.evaluate_student(objective.student, objective.head, loaded.test)
+    return {
+        "what": "run", "setting": setting.name, "text": setting.text, "kind": kind, "method": name, "cell": cell,
+        "seed": seed,
+        "steps": num_steps, "best_step": best_step, "cpu_s": round(time.process_time() - before, 1),
+        "validation": round(best, 5), **{key: round(value, 5) for key, value in score.summary().items()},
+        **({} if seed == TUNING else {"bits": [round(value, 1) for value in score.bits]}),
+    }  # fmt: skip
 
 
-def by_index(window):
-    """The window with student position i paired with teacher position i, as if the tokens were the same."""
-    rows = np.arange(min(len(window.student_ids), len(window.teacher_ids)) - 1)
-    return dataclasses.replace(window, student_rows=rows, teacher_rows=rows, student_stops=rows, teacher_stops=rows)
+def evaluate_text(model, pair, held_out):
+    """The student's score without what needs the teacher."""
+    batches = [_without_pairs(batch) for batch in held_out.batches]
+    head = models.Head(model, pair.student_reader.vocabulary)
+    return evaluate.evaluate_student(model, head, dataclasses.replace(held_out, batches=batches))
 
 
-def table(setting, known, study):
-    """The setting's rows for RESULTS.md: means over seeds, and the gain over each control with its interval."""
-    by_method = {}
-    controls = {"plain, equal steps": "gain at equal steps"}
-    controls |= (
-        {"plain, equal wall-clock": "at equal wall-clock"}
-        if study == "methods"
-        else {"shared_prefix": "over shared_prefix"}
+def _without_pairs(batch):
+    return dataclasses.replace(batch, student_rows=batch.student_rows[:0])
+
+
+def cost(setting, name):
+    """`{ratio, step_s}`: processor seconds of TIMED steps of a method to those of plain training, a step of each in turn on
+    the same windows, the first WARM not counted; before that the method takes as many steps for itself.
+    """
+    cell = METHODS[name].cells()[0]
+    for _ in started(setting, "scratch", name, cell, 0, TIMED)[0]:
+        pass
+    seconds = {}
+    plain = METHODS[PLAIN].cells()[0]
+    running = {
+        key: iter(started(setting, "scratch", key, at, 0, TIMED)[0]) for key, at in ((PLAIN, plain), (name, cell))
+    }
+    for _ in range(TIMED):
+        for key, steps in running.items():
+            before = time.process_time()
+            next(steps)
+            seconds.setdefault(key, []).append(time.process_time() - before)
+    whole = {key: sum(values[WARM:]) for key, values in seconds.items()}
+    middle = statistics.median(seconds[name][WARM:])
+    return {"ratio": round(whole[name] / whole[PLAIN], 3), "step_s": round(middle, 4)}
+
+
+def said(record):
+    cell = ", ".join(f"{key} {value}" for key, value in record["cell"].items())
+    return (
+        f"{record['setting']}/{record['kind']} {record['method']} ({cell}) seed {record['seed']}: {record['steps']} steps, "
+        f"best {record['best_step']}, validation {record['validation']:.4f}, test {record['bits_per_byte']:.4f}, "
+        f"{record['cpu_s']:.0f} s"
     )
-    for record in sorted(known, key=lambda r: r["seed"]):
-        by_method.setdefault(record["method"], []).append(record)
-    teacher = evaluate.evaluate_teacher(setting.inputs.pair.teacher, setting.inputs.test)
-    lines = [
-        f"\n### {setting.name}: teacher at {teacher.bits_per_byte:.4f} bits per byte, "
-        f"coverage {setting.inputs.alignment['coverage']:.1%}\n",
-        f"| method | steps | ms a step | bits per byte | KL to teacher | top-1 | {' | '.join(controls.values())} |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for method, runs in by_method.items():
-        figure = {
-            k: np.mean([r[k] for r in runs]) for k in ("bits_per_byte", "kl_to_teacher", "top1_agreement", "step_s")
-        }
-        gains = [
-            "" if method.startswith("plain") or method == control else gain(runs, by_method[control])
-            for control in controls
-        ]
-        lines.append(
-            f"| {method} | {np.mean([r['num_steps'] for r in runs]):.0f} | {1e3 * figure['step_s']:.0f} "
-            f"| {figure['bits_per_byte']:.4f} | {figure['kl_to_teacher']:.3f} | {figure['top1_agreement']:.1%} "
-            f"| {' | '.join(gains)} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def gain(runs, control):
-    """`+0.1 (low to high)`: bits per byte saved against the control, paired by seed, over seeds and documents."""
-    pairs = [(c, r) for c in control for r in runs if c["seed"] == r["seed"]]
-    control_bits, bits = (np.array([pair[side]["bits"] for pair in pairs]) for side in (0, 1))
-    mean, low, high = verdict.gain_interval(control_bits, bits, np.array(pairs[0][0]["num_bytes"]))
-    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-
-
-def _fresh(loaded):
-    tokenizer = loaded.pair.student_reader.tokenizer
-
-    def student(seed):
-        torch.manual_seed(seed)
-        return tiny.llama(tokenizer, **tiny.STUDENT).eval()
-
-    return student
 
 
 if __name__ == "__main__":

@@ -76,6 +76,14 @@ def test_uld_pairs_by_number_as_far_as_both_go():
     assert all(len(side) == 0 for side in uld.index_pairs(torch.tensor([4]), torch.tensor([], dtype=torch.long)))
 
 
+def test_sorting_keeps_the_gradient_with_its_token():
+    leaf = torch.tensor([[0.2, 0.5, 0.3]]).requires_grad_()
+    found = uld.descending(leaf)
+    assert found.tolist() == [pytest.approx([0.5, 0.3, 0.2])]
+    (found * torch.tensor([[1.0, 10.0, 100.0]])).sum().backward()
+    assert leaf.grad.tolist() == [[100.0, 1.0, 10.0]]
+
+
 # GOLD
 
 
@@ -126,8 +134,8 @@ def spaces():
     """Projectors, the two sides (3 student, 4 teacher positions, in two windows), logits and heads, all float64."""
     torch.manual_seed(3)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
-    student = dskd.Side(make(3, 2), make(3, 2), make(3, 2), torch.tensor([1, 3, 0]), torch.tensor([1, 1, 2]))
-    teacher = dskd.Side(make(4, 3), make(4, 3), make(4, 3), torch.tensor([0, 2, 4, 1]), torch.tensor([1, 1, 2, 2]))
+    student = dskd.Side(make(3, 2), make(3, 2), make(3, 2), torch.tensor([1, 3, 0]), [2, 1])
+    teacher = dskd.Side(make(4, 3), make(4, 3), make(4, 3), torch.tensor([0, 2, 4, 1]), [2, 2])
     heads = make(4, 2), make(5, 3)
     logits = make(3, 4), teacher.states @ heads[1].T
     return dskd.Projectors(2, 3).double(), student, teacher, *logits, *heads
@@ -147,7 +155,7 @@ def test_dskd_is_its_three_losses_written_out(spaces):
     scores = [[0.0] * 4 for _ in range(3)]
     for s, t in itertools.product(range(3), range(4)):
         query = maps.query(torch.cat([student.inputs[s], student.targets[s]]))
-        same = student.window[s] == teacher.window[t]
+        same = (s < 2) == (t < 2)
         scores[s][t] = (query @ key[t]).item() / math.sqrt(6) if same else -1e5
     value = maps.to_student(teacher.states / teacher.states.std() + target)
     told = [sum(w * row for w, row in zip(softmax(row), value, strict=True)) @ student_head.T for row in scores]
@@ -171,7 +179,7 @@ def test_dskd_is_its_three_losses_written_out(spaces):
 def test_dskd_teaches_the_student_through_its_logits_and_states_only(spaces):
     maps, student, teacher, student_logits, teacher_logits, student_head, teacher_head = spaces
     leaves = [t.clone().requires_grad_() for t in (student_logits, student.states, student_head, teacher_head)]
-    moved = dskd.Side(leaves[1], student.inputs, student.targets, student.labels, student.window)
+    moved = dskd.Side(leaves[1], student.inputs, student.targets, student.labels, student.by_window)
     sum(dskd.losses(maps, moved, teacher, leaves[0], teacher_logits, *leaves[2:], 1.0).values()).backward()
     assert leaves[0].grad.any()
     assert leaves[1].grad.any()
@@ -184,9 +192,13 @@ def test_dskd_gradient(spaces):
     gradient_agrees(lambda t: sum(dskd.losses(maps, student, teacher, t, *rest, 2.0).values()), logits)
 
 
-def test_dskd_looks_at_its_own_window_only():
-    scores = dskd.alignment(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([1, 2]), torch.tensor([2, 2]))
-    assert scores.tolist() == [[-1e5, -1e5], [pytest.approx(math.sqrt(3))] * 2]
+def test_dskd_attends_within_a_window_and_stands_one_without_a_teacher():
+    query, key = torch.tensor([[9.0, 0.0], [0.0, 9.0], [1.0, 1.0]]), torch.tensor([[9.0, 0.0], [0.0, 9.0]])
+    there, back = dskd.attended(
+        query, key, torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0], [5.0]]), [2, 1], [2, 0]
+    )
+    assert there.flatten().tolist() == pytest.approx([1.0, 2.0, 0.0])
+    assert back.flatten().tolist() == pytest.approx([3.0, 4.0])
 
 
 # MinED

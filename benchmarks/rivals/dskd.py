@@ -27,20 +27,29 @@ class Projectors(torch.nn.Module):
 @dataclasses.dataclass(frozen=True)
 class Side:
     """One model at its labelled positions: last hidden `states` `[n, d]`, embeddings `inputs` and `targets` `[n, d]` of the
-    token read and of the token to come, `labels` `[n]`, and `window` `[n]`, which window a position belongs to.
+    token read and of the token to come, `labels` `[n]`; `by_window` says how many of the positions lie in each window.
     """
 
     states: torch.Tensor
     inputs: torch.Tensor
     targets: torch.Tensor
     labels: torch.Tensor
-    window: torch.Tensor
+    by_window: list
 
 
-def alignment(query_SE, keys_TE, student_window_S, teacher_window_T):
-    """Scores `[S, T]` of cross-model attention, `query . key / sqrt(width)` (eq. 7), -1e5 between different windows."""
-    scores = query_SE @ keys_TE.T / math.sqrt(keys_TE.shape[-1])
-    return scores.masked_fill(student_window_S[:, None] != teacher_window_T[None], -1e5)
+def attended(query_SE, keys_TE, to_student_TD, to_teacher_SE, num_student, num_teacher):
+    """Cross-model attention within each window: the teacher's values as each student position sees them `[S, D]`, and the
+    student's as each teacher position does `[T, E]`. One score for both ways, `query . key / sqrt(width)`. Positions come
+    window by window, `num_student` and `num_teacher` of them in each.
+    """
+    sides = (query_SE, to_teacher_SE), (keys_TE, to_student_TD)
+    split = [[t.split(n) for t in side] for side, n in zip(sides, (num_student, num_teacher), strict=True)]
+    there, back = [], []
+    for query, ours, key, theirs in zip(*split[0], *split[1], strict=True):
+        scores = query @ key.T / math.sqrt(key.shape[-1])
+        there.append(scores.softmax(dim=1) @ theirs)
+        back.append(scores.T.softmax(dim=1) @ ours)
+    return torch.cat(there), torch.cat(back)
 
 
 def softened_kl(student_NV, teacher_NV, temperature):
@@ -59,12 +68,11 @@ def losses(projectors, student, teacher, student_logits_SV, teacher_logits_TU, s
     """
     index = torch.cat([teacher.inputs, teacher.targets], dim=-1)
     query = projectors.query(torch.cat([student.inputs, student.targets], dim=-1).detach())
-    scores = alignment(query, index / index.std(), student.window, teacher.window)
     value = teacher.states / teacher.states.std() + teacher.targets / teacher.targets.std()
-    moved = scores.softmax(dim=-1) @ projectors.to_student(value)
+    values = projectors.to_student(value), projectors.to_teacher(student.states)
+    moved, back = attended(query, index / index.std(), *values, student.by_window, teacher.by_window)
     told = moved @ student_head.detach().T
     right = (told.argmax(dim=-1) == student.labels).to(told.dtype)
-    back = scores.T.softmax(dim=-1) @ projectors.to_teacher(student.states)
     of_student = softened_kl(student_logits_SV, told.detach(), temperature) * right
     of_teacher = softened_kl(back @ teacher_head.detach().T, teacher_logits_TU, temperature)
     return {

@@ -27,18 +27,13 @@ class Whole:
     student_logits: torch.Tensor
     teacher_hidden: torch.Tensor
 
-    def labelled(self, side):
-        """`(rows, windows)`: the flat positions of a side that have a label, window by window, and the window of each."""
+    def by_window(self, side):
+        """The flat positions of a side that have a label, for each window, in order."""
         labels = self.batch.labels if side == "student" else self.batch.teacher_labels
         windows = getattr(self.batch, f"{side}_windows").flatten()
         rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
-        order = windows[rows].argsort(stable=True)
-        return rows[order], windows[rows][order]
-
-    def by_window(self, side):
-        """The labelled positions of each window, in order."""
-        rows, windows = self.labelled(side)
-        return rows.split(torch.bincount(windows, minlength=len(self.batch.places) + 1)[1:].tolist())
+        ordered = rows[windows[rows].argsort(stable=True)]
+        return ordered.split(torch.bincount(windows[rows], minlength=len(self.batch.places) + 1)[1:].tolist())
 
 
 class WholeTeacher:
@@ -109,16 +104,17 @@ class Dskd:
     def kd(self, whole):
         ours = self._side(whole, "student", whole.student_hidden, whole.batch.labels, self.student)
         theirs = self._side(whole, "teacher", whole.teacher_hidden, whole.batch.teacher_labels, self.teacher)
-        logits = whole.student_logits[whole.labelled("student")[0]], self.teacher_head.decode(theirs.states)
+        logits = whole.student_logits[torch.cat(whole.by_window("student"))], self.teacher_head.decode(theirs.states)
         heads = self.head.weight, self.teacher_head.weight
         return sum(dskd.losses(self.beside["rival"], ours, theirs, *logits, *heads, self.temperature).values())
 
     @staticmethod
     def _side(whole, side, hidden, labels, model):
-        rows, windows = whole.labelled(side)
+        parts = whole.by_window(side)
+        rows = torch.cat(parts)
         embed = model.get_input_embeddings().weight.detach()
         ids, labels = getattr(whole.batch, f"{side}_ids").flatten()[rows], labels.flatten()[rows]
-        return dskd.Side(hidden[rows], embed[ids], embed[labels], labels, windows)
+        return dskd.Side(hidden[rows], embed[ids], embed[labels], labels, list(map(len, parts)))
 
 
 class MinEd:

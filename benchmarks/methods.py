@@ -1,0 +1,82 @@
+"""Every way to train a student that the quality study compares, each with the cells of its grid."""
+
+import dataclasses
+
+from benchmarks import variants
+from benchmarks.rivals.plug import RIVALS, RivalObjective, WholeTeacher
+from kdlib import hooks, inputs
+
+RATES = (5e-3, 1e-2)
+"""Learning rates that every method is tried with."""
+PLAIN_RATES = (2e-3, 4e-3, 6e-3, 1e-2)
+"""Plain training has no weight to choose; it gets as many cells, all of them learning rates."""
+PLAIN, EQUAL_STEPS, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix"
+
+
+def kd(weight):
+    return {"kd_weight": weight, "lm_weight": round(1.0 - weight, 3)}
+
+
+def ours(pair, config, student):
+    """`(objective, teacher)` as kdlib makes them."""
+    return inputs.make_objective(pair, config, student), pair.teacher if config.needs_teacher else None
+
+
+def rival(name):
+    """The same for one of RIVALS."""
+
+    def make(pair, config, student):
+        hooks.watch_attention(pair.teacher.model, False)
+        return RivalObjective(RIVALS[name], pair, student, config), WholeTeacher(pair.teacher)
+
+    return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table: `changes` to the config of its setting, `weights` (changes too) the second side of its grid, the
+    first being learning rates. `base`: the method whose chosen cell it starts from, with `weights` on top and no other rate.
+    """
+
+    group: str
+    changes: dict = dataclasses.field(default_factory=dict)
+    weights: tuple = (kd(0.3), kd(0.6))
+    base: str | None = None
+    make: object = ours
+    by_index: bool = False
+
+    def cells(self):
+        """The config changes of each cell."""
+        if self.base:
+            return list(self.weights)
+        rates = PLAIN_RATES if self.group == "control" else RATES
+        return [{"learning_rate": rate, **weights} for rate in rates for weights in self.weights]
+
+
+def with_part(name, *weights):
+    """The default with one part beside it, at several weights."""
+    return Method("parts", {"kd_method": DEFAULT}, tuple({f"{name}_weight": weight} for weight in weights), DEFAULT)
+
+
+CONTROL = {"kd_method": "none", "lm_weight": 1.0}
+METHODS = {
+    PLAIN: Method("control", CONTROL, ({},)),
+    EQUAL_STEPS: Method("control", CONTROL, ({},)),
+    DEFAULT: Method("ours", {"kd_method": "shared_prefix"}),
+    "shared_vocab": Method("ours", {"kd_method": "shared_vocab"}),
+    "projector": Method("ours", {"kd_method": "projector"}),
+    "chunk_likelihood": Method("ours", {"kd_method": "chunk_likelihood"}),
+    "shared_prefix + chunk_likelihood": Method("ours", {"kd_method": "shared_prefix"}, make=variants.with_chunks),
+    "shared_prefix + projector": Method("ours", {"kd_method": "shared_prefix"}, make=variants.with_projector),
+    "+ contrastive": with_part("contrastive", 0.05, 0.2),
+    "+ layerwise": with_part("layerwise", 0.1, 0.3),
+    "+ routing_feature": with_part("routing_feature", 0.1, 0.3),
+    "+ attention": with_part("attention", 0.03, 0.1),
+    "+ attention_alignment": with_part("attention_alignment", 0.01, 0.04),
+    "preset documents": Method("parts", {"preset": "documents"}, ({}, {"kd_temperature": 1.0})),
+    "ULD": Method("rivals", {}, make=rival("ULD")),
+    "GOLD hybrid": Method("rivals", {}, make=rival("GOLD hybrid")),
+    "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival("DSKD-CMA")),
+    "MinED": Method("rivals", {}, make=rival("MinED")),
+    "index pairs": Method("rivals", {"kd_method": "shared_prefix"}, by_index=True),
+}  # fmt: skip

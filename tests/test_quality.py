@@ -1,0 +1,173 @@
+"""The quality study: what is made with which budget, what is chosen, what is said; and its mixtures of kdlib's own parts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import methods, quality, quality_table, variants
+from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
+from kdlib import batching, inputs, records
+from kdlib.config import Config
+
+
+class Setting:
+    name, text, about = "default", "abc", "some text"
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study whose runs are made up: bits by method, the second rate better in validation than the first."""
+    made = []
+    ratios = {DEFAULT: 2.0, "ULD": 4.0}
+
+    def train(setting, kind, name, cell, seed, num_steps):
+        made.append((name, cell, seed, num_steps))
+        level = {PLAIN: 2.4, EQUAL_STEPS: 2.45, DEFAULT: 2.3}.get(name, 2.35) + 0.01 * (seed == 1)
+        record = {
+            "what": "run", "setting": "default", "text": "abc", "kind": kind, "method": name, "cell": cell, "seed": seed,
+            "steps": num_steps, "best_step": num_steps, "cpu_s": 1.0, "validation": 2.0 - cell["learning_rate"],
+            "bits_per_byte": level,
+        }  # fmt: skip
+        bits = [100 * level + 0.1 * seed, 50 * level]
+        return record if seed == quality.TUNING else {**record, "bits": bits}
+
+    monkeypatch.setattr(quality, "train", train)
+    monkeypatch.setattr(quality, "cost", lambda setting, name: {"ratio": ratios.get(name, 3.0), "step_s": 0.1})
+    found = quality.Study(tmp_path / "runs.jsonl", None)
+    found.made = {"default": Setting()}
+    found.note({
+        "what": "setting", "setting": "default", "text": "abc", "about": "some text", "teacher": 1.9, "trained_before": 2.5,
+        "coverage": 0.7, "shared_tokens": 600, "num_bytes": [100, 50],
+    })  # fmt: skip
+    found.trained = made
+    return found
+
+
+def test_every_method_gets_the_time_of_the_default(study):
+    study.run([("default", "pretrained", name) for name in (PLAIN, EQUAL_STEPS, DEFAULT, "ULD")])
+    steps = {name: num for name, _, _, num in study.trained}
+    assert steps == {PLAIN: 600, EQUAL_STEPS: 300, DEFAULT: 300, "ULD": 150}
+
+
+def test_the_cell_that_is_best_in_validation_is_taken_to_fresh_seeds(study):
+    study.run([("default", "pretrained", DEFAULT)])
+    tuned = [cell for _, cell, seed, _ in study.trained if seed == quality.TUNING]
+    assert tuned == METHODS[DEFAULT].cells()
+    assert len(tuned) == 4
+    later = [(cell["learning_rate"], seed) for _, cell, seed, _ in study.trained if seed != quality.TUNING]
+    assert later == [(max(methods.RATES), seed) for seed in quality.SEEDS]
+
+
+def test_plain_training_is_tuned_over_as_many_cells(study):
+    assert len(METHODS[PLAIN].cells()) == len(METHODS[DEFAULT].cells()) == len(METHODS["ULD"].cells())
+    assert {cell["learning_rate"] for cell in METHODS[PLAIN].cells()} >= {max(methods.RATES)}
+
+
+def test_a_part_starts_from_the_cell_of_the_default(study):
+    study.run([("default", "scratch", "+ contrastive")])
+    names = [name for name, *_ in study.trained]
+    assert names == [DEFAULT] * 7 + ["+ contrastive"] * 5
+    assert study.trained[-1][1] == {
+        "learning_rate": 0.01,
+        "kd_weight": 0.3,
+        "lm_weight": 0.7,
+        "contrastive_weight": 0.05,
+    }
+
+
+def test_a_run_that_is_there_is_not_made_again(study):
+    jobs = [("default", "pretrained", name) for name in (PLAIN, DEFAULT, "+ contrastive")]
+    study.run(jobs)
+    made = len(study.trained)
+    again = quality.Study(study.path, None)
+    again.made = study.made
+    again.run(jobs)
+    assert len(study.trained) == made
+    assert sum(again.num_missing(*job) for job in jobs) == 0
+
+
+def test_runs_on_another_text_do_not_count(study):
+    study.run([("default", "pretrained", PLAIN)])
+    study.made["default"].text = "xyz"
+    try:
+        assert study.num_missing("default", "pretrained", PLAIN) == 7
+        assert study.best_cell(study.made["default"], "pretrained", PLAIN) is None
+    finally:
+        study.made["default"].text = "abc"
+
+
+def test_the_table_says_the_gain_over_each_control(study, tmp_path):
+    study.run([("default", "pretrained", name) for name in (PLAIN, EQUAL_STEPS, DEFAULT, "ULD")])
+    told = quality_table.table(study.known)
+    row = next(line for line in told.splitlines() if line.startswith(f"| {DEFAULT} |"))
+    assert "| 2.00 | 300 | 300 | lr 0.01, kd 0.3, lm 0.7 | 3 | 2.3033 | +0.1000 (" in row
+    assert "| +0.1500 (" in row
+    assert "teacher at 1.9000 bits per byte, 2.5000 before" in told
+    quality_table.draw(study.known, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_an_empty_study_has_an_empty_table(tmp_path):
+    assert quality_table.table([]).strip() == ""
+    quality_table.draw([], tmp_path / "figure.png")
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_what_is_asked_for_by_name():
+    jobs = quality.chosen([])
+    assert len(set(jobs)) == len(jobs)
+    assert {name for _, _, name in jobs} == set(METHODS)
+    assert quality.chosen(["default", "ULD"]) == [("default", "pretrained", "ULD"), ("default", "scratch", "ULD")]
+    with pytest.raises(SystemExit, match="ULT"):
+        quality.chosen(["ULT"])
+
+
+def test_the_committed_results_are_whole():
+    if not quality.RESULTS.exists():
+        pytest.skip("no results yet")
+    known = records.read_records(quality.RESULTS)
+    assert quality.RESULTS.stat().st_size < 1_000_000
+    for record in known:
+        json.dumps(record, allow_nan=False)
+        assert record["what"] in ("setting", "cost", "run")
+    sizes = {(r["setting"], r["text"]): len(r["num_bytes"]) for r in known if r["what"] == "setting"}
+    runs = [r for r in known if r["what"] == "run"]
+    assert all(len(r["bits"]) == sizes[r["setting"], r["text"]] for r in runs if "bits" in r)
+    keys = [(r["setting"], r["text"], r["kind"], r["method"], json.dumps(r["cell"]), r["seed"]) for r in runs]
+    assert len(set(keys)) == len(keys)
+
+
+# mixtures
+
+
+@pytest.fixture(scope="module")
+def loaded(pair):
+    names = {"teacher": "teacher", "student": "student", "dataset": "text.jsonl"}
+    paths = {key: str(pair / name) for key, name in names.items()}
+    return inputs.load(Config(**paths, max_length=48, batch_size=4, check_teacher=False, eval_tokens=300))
+
+
+@pytest.mark.parametrize(
+    ("make", "other"), [(variants.with_chunks, "chunk_likelihood"), (variants.with_projector, "projector")]
+)
+def test_a_mixture_is_half_of_each(loaded, make, other):
+    found, batch = {}, batching.collate(loaded.train[:4], *loaded.pair.pads)
+    counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+    for key, method, way in (("mixed", DEFAULT, make), ("one", DEFAULT, methods.ours), ("other", other, methods.ours)):
+        config = Config(kd_method=method, kd_weight=0.6, lm_weight=0.4)
+        objective, teacher = way(loaded.pair, config, loaded.pair.student)
+        objective.zero_grad()
+        weights = objective.weights()
+        loss, parts, _ = objective(batch, teacher(batch, **objective.wants(weights)), counts, weights)
+        loss.backward()
+        found[key] = objective.total({n: float(v) for n, v in parts.items()}, weights)[0]
+        gradient = torch.cat([p.grad.flatten() for p in loaded.pair.student.parameters()])
+        found[key + " gradient"] = gradient.clone()
+        found[key + " projector"] = {n: p.grad.clone() for n, p in objective.beside.named_parameters()}
+    assert found["mixed"] == pytest.approx(0.5 * (found["one"] + found["other"]), rel=1e-5)
+    middle = 0.5 * (found["one gradient"] + found["other gradient"])
+    assert np.allclose(found["mixed gradient"], middle, atol=1e-5)
+    for name, gradient in found["other projector"].items():
+        assert torch.allclose(found["mixed projector"][name], gradient, atol=1e-5)
