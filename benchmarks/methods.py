@@ -17,15 +17,17 @@ def kd(weight):
     return {"kd_weight": weight, "lm_weight": round(1.0 - weight, 3)}
 
 
-def ours(pair, config, student):
+def ours(setting, config, student):
     """`(objective, teacher)` as kdlib makes them."""
+    pair = setting.inputs.pair
     return inputs.make_objective(pair, config, student), pair.teacher if config.needs_teacher else None
 
 
 def rival(name):
     """The same for one of RIVALS."""
 
-    def make(pair, config, student):
+    def make(setting, config, student):
+        pair = setting.inputs.pair
         hooks.watch_attention(pair.teacher.model, False)
         return RivalObjective(RIVALS[name], pair, student, config), WholeTeacher(pair.teacher)
 
@@ -53,6 +55,11 @@ class Method:
         return [{"learning_rate": rate, **weights} for rate in rates for weights in self.weights]
 
 
+def tried(make=ours, *cells, **changes):
+    """The default's chosen cell with something changed."""
+    return Method("search", {"kd_method": DEFAULT, **changes}, cells or ({},), DEFAULT, make)
+
+
 def with_part(name, *weights):
     """The default with one part beside it, at several weights."""
     return Method("parts", {"kd_method": DEFAULT}, tuple({f"{name}_weight": weight} for weight in weights), DEFAULT)
@@ -68,6 +75,7 @@ METHODS = {
     "chunk_likelihood": Method("ours", {"kd_method": "chunk_likelihood"}),
     "shared_prefix + chunk_likelihood": Method("ours", {"kd_method": "shared_prefix"}, make=variants.with_chunks),
     "shared_prefix + projector": Method("ours", {"kd_method": "shared_prefix"}, make=variants.with_projector),
+    "from a cache of 64": Method("ours", {"kd_method": DEFAULT, "kd_top_k": 64}, make=variants.from_cache),
     "+ contrastive": with_part("contrastive", 0.05, 0.2),
     "+ layerwise": with_part("layerwise", 0.1, 0.3),
     "+ routing_feature": with_part("routing_feature", 0.1, 0.3),
@@ -79,4 +87,14 @@ METHODS = {
     "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival("DSKD-CMA")),
     "MinED": Method("rivals", {}, make=rival("MinED")),
     "index pairs": Method("rivals", {"kd_method": "shared_prefix"}, by_index=True),
+    "inside tokens": tried(variants.with_inside),
+    "averaged weights": tried(use_ema=True),
+    "CE only, averaged weights": Method("search", {**CONTROL, "use_ema": True}, ({},), PLAIN),
+    "unsure student": tried(variants.weighted_by(variants.unsure_student)),
+    "right teacher": tried(variants.weighted_by(variants.right_teacher)),
+    "sure teacher": tried(variants.weighted_by(variants.sure_teacher)),
+    "jsd": tried(kd_divergence="jsd"),
+    "reverse_kl": tried(kd_divergence="reverse_kl"),
+    "skew_forward_kl": tried(kd_divergence="skew_forward_kl"),
+    "temperature": tried(ours, {"kd_temperature": 0.8}, {"kd_temperature": 1.5}),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 import accelerate
 import torch
 
-from benchmarks import quality_table, settings
+from benchmarks import quality_table, settings, variants
 from benchmarks.equal_steps import by_index
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
 from kdlib import budget, cli, evaluate, models, records
@@ -34,9 +34,10 @@ EVALUATIONS = 8
 TIMED, WARM = 24, 2
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 ORDER = [
-    ("default pretrained, default scratch", "control ours"), ("default pretrained", "rivals parts search"),
-    ("peps pretrained, stories pretrained", "control ours rivals"), ("default scratch", "rivals parts search"),
-    ("peps pretrained, stories pretrained", "parts"), ("peps scratch, stories scratch", "control ours rivals parts"),
+    ("default pretrained", "control ours"), ("default pretrained", "search"), ("default pretrained", "rivals parts"),
+    ("peps pretrained, stories pretrained", "control ours rivals"), ("default scratch", "control ours rivals"),
+    ("peps pretrained, stories pretrained", "search parts"), ("default scratch", "search parts"),
+    ("peps scratch, stories scratch", "control ours rivals search parts"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
 
@@ -117,20 +118,23 @@ class Study:
         facts = {"setting": setting.name, "text": setting.text, **facts}
         return [record for record in self.known if all(record.get(k) == v for k, v in facts.items())]
 
-    def cost(self, setting, name):
-        """Processor time of a method's step in steps of plain training; measured where it is not known."""
-        if name in (PLAIN, EQUAL_STEPS):
-            return 1.0
+    def cost(self, setting, name, which="ratio"):
+        """Processor time of a method's step (`ratio`), or of what comes `before` its first, in steps of plain training;
+        measured where it is not known.
+        """
+        if METHODS[name].changes.get("kd_method") == "none":
+            return {"ratio": 1.0, "before": 0.0}[which]
         if not self.of(setting, what="cost", method=name):
             self.note(
                 {"what": "cost", "setting": setting.name, "text": setting.text, "method": name, **cost(setting, name)}
             )
-        return self.of(setting, what="cost", method=name)[0]["ratio"]
+        return self.of(setting, what="cost", method=name)[0].get(which, 0.0)
 
     def num_steps(self, setting, kind, name):
         if name == EQUAL_STEPS:
             return STEPS[kind]
-        return round(STEPS[kind] * self.cost(setting, DEFAULT) / self.cost(setting, name))
+        budget = STEPS[kind] * self.cost(setting, DEFAULT)
+        return round((budget - self.cost(setting, name, "before")) / self.cost(setting, name))
 
     def changes(self, setting, kind, name):
         """The config changes of each cell of a method's grid, those of its base's best cell below them."""
@@ -190,7 +194,7 @@ def started(setting, kind, name, cell, seed, num_steps):
     config = Config.from_dict({**base, "seed": seed, "share_steps": 0, **method.changes, **cell})
     loaded, student = setting.inputs, setting.student(kind, seed)
     torch.manual_seed(seed)
-    objective, teacher = method.make(loaded.pair, config, student)
+    objective, teacher = method.make(setting, config, student)
     windows = [by_index(window) for window in loaded.train] if method.by_index else loaded.train
     layout = loaded.pair.pads, loaded.pair.widest
     machine = accelerate.Accelerator(cpu=True)
@@ -213,8 +217,8 @@ def train(setting, kind, name, cell, seed, num_steps):
     score = evaluate.evaluate_student(objective.student, objective.head, loaded.test)
     return {
         "what": "run", "setting": setting.name, "text": setting.text, "kind": kind, "method": name, "cell": cell,
-        "seed": seed,
-        "steps": num_steps, "best_step": best_step, "cpu_s": round(time.process_time() - before, 1),
+        "seed": seed, "steps": num_steps, "best_step": best_step,
+        "cpu_s": round(time.process_time() - before, 1),
         "validation": round(best, 5), **{key: round(value, 5) for key, value in score.summary().items()},
         **({} if seed == TUNING else {"bits": [round(value, 1) for value in score.bits]}),
     }  # fmt: skip
@@ -232,8 +236,9 @@ def _without_pairs(batch):
 
 
 def cost(setting, name):
-    """`{ratio, step_s}`: processor seconds of TIMED steps of a method to those of plain training, a step of each in turn on
-    the same windows, the first WARM not counted; before that the method takes as many steps for itself.
+    """`{ratio, step_s}` and, where a cache is written, `before`: processor seconds of TIMED steps of a method to those
+    of plain training, a step of each in turn on the same windows, the first WARM not counted; before that the method takes
+    as many steps for itself.
     """
     cell = METHODS[name].cells()[0]
     for _ in started(setting, "scratch", name, cell, 0, TIMED)[0]:
@@ -250,7 +255,11 @@ def cost(setting, name):
             seconds.setdefault(key, []).append(time.process_time() - before)
     whole = {key: sum(values[WARM:]) for key, values in seconds.items()}
     middle = statistics.median(seconds[name][WARM:])
-    return {"ratio": round(whole[name] / whole[PLAIN], 3), "step_s": round(middle, 4)}
+    found = {"ratio": round(whole[name] / whole[PLAIN], 3), "step_s": round(middle, 4)}
+    if METHODS[name].make is variants.from_cache:
+        _, spent = setting.kept[METHODS[name].changes["kd_top_k"]]
+        found["before"] = round(spent * (TIMED - WARM) / whole[PLAIN], 1)
+    return found
 
 
 def said(record):

@@ -46,6 +46,8 @@ class Setting:
     other: list
     text: str
     about: str
+    kept: dict = dataclasses.field(default_factory=dict)
+    """What methods have made of the pair, once."""
 
     def student(self, kind, seed):
         return self.trained() if kind == "pretrained" else self.fresh(seed)

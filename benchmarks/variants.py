@@ -1,20 +1,28 @@
-"""Mixtures of kdlib's own ways of kd that no config asks for, for the quality study: kd by one way, half of its weight by
-another.
+"""Ways of kd that no config of kdlib asks for, for the quality study: mixtures of its own ways, other weights of positions,
+a signal inside a teacher's tokens; and its teacher cache. Each is made of `(setting, config, student)` and gives
+`(objective, teacher)`.
 """
 
 import dataclasses
+import math
+import tempfile
+import time
+from pathlib import Path
 
 import torch
 
-from kdlib import inputs, parts
+from benchmarks.inside import Inside
+from kdlib import cache, inputs, losses, parts, signals
 from kdlib.objective import Objective
 from kdlib.projector import TeacherToStudentProjector
 
 
 class Mixed(Objective):
-    """An `Objective` with parts on logits that its config does not name: `more` holds `{name: share of the kd weight}`."""
+    """An `Objective` with parts on logits that its config does not name: `more` holds `{name: share of the kd weight}`,
+    which kd has less where it is `shared`.
+    """
 
-    more = None
+    more, shared = None, True
 
     def weights(self, progress=1.0):
         names = [name for name, part in self.parts.items() if name not in self.more]
@@ -23,7 +31,7 @@ class Mixed(Objective):
             n: f * (getattr(self.config, f"{n}_weight") if self.parts[n].student else 1.0) for n, f in weights.items()
         }
         weights |= {name: share * self.config.kd_weight for name, share in self.more.items()}
-        return {**weights, "kd": weights["kd"] - sum(weights[name] for name in self.more)}
+        return {**weights, "kd": weights["kd"] - self.shared * sum(weights[name] for name in self.more)}
 
 
 class WithChunks(Mixed):
@@ -43,15 +51,90 @@ class WithProjector(Mixed):
         return lambda known: torch.cat([buckets(known), head.decode(projector(signal.hidden[known]))], dim=1)
 
 
-def with_chunks(pair, config, student):
-    """`(objective, teacher)` of `WithChunks`."""
-    objective = _mixed(WithChunks, pair, config, student, {"chunks": 0.5})
+class WithInside(Mixed):
+    """kd as it is, and the same weight for a position inside a teacher's token."""
+
+    shared = False
+
+
+def with_chunks(setting, config, student):
+    objective = _mixed(WithChunks, setting.inputs.pair, config, student, {"chunks": 0.5})
     objective.parts["chunks"] = parts.KD["chunk_likelihood"]["kd"]
+    return objective, setting.inputs.pair.teacher
+
+
+def with_inside(setting, config, student):
+    pair = setting.inputs.pair
+    if "inside" not in setting.kept:
+        setting.kept["inside"] = Inside(pair)
+    objective = _mixed(WithInside, pair, config, student, {"inside": 1.0})
+    objective.parts["inside"] = setting.kept["inside"].part()
     return objective, pair.teacher
 
 
-def with_projector(pair, config, student):
-    """`(objective, teacher)` of `WithProjector`."""
+def weighted_by(weight):
+    """kd with every aligned position's value times `weight(objective, rows)` `[m]`, without gradient."""
+
+    def make(setting, config, student):
+        objective = inputs.make_objective(setting.inputs.pair, config, student)
+        part = objective.parts["kd"]
+
+        def values(objective, rows):
+            with torch.no_grad():
+                factor = weight(objective, rows)
+            return factor * part.values(objective, rows)
+
+        objective.parts["kd"] = dataclasses.replace(part, values=values)
+        return objective, setting.inputs.pair.teacher
+
+    return make
+
+
+def unsure_student(objective, rows):
+    """`2 (1 - p(label))` of the student: more where it does not know the text yet."""
+    return 2.0 * (1.0 - _label_probabilities(rows.log_probs()[: rows.num_known], rows.labels[: rows.num_known]))
+
+
+def right_teacher(objective, rows):
+    """`2 q` of the bucket of the label: more where the teacher agrees with the text."""
+    buckets = losses.bucket_log_probs(losses.log_probs(rows.other), objective.teacher_buckets, objective.num_buckets)
+    labels = rows.labels[: rows.num_known]
+    return 2.0 * _label_probabilities(buckets, objective.student_buckets[labels.clamp_min(0)])
+
+
+def sure_teacher(objective, rows):
+    """`2 (1 - H / ln V)` of the teacher's distribution with entropy H over its V tokens: more where it is sure."""
+    log_probs = losses.log_probs(rows.other)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return 2.0 * (1.0 - entropy / math.log(log_probs.shape[-1]))
+
+
+def _label_probabilities(log_probs, labels):
+    return log_probs.gather(1, labels.clamp_min(0)[:, None])[:, 0].exp()
+
+
+def from_cache(setting, config, student):
+    """kdlib's own teacher cache of `kd_top_k` tokens a position. `setting.kept` says what writing the training text's part
+    took, in processor seconds.
+    """
+    pair, k = setting.inputs.pair, config.kd_top_k
+    if k not in setting.kept:
+        folder = Path(tempfile.mkdtemp(prefix="kdlib-cache-"))
+        passing = cache.write(config, folder / "cache")
+        next(passing)
+        before = time.process_time()
+        for _ in passing:
+            pass
+        held = [sum(map(len, part.windows)) for part in (setting.inputs.validation, setting.inputs.test)]
+        share = len(setting.inputs.train) / (len(setting.inputs.train) + sum(held))
+        teacher = signals.CachedTeacher([folder / "cache"])
+        setting.kept[k] = dataclasses.replace(pair, teacher=teacher), share * (time.process_time() - before)
+    cached, _ = setting.kept[k]
+    return inputs.make_objective(cached, config, student), cached.teacher
+
+
+def with_projector(setting, config, student):
+    pair = setting.inputs.pair
     objective = _mixed(WithProjector, pair, config, student, {"projected": 0.5})
     theirs = pair.teacher.shared_rows(pair.shared)
     objective.beside["projector"] = TeacherToStudentProjector(theirs.shape[1], objective.head.width)

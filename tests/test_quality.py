@@ -1,14 +1,16 @@
 """The quality study: what is made with which budget, what is chosen, what is said; and its mixtures of kdlib's own parts."""
 
 import json
+import math
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import methods, quality, quality_table, variants
+from benchmarks import inside, methods, quality, quality_table, variants
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
-from kdlib import batching, inputs, records
+from kdlib import batching, data, inputs, records
 from kdlib.config import Config
 
 
@@ -157,7 +159,7 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
     for key, method, way in (("mixed", DEFAULT, make), ("one", DEFAULT, methods.ours), ("other", other, methods.ours)):
         config = Config(kd_method=method, kd_weight=0.6, lm_weight=0.4)
-        objective, teacher = way(loaded.pair, config, loaded.pair.student)
+        objective, teacher = way(types.SimpleNamespace(inputs=loaded, kept={}), config, loaded.pair.student)
         objective.zero_grad()
         weights = objective.weights()
         loss, parts, _ = objective(batch, teacher(batch, **objective.wants(weights)), counts, weights)
@@ -171,3 +173,84 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
     assert np.allclose(found["mixed gradient"], middle, atol=1e-5)
     for name, gradient in found["other projector"].items():
         assert torch.allclose(found["mixed projector"][name], gradient, atol=1e-5)
+
+
+# inside a teacher's tokens
+
+
+SPELLED = [(1,), (1, 2), (1, 2, 3), (1, 4), (5,), (), (1, 2, 1)]
+"""Seven teacher tokens, in student tokens."""
+
+
+def test_a_node_holds_what_may_follow():
+    nodes = inside.trie(SPELLED)
+    assert sorted(nodes) == [(1,), (1, 2)]
+    assert nodes[1,].following.tolist() == [2, 4]
+    assert nodes[1,].columns.tolist() == [0, 1, 2, 3, 6]
+    assert nodes[1,].places.tolist() == [2, 0, 0, 1, 0]
+    assert nodes[1, 2].following.tolist() == [1, 3]
+    assert nodes[1, 2].places.tolist() == [2, 1, 0]
+
+
+def test_the_divergence_inside_written_out():
+    nodes = inside.trie(SPELLED)
+    student = torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.25, 0.05], [0.1, 0.6, 0.1, 0.1, 0.05, 0.05]], dtype=torch.float64)
+    teacher = torch.tensor(
+        [[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05], [0.0, 0.5, 0.1, 0.0, 0.1, 0.1, 0.2]], dtype=torch.float64
+    )
+    found = inside.divergence(student.log(), teacher, [nodes[1,], nodes[1, 2]], [0, 1])
+    first = [(0.35 / 0.5, 0.3), (0.05 / 0.5, 0.25), (0.1 / 0.5, 0.45)]  # then 2, then 4, or the token ends
+    second = [(0.2 / 0.8, 0.6), (0.1 / 0.8, 0.1), (0.5 / 0.8, 0.3)]
+    by_hand = [sum(q * math.log(q / p) for q, p in pairs) for pairs in (first, second)]
+    assert found.tolist() == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_inside_is_zero_for_a_student_that_says_the_same_and_where_the_teacher_says_nothing():
+    node = inside.trie(SPELLED)[1,]
+    student = torch.tensor([[0.05, 0.05, 0.7, 0.05, 0.1, 0.05]], dtype=torch.float64)
+    teacher = torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05]], dtype=torch.float64)
+    assert inside.divergence(student.log(), teacher, [node], [0]).abs().item() < 1e-12
+    nothing = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.0]], dtype=torch.float64)
+    assert inside.divergence(student.log(), nothing, [node], [0]).item() == 0.0
+
+
+def test_inside_gradient():
+    node = inside.trie(SPELLED)[1,]
+    teacher = torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05]], dtype=torch.float64)
+    logits = torch.tensor([[0.3, -0.2, 0.7, 1.0, 0.1, 0.5]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: inside.divergence(x.log_softmax(-1), teacher, [node], [0]), logits)
+
+
+def test_a_teachers_token_is_spelled_as_the_student_reads_it_in_a_text(loaded):
+    reader, tokens = loaded.pair.student_reader, loaded.pair.teacher.reader.vocabulary.tokens
+    spelled = inside.spelled(reader, tokens)
+    first = data.first_tokens(reader, tokens)
+    said = [(token, ids) for token, ids in zip(tokens, spelled, strict=True) if ids]
+    assert len(said) > 0.4 * len(tokens)
+    assert all(b"".join(reader.vocabulary.tokens[i] for i in ids) == token for token, ids in said)
+    assert all(ids[0] == begin for ids, begin in zip(spelled, first.tolist(), strict=True) if ids and begin >= 0)
+
+
+def test_positions_inside_know_what_was_read_since_the_boundary(loaded):
+    part = inside.Inside(loaded.pair)
+    objective, _ = variants.with_inside(
+        types.SimpleNamespace(inputs=loaded, kept={"inside": part}), Config(), loaded.pair.student
+    )
+    asked, batch = [], batching.collate(loaded.train[:4], *loaded.pair.pads)
+    places = part.places
+
+    def watched(rows):
+        found = places(rows)
+        asked.extend((rows.labels, rows.span_of, *each) for each in zip(*found, strict=True))
+        return found
+
+    part.places = watched
+    counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+    weights = objective.weights()
+    _, parts, _ = objective(batch, loaded.pair.teacher(batch, **objective.wants(weights)), counts, weights)
+    assert weights["inside"] == weights["kd"] == 0.5
+    assert asked and parts["inside"] > 0
+    for labels, span_of, position, span, node in asked:
+        before = [int(labels[i]) for i in range(len(labels)) if span_of[i] == span and i < position]
+        assert node is part.nodes[tuple(before)]
+        assert span_of[position] == span
