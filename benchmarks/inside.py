@@ -17,6 +17,8 @@ import torch
 from kdlib import losses, parts
 
 NOT_READ = -1
+LEAST = 1e-6
+"""Probability below which the student's side counts as this."""
 
 
 def spelled(reader, byte_strings):
@@ -78,28 +80,56 @@ def divergence(student_NV, teacher_MU, nodes, teacher_rows):
     tail for all others. `student_NV` are log-probabilities, `teacher_MU` probabilities at the boundaries, `teacher_rows[i]`
     the one of position i and `nodes[i]` its `Node`. Positions where the teacher gives nothing to any of them count 0.
     """
-    num = len(nodes)
-    sizes = np.array([len(node.following) + 1 for node in nodes])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    counts = [len(node.columns) for node in nodes]
-    device = student_NV.device
-    entry_rows = torch.from_numpy(np.repeat(np.asarray(teacher_rows), counts)).to(device)
-    entry_columns = torch.from_numpy(np.concatenate([node.columns for node in nodes])).to(device)
-    entry_places = np.concatenate([node.places + start for node, start in zip(nodes, starts[:-1], strict=True)])
-    mass = teacher_MU.new_zeros(int(starts[-1])).index_add(
-        0, torch.from_numpy(entry_places).to(device), teacher_MU[entry_rows, entry_columns]
-    )
-    owner = torch.from_numpy(np.repeat(np.arange(num), sizes)).to(device)
-    whole = mass.new_zeros(num).index_add(0, owner, mass)
+    mass, whole, owner, ids, is_tail = _restricted(teacher_MU, nodes, teacher_rows)
     target = mass / whole.clamp_min(losses.EMPTY)[owner]
-    ids = torch.from_numpy(np.concatenate([np.append(node.following, 0) for node in nodes])).to(device)
-    is_tail = torch.zeros(len(mass), dtype=torch.bool, device=device)
-    is_tail[torch.from_numpy(starts[1:] - 1).to(device)] = True
     told = student_NV[owner, ids].masked_fill(is_tail, -torch.inf)
-    rest = 1.0 - told.new_zeros(num).index_add(0, owner, told.exp())
-    ours = torch.where(is_tail, rest.clamp_min(1e-6).log()[owner], told)
-    values = target.new_zeros(num).index_add(0, owner, torch.special.xlogy(target, target) - target * ours)
+    rest = 1.0 - told.new_zeros(len(nodes)).index_add(0, owner, told.exp())
+    ours = torch.where(is_tail, rest.clamp_min(LEAST).log()[owner], told)
+    values = target.new_zeros(len(nodes)).index_add(0, owner, torch.special.xlogy(target, target) - target * ours)
     return torch.where(whole > losses.EMPTY, values, 0.0)
+
+
+def divergence_turned(student_MV, teacher_NU, nodes, student_rows):
+    """The same where the teacher's position lies inside a *student's* token: `nodes` are of a trie of the student's
+    vocabulary in teacher tokens. KL(teacher || student) per position, nats, `[N]`, of what the teacher says comes next,
+    `teacher_NU` log-probabilities, and what the student's distribution at the boundary, `student_MV` probabilities, says of
+    it among the student tokens that begin with what was read since. The teacher's tail stands against the student tokens
+    that end here; where there are none it is left out.
+    """
+    mass, whole, owner, ids, is_tail = _restricted(student_MV, nodes, student_rows)
+    told = teacher_NU[owner, ids].exp().masked_fill(is_tail, 0.0)
+    rest = (1.0 - told.new_zeros(len(nodes)).index_add(0, owner, told)).clamp_min(0.0)
+    ends = torch.tensor([bool((node.places == len(node.following)).any()) for node in nodes], device=told.device)
+    target = torch.where(is_tail, (rest * ends)[owner], told)
+    target = target / target.new_zeros(len(nodes)).index_add(0, owner, target).clamp_min(losses.EMPTY)[owner]
+    ours = (mass / whole.clamp_min(losses.EMPTY)[owner]).clamp_min(LEAST).log()
+    return target.new_zeros(len(nodes)).index_add(0, owner, torch.special.xlogy(target, target) - target * ours)
+
+
+def _restricted(probabilities, nodes, rows):
+    """What the `nodes` make of the rows of `probabilities`, flat, G + 1 entries a node, the last one for what ends there:
+    `(mass, whole by node, which node, token id, whether it is that last one)`.
+    """
+    device, num = probabilities.device, len(nodes)
+    sizes = np.array([len(node.following) + 1 for node in nodes])
+    stops = np.cumsum(sizes)
+    counts = [len(node.columns) for node in nodes]
+    entry_places = np.concatenate([node.places + start for node, start in zip(nodes, stops - sizes, strict=True)])
+    entry_columns = np.concatenate([node.columns for node in nodes])
+    ids = np.concatenate([np.append(node.following, 0) for node in nodes])
+    found = [
+        np.repeat(np.asarray(rows), counts),
+        entry_columns,
+        entry_places,
+        np.repeat(np.arange(num), sizes),
+        ids,
+        stops - 1,
+    ]
+    row, column, place, owner, ids, tails = (torch.from_numpy(each).to(device) for each in found)
+    mass = probabilities.new_zeros(len(owner)).index_add(0, place, probabilities[row, column])
+    is_tail = torch.zeros(len(owner), dtype=torch.bool, device=device)
+    is_tail[tails] = True
+    return mass, mass.new_zeros(num).index_add(0, owner, mass), owner, ids, is_tail
 
 
 class Inside:

@@ -4,6 +4,7 @@ import dataclasses
 
 from benchmarks import variants
 from benchmarks.rivals.plug import RIVALS, RivalObjective, WholeTeacher
+from benchmarks.spelled import Spelled
 from kdlib import hooks, inputs
 
 RATES = (5e-3, 1e-2)
@@ -23,13 +24,13 @@ def ours(setting, config, student):
     return inputs.make_objective(pair, config, student), pair.teacher if config.needs_teacher else None
 
 
-def rival(name):
-    """The same for one of RIVALS."""
+def rival(kind):
+    """The same for a class as in RIVALS."""
 
     def make(setting, config, student):
         pair = setting.inputs.pair
         hooks.watch_attention(pair.teacher.model, False)
-        return RivalObjective(RIVALS[name], pair, student, config), WholeTeacher(pair.teacher)
+        return RivalObjective(kind, pair, student, config), WholeTeacher(pair.teacher)
 
     return make
 
@@ -82,11 +83,12 @@ METHODS = {
     "+ attention": with_part("attention", 0.03, 0.1),
     "+ attention_alignment": with_part("attention_alignment", 0.01, 0.04),
     "preset documents": Method("parts", {"preset": "documents"}, ({}, {"kd_temperature": 1.0})),
-    "ULD": Method("rivals", {}, make=rival("ULD")),
-    "GOLD hybrid": Method("rivals", {}, make=rival("GOLD hybrid")),
-    "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival("DSKD-CMA")),
-    "MinED": Method("rivals", {}, make=rival("MinED")),
+    "ULD": Method("rivals", {}, make=rival(RIVALS["ULD"])),
+    "GOLD hybrid": Method("rivals", {}, make=rival(RIVALS["GOLD hybrid"])),
+    "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival(RIVALS["DSKD-CMA"])),
+    "MinED": Method("rivals", {}, make=rival(RIVALS["MinED"])),
     "index pairs": Method("rivals", {"kd_method": "shared_prefix"}, by_index=True),
+    "inside tokens, both sides": Method("ours", make=rival(Spelled)),
     "inside tokens": tried(variants.with_inside),
     "averaged weights": tried(use_ema=True),
     "CE only, averaged weights": Method("search", {**CONTROL, "use_ema": True}, ({},), PLAIN),

@@ -205,7 +205,8 @@ def train(setting, kind, name, cell, seed, num_steps):
     """Train one student; its record holds the test score of its best weights by validation."""
     training, objective = started(setting, kind, name, cell, seed, num_steps)
     loaded, marks = setting.inputs, {round(num_steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-    best, weights, best_step, before = float("inf"), None, 0, time.process_time()
+    before, weights, best_step = time.process_time(), models.copy_of(objective.student), 0
+    best = evaluate_text(objective.student, loaded.pair, loaded.validation).bits_per_byte
     for record in training:
         if record.step in marks:
             averaged = [training.average.module] if training.average else []

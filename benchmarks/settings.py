@@ -84,17 +84,18 @@ def default(_):
 
 def stories(folder):
     """The real stories260k teacher (SentencePiece, 512 pieces) and a student with a byte-level BPE of 2,048 tokens; its
-    trained student has read other stories.
+    trained student has read a novel.
     """
     if not (folder / "models/stories260k").exists():
         return None
     texts = json.loads((folder / "texts/tinystories_1000.json").read_text(encoding="utf-8"))
     texts = [text if isinstance(text, str) else text["text"] for text in texts]
     count = int(np.searchsorted(np.cumsum([len(text) for text in texts]), CHARS))
-    own, other, held = texts[:count], texts[count:-150], texts[-150:]
+    own, held = texts[:count], texts[-150:]
+    novel = (folder / "texts/standardebooks_emma.txt").read_text(encoding="utf-8")
     tokenizer = tiny.byte_level_bpe(texts[:-150], 2048)
     config = _written("stories", tokenizer, own, held, folder / "models/stories260k")
-    return _setting("stories", config, other, "200 kB of stories, SentencePiece 512 to byte-level BPE 2,048")
+    return _setting("stories", config, [novel], "200 kB of stories, SentencePiece 512 to byte-level BPE 2,048")
 
 
 def peps(folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import inside, methods, quality, quality_table, variants
+from benchmarks import inside, methods, quality, quality_table, spelled, variants
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
 from kdlib import batching, data, inputs, records
 from kdlib.config import Config
@@ -214,6 +214,22 @@ def test_inside_is_zero_for_a_student_that_says_the_same_and_where_the_teacher_s
     assert inside.divergence(student.log(), nothing, [node], [0]).item() == 0.0
 
 
+def test_the_turned_divergence_written_out():
+    nodes = inside.trie(SPELLED)  # of the student's tokens, in the teacher's
+    student = torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05]], dtype=torch.float64)
+    teacher = torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.25, 0.05]], dtype=torch.float64)
+    found = inside.divergence_turned(student, teacher.log(), [nodes[1,]], [0])
+    pairs = [(0.3, 0.35 / 0.5), (0.25, 0.05 / 0.5), (0.45, 0.1 / 0.5)]
+    assert found.item() == pytest.approx(sum(q * math.log(q / p) for q, p in pairs), abs=1e-12)
+    never_ends = inside.trie([(1, 2), (1, 4)])[1,]
+    found = inside.divergence_turned(torch.tensor([[0.3, 0.6]]).double(), teacher.log(), [never_ends], [0])
+    pairs = [(0.3 / 0.55, 0.3 / 0.9), (0.25 / 0.55, 0.6 / 0.9)]
+    assert found.item() == pytest.approx(sum(q * math.log(q / p) for q, p in pairs), abs=1e-12)
+    logits = torch.tensor([[0.3, -0.2, 0.7, 1.0, 0.1, 0.5, 0.2]], dtype=torch.float64, requires_grad=True)
+    loss = lambda x: inside.divergence_turned(x.softmax(-1), teacher.log(), [nodes[1,]], [0])  # noqa: E731
+    assert torch.autograd.gradcheck(loss, logits)
+
+
 def test_inside_gradient():
     node = inside.trie(SPELLED)[1,]
     teacher = torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.3, 0.2, 0.05]], dtype=torch.float64)
@@ -254,3 +270,23 @@ def test_positions_inside_know_what_was_read_since_the_boundary(loaded):
         before = [int(labels[i]) for i in range(len(labels)) if span_of[i] == span and i < position]
         assert node is part.nodes[tuple(before)]
         assert span_of[position] == span
+
+
+def test_whole_and_in_chunks_the_signal_inside_is_the_same(loaded):
+    setting = types.SimpleNamespace(inputs=loaded, kept={})
+    batch = batching.collate(loaded.train[:4], *loaded.pair.pads)
+    counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+    found = []
+    for make in (variants.with_inside, methods.rival(spelled.Spelled)):
+        objective, teacher = make(setting, Config(), loaded.pair.student)
+        objective.eval()
+        if hasattr(objective, "rival"):
+            objective.rival.turned = False
+        weights = objective.weights()
+        found.append(objective(batch, teacher(batch, **objective.wants(weights)), counts, weights)[0].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    objective.rival.turned = True
+    more = objective(batch, teacher(batch), counts, weights)[0]
+    assert more.item() > found[1]
+    more.backward()
+    assert all(p.grad.isfinite().all() for p in loaded.pair.student.parameters())
