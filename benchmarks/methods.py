@@ -4,14 +4,14 @@ import dataclasses
 
 from benchmarks import variants
 from benchmarks.rivals.plug import RIVALS, RivalObjective, WholeTeacher
-from benchmarks.spelled import Spelled
+from benchmarks.spelled import Remembering, Spelled, SpelledContrastive
 from kdlib import hooks, inputs
 
 RATES = (5e-3, 1e-2)
 """Learning rates that every method is tried with."""
 PLAIN_RATES = (2e-3, 4e-3, 6e-3, 1e-2)
 """Plain training has no weight to choose; it gets as many cells, all of them learning rates."""
-PLAIN, EQUAL_STEPS, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix"
+PLAIN, EQUAL_STEPS, DEFAULT, INSIDE = "CE only", "CE only, equal steps", "shared_prefix", "inside tokens, both sides"
 
 
 def kd(weight):
@@ -33,6 +33,12 @@ def rival(kind):
         return RivalObjective(kind, pair, student, config), WholeTeacher(pair.teacher)
 
     return make
+
+
+def remembering(setting, config, student):
+    """`inside tokens, both sides` with a teacher that reads each window once."""
+    objective, _ = rival(Spelled)(setting, config, student)
+    return objective, Remembering(setting.inputs.pair.teacher, setting.kept.setdefault("memory", {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,11 @@ METHODS = {
     "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival(RIVALS["DSKD-CMA"])),
     "MinED": Method("rivals", {}, make=rival(RIVALS["MinED"])),
     "index pairs": Method("rivals", {"kd_method": "shared_prefix"}, by_index=True),
-    "inside tokens, both sides": Method("ours", make=rival(Spelled)),
+    INSIDE: Method("ours", make=rival(Spelled)),
+    "inside, contrastive": Method(
+        "search", {}, ({"contrastive_weight": 0.05}, {"contrastive_weight": 0.15}), INSIDE, rival(SpelledContrastive)
+    ),
+    "inside, read once": Method("ours", {}, ({},), INSIDE, remembering),
     "inside tokens": tried(variants.with_inside),
     "averaged weights": tried(use_ema=True),
     "CE only, averaged weights": Method("search", {**CONTROL, "use_ema": True}, ({},), PLAIN),

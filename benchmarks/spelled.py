@@ -5,7 +5,9 @@ every position of either side that lies inside a token of the other (`benchmarks
 import torch
 
 from benchmarks.inside import divergence, divergence_turned, spelled, trie
-from kdlib import data, inputs, losses, models
+from benchmarks.rivals.plug import WholeTeacher
+from kdlib import batching, data, inputs, losses, models, parts
+from kdlib.projector import FeatureMap
 
 FIRST = "shared_prefix"
 
@@ -48,6 +50,55 @@ class Spelled:
             if positions:
                 total = total + divergence_turned(student.exp(), teacher[positions], nodes, anchors).sum()
         return total / max(1, len(ours))
+
+
+class SpelledContrastive(Spelled):
+    """The same with kdlib's contrastive part, `contrastive_weight` beside the kd weight."""
+
+    def __init__(self, pair, student, config):
+        super().__init__(pair, student, config)
+        self.share = config.contrastive_weight / config.kd_weight
+        self.beside["contrastive"] = FeatureMap(student.config.hidden_size, pair.teacher.config.hidden_size)
+        self.beside["contrastive"].measure(*states_of(pair, student, config.batch_size))
+
+    def kd(self, whole):
+        batch, map_of = whole.batch, self.beside["contrastive"]
+        ours, theirs = map_of(whole.student_hidden[batch.student_rows], whole.teacher_hidden[batch.teacher_rows])
+        windows = zip(ours.split(batch.rows_by_window), theirs.split(batch.rows_by_window), strict=True)
+        values = torch.cat([losses.info_nce(a, b, parts.CONTRAST) for a, b in windows])
+        return super().kd(whole) + self.share * values.mean()
+
+
+@torch.no_grad()
+def states_of(pair, student, batch_size):
+    """Last hidden states of student and teacher at the common boundaries of the pair's sample of windows."""
+    found = []
+    for i in range(0, len(pair.sample), batch_size):
+        batch = batching.collate(pair.sample[i : i + batch_size], *pair.pads)
+        ours = models.last_hidden(student, batch.student_ids, batch.student_windows).flatten(0, 1)
+        found.append((ours[batch.student_rows], pair.teacher(batch).hidden))
+    return [torch.cat(side) for side in zip(*found, strict=True)]
+
+
+class Remembering(WholeTeacher):
+    """A teacher that reads each window once and keeps its last hidden states, in `memory`, `{place: [T, E]}`."""
+
+    def __init__(self, teacher, memory):
+        super().__init__(teacher)
+        self.memory = memory
+
+    def __call__(self, batch):
+        rows, width = batch.teacher_ids.shape
+        if not all(place in self.memory for place in batch.places):
+            hidden = super().__call__(batch)
+            for place, (row, start, stop) in zip(batch.places, batch.teacher_spots, strict=True):
+                self.memory[place] = hidden[row * width + start : row * width + stop].clone()
+            return hidden
+        some = self.memory[batch.places[0]]
+        hidden = some.new_zeros(rows * width, some.shape[1])
+        for place, (row, start, stop) in zip(batch.places, batch.teacher_spots, strict=True):
+            hidden[row * width + start : row * width + stop] = self.memory[place]
+        return hidden
 
 
 def inside(firsts, stops, labels, others, nodes):

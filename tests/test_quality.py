@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import inside, methods, quality, quality_table, spelled, variants
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
+from benchmarks.rivals import plug
 from kdlib import batching, data, inputs, records
 from kdlib.config import Config
 
@@ -290,3 +291,28 @@ def test_whole_and_in_chunks_the_signal_inside_is_the_same(loaded):
     assert more.item() > found[1]
     more.backward()
     assert all(p.grad.isfinite().all() for p in loaded.pair.student.parameters())
+
+
+def test_a_remembering_teacher_says_what_it_said(loaded):
+    live, memory = plug.WholeTeacher(loaded.pair.teacher), {}
+    first = batching.collate(loaded.train[:4], *loaded.pair.pads)
+    teacher = spelled.Remembering(loaded.pair.teacher, memory)
+    assert torch.equal(teacher(first), live(first))
+    assert sorted(memory) == [0, 1, 2, 3]
+    again = batching.collate([loaded.train[i] for i in (3, 1, 0)], *loaded.pair.pads, (96, 96))
+    asked = spelled.Remembering(loaded.pair.teacher, memory)
+    asked.model = None
+    kept = again.teacher_windows.flatten() > 0
+    assert torch.allclose(asked(again)[kept], live(again)[kept], atol=1e-4)
+
+
+def test_contrastive_comes_on_top(loaded):
+    setting = types.SimpleNamespace(inputs=loaded, kept={})
+    batch = batching.collate(loaded.train[:4], *loaded.pair.pads)
+    counts, found = {"labels": batch.num_labels}, {}
+    for kind in (spelled.Spelled, spelled.SpelledContrastive):
+        objective, teacher = methods.rival(kind)(setting, Config(contrastive_weight=0.1), loaded.pair.student)
+        found[kind] = objective(batch, teacher(batch), counts, objective.weights())[1]["kd"].item()
+    more = (found[spelled.SpelledContrastive] - found[spelled.Spelled]) / 0.2
+    assert 0.5 * math.log(min(batch.rows_by_window)) < more < 2.0 * math.log(max(batch.rows_by_window))
+    assert [p.shape for p in objective.beside.parameters()] == [(24, 16)]
