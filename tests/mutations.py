@@ -32,6 +32,7 @@ RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figure
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
+RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -454,6 +455,26 @@ MUTANTS = {
     "steps without a number are drawn": ("cockpit.py", 'if r["loss"] is not None and not r["skipped"]', "if True", [PANEL]),
     "two students in one": ("cockpit.py", '    rows = [r for r in rows if r["repeat"] == rows[-1]["repeat"]]\n', "", [PANEL]),
     "the control begins when its student began": ("cockpit.py", 'before[r["run"], r["repeat"]] + r["elapsed_s"]', 'r["elapsed_s"]', [PANEL]),
+    "sorted one way and the other": ("benchmarks/rivals/uld.py", "torch.from_numpy(found.argsort(axis=-1)).flip(-1)", "torch.from_numpy(found.argsort(axis=-1))", [RIVALS]),
+    "the shorter vocabulary is cut to": ("benchmarks/rivals/uld.py", "width = max(", "width = min(", [RIVALS]),
+    "GOLD's weights turned round": ("benchmarks/rivals/gold.py", "share * matched + (1.0 - share)", "(1.0 - share) * matched + share", [RIVALS]),
+    "GOLD's beta on the other side": ("benchmarks/rivals/gold.py", "beta * to_teacher + (1.0 - beta) * to_student", "(1.0 - beta) * to_teacher + beta * to_student", [RIVALS]),
+    "a span of its first token": ("benchmarks/rivals/gold.py", "log_probs_NV + rest_N[:, None]", "log_probs_NV", [RIVALS]),
+    "a span's rest from its first token": ("benchmarks/rivals/plug.py", "until[firsts + 1] - until[stops]", "until[firsts] - until[stops]", [RIVALS]),
+    "DSKD's target learns": ("benchmarks/rivals/dskd.py", "softened_kl(student_logits_SV, told.detach(), temperature)", "softened_kl(student_logits_SV, told, temperature)", [RIVALS]),
+    "DSKD's wrong targets count": ("benchmarks/rivals/dskd.py", "temperature) * right", "temperature)", [RIVALS]),
+    "DSKD's one-way attention": ("benchmarks/rivals/dskd.py", "scores.T.softmax(dim=1) @ ours", "scores.softmax(dim=1).T @ ours", [RIVALS]),
+    "MinED's free changes": ("benchmarks/rivals/mined.py", "(padded[:, j - 1] != byte)", "0", [RIVALS]),
+    "MinED warps by index": ("benchmarks/rivals/mined.py", "costs_ST[i, j] + best", "best", [RIVALS]),
+    "MinED carries the sum": ("benchmarks/rivals/mined.py", '"amax")', '"sum")', [RIVALS]),
+    "MinED's matches without a look": ("benchmarks/rivals/mined.py", "torch.where(matched_N, to_teacher,", "torch.where(matched_N | True, to_teacher,", [RIVALS]),
+    "inside, not given what was read": ("benchmarks/inside.py", "target = mass / whole.clamp_min(losses.EMPTY)[owner]", "target = mass", [QUALITY]),
+    "inside, from the window's start": ("benchmarks/inside.py", "if span == last else ()", "if True else ()", [QUALITY]),
+    "inside, an end that is none": ("benchmarks/inside.py", "(rest * ends)[owner]", "rest[owner]", [QUALITY]),
+    "a mixture with all of kd": ("benchmarks/variants.py", 'weights["kd"] - self.shared * sum(', 'weights["kd"] - 0.0 * sum(', [QUALITY]),
+    "equal steps for equal time": ("benchmarks/quality.py", 'self.cost(setting, name, "before")) / self.cost(setting, name))', 'self.cost(setting, name, "before")) / self.cost(setting, DEFAULT))', [QUALITY]),
+    "tuned on the seeds that count": ("benchmarks/quality.py", "cell=cell, seed=TUNING)\n            if not runs", "cell=cell, seed=0)\n            if not runs", [QUALITY]),
+    "a remembered window of another": ("benchmarks/spelled.py", "stop] = self.memory[place]", "stop] = some[: stop - start]", [QUALITY]),
 }  # fmt: skip
 
 
@@ -469,7 +490,7 @@ def survives(name):
     if source.count(old) != 1:
         return f"{file} holds the text {source.count(old)} times"
     with tempfile.TemporaryDirectory() as copy:
-        for folder in ("kdlib", "tests", "kaggle", "notebooks"):
+        for folder in ("kdlib", "tests", "kaggle", "notebooks", "benchmarks"):
             shutil.copytree(HOUSE / folder, Path(copy) / folder, ignore=shutil.ignore_patterns("__pycache__"))
         for top in ("pyproject.toml", "kernel-metadata.json"):
             shutil.copy(HOUSE / top, copy)

@@ -187,6 +187,14 @@ def test_dskd_teaches_the_student_through_its_logits_and_states_only(spaces):
     assert all(p.grad is not None and p.grad.any() for p in maps.parameters())
 
 
+def test_the_divergence_in_the_students_space_does_not_teach_the_projected_teacher(spaces):
+    leaf = spaces[3].clone().requires_grad_()
+    found = dskd.losses(*spaces[:3], leaf, *spaces[4:], 1.0)["student_space"]
+    gradients = torch.autograd.grad(found, [leaf, *spaces[0].parameters()], allow_unused=True)
+    assert gradients[0].any()
+    assert all(gradient is None for gradient in gradients[1:])
+
+
 def test_dskd_gradient(spaces):
     maps, student, teacher, logits, *rest = spaces
     gradient_agrees(lambda t: sum(dskd.losses(maps, student, teacher, t, *rest, 2.0).values()), logits)
@@ -324,6 +332,23 @@ def test_gold_and_uld_are_zero_for_a_student_that_is_the_teacher(pair, loaded):
     for name in ("ULD", "GOLD hybrid"):
         objective = RivalObjective(RIVALS[name], found.pair, found.pair.student, config)
         assert objective.rival.kd(whole_of(found, objective)).item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_gold_multiplies_by_the_later_tokens_of_each_span(loaded):
+    config, found = loaded
+    objective = RivalObjective(RIVALS["GOLD hybrid"], found.pair, found.pair.student, config)
+    whole = whole_of(found, objective)
+    batch, labels = whole.batch, whole.batch.labels.flatten().tolist()
+    firsts, stops = batch.student_rows, batch.student_stops
+    told = objective.rival._merged(whole.student_logits, batch.labels, firsts, stops)
+    log_probs = whole.student_logits.log_softmax(-1)
+    longest = 0
+    for row, first, stop in zip(told, firsts.tolist(), stops.tolist(), strict=True):
+        rest = sum(log_probs[at, labels[at]].item() for at in range(first + 1, stop))
+        longest = max(longest, stop - first)
+        if stop > first:
+            assert torch.allclose(row, log_probs[first] + rest, atol=1e-4)
+    assert longest >= 3
 
 
 def test_mined_matches_the_same_tokens_one_to_one(pair, loaded):
