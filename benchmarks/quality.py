@@ -34,9 +34,9 @@ EVALUATIONS = 8
 TIMED, WARM = 24, 2
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 ORDER = [
-    ("default pretrained", "core"), ("peps pretrained, stories pretrained", "core"), ("default pretrained", "ours rivals"),
-    ("default pretrained", "search parts"), ("default scratch", "core"),
-    ("peps pretrained, stories pretrained", "rivals ours"), ("default scratch", "rivals ours"),
+    ("default pretrained", "core"), ("peps pretrained, stories pretrained", "core"),
+    ("default pretrained", "ours mixed rivals"), ("default pretrained", "search parts"), ("default scratch", "core"),
+    ("peps pretrained, stories pretrained", "ours mixed rivals"), ("default scratch", "ours mixed rivals"),
     ("peps scratch, stories scratch", "core"), ("peps pretrained, stories pretrained", "parts"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""

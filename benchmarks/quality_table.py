@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
 from kdlib import verdict
 
-COLOURS = {"control": "#999999", "ours": "#D55E00", "parts": "#E69F00", "rivals": "#0072B2", "search": "#009E73"}
-MARKERS = {"control": "s", "ours": "o", "parts": "D", "rivals": "^", "search": "v"}
+COLOURS = {"ours": "#D55E00", "mixed": "#009E73", "parts": "#E69F00", "rivals": "#0072B2", "search": "#CC79A7"}
+COLOURS["control"] = "#999999"
+MARKERS = {"control": "s", "ours": "o", "mixed": "P", "parts": "D", "rivals": "^", "search": "v"}
 NAMES = {
-    "control": "plain training", "ours": "kdlib, ways of kd", "parts": "kdlib, default with a part",
-    "rivals": "published rivals", "search": "tried variants",
+    "control": "plain training", "ours": "kdlib's ways of kd", "mixed": "not in kdlib",
+    "parts": "kdlib's default with a part", "rivals": "published rivals", "search": "the default, changed",
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def _said(found):
 
 def draw(known, path):
     """Every method's gain over plain training at equal wall-clock, with its interval, a panel a setting."""
-    cells = {key: cell for key, cell in cells_of(known).items() if PLAIN in cell[1]}
+    cells = {key: cell for key, cell in cells_of(known).items() if PLAIN in cell[1] and len(cell[1]) > 1}
     if not cells:
         return
     shown = [m for m in METHODS if m != PLAIN and any(m in methods for _, methods in cells.values())]
@@ -102,11 +103,12 @@ def draw(known, path):
         axes.set_yticks(range(len(shown)), shown, fontsize=8)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", color="#d9d9d9", lw=0.6)
         axes.set_axisbelow(True)
     groups = [group for group in NAMES if any(METHODS[m].group == group for m in shown)]
     handles = [axes.plot([], [], ls="", ms=5, color=COLOURS[g], marker=MARKERS[g], label=NAMES[g])[0] for g in groups]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(groups), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(groups), frameon=False, fontsize=8)
     figure.supxlabel(
         "bits per byte saved against plain training at equal wall-clock, 95 % interval (right is better)", fontsize=9
     )
