@@ -428,7 +428,6 @@ MUTANTS = {
     "a look where an evaluation is due": ("session.py", "settled = self.course.settled(leg)", "settled = True", [f"{WISHES}::test_a_look_scores_the_weights_of_now"]),
     "a look whatever the time": ("session.py", 'in_vain = "evaluate" in self.wishes and', "in_vain = False and", [f"{WISHES}::test_a_look_takes_no_time_that_the_end_needs"]),
     "a pause waits for an evaluation": ("session.py", '        if "pause" in self.wishes:\n            self._pause_as_wished()\n', "", [f"{WISHES}::test_a_pause_does_not_wait_for_an_evaluations_end"]),
-    "each process has wishes of its own": ("precision.py", "    if accelerator.num_processes == 1:\n        return flags\n", "    if True:\n        return flags\n", [f"{WISHES}::test_processes_grant_what_one_of_them_was_told"]),
     "text as often as it comes": ("dashboard.py", "if self.text.allows():", "if True:", [PANEL]),
     "figures as often as they come": ("dashboard.py", "self.seen.count > self.drawn and self.figure.allows()", "self.seen.count > self.drawn", [PANEL]),
     "the first figure for nothing": ("dashboard.py", "EMPTY_FIGURES * empty_s", "0.0", [PANEL]),
