@@ -101,7 +101,7 @@ def test_parameters_take_the_type_they_have_in_the_notebook():
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
-        ({"teacher_steps": "many"}, "takes a whole number, as 300 is; got 'many'"),
+        ({"teacher_steps": "many"}, "takes a whole number, as 200 is; got 'many'"),
         ({"taecher": "a/b"}, "did you mean 'teacher'?"),
         ({"max_stpes": "3"}, "did you mean 'max_steps'?"),
         ({"kd_method": "projektor"}, "did you mean 'projector'?"),
