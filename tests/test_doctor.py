@@ -33,6 +33,7 @@ from kdlib import (
     models,
     pairing,
     precision,
+    saving,
     session,
     tiny,
     train,
@@ -593,7 +594,7 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
     """By a clock on which every task takes its time."""
     settings = {**settings, "control": "off", "max_steps": 540, "eval_steps": 27, "eval_tokens": 150, **more}
     config = Config.from_dict({**settings, "time_budget": "1h"})
-    for room in (session, foretold):
+    for room in (saving, foretold):
         monkeypatch.setattr(room, "SAVE_EVERY_S", 400.0)
     with monkeypatch.context() as patch:
         told = {f.name: f for f in doctor.examine(config, clock=by_tokens(patch))}
