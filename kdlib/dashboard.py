@@ -152,7 +152,7 @@ class Panel:
             self.read_at = started
             with self._at_own_risk():
                 self.front_end.read()
-                self.widgets.show_wishes(self.wishes)
+                self.widgets.show_wishes(set(self.wishes))
             self.spent_s += self.clock.now() - started
 
     def _last(self):
