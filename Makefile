@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/ready $(VENV)/lab/ready
+test-slow: $(VENV)/ready $(VENV)/lab/ready $(VENV)/eval/ready
 	OMP_NUM_THREADS=1 $(RUN) pytest -m slow
 
 lint: $(VENV)/ready
@@ -50,4 +50,12 @@ $(VENV)/lab/ready: $(VENV)/ready
 	$(RUN) pip install --quiet --no-deps --target $(VENV)/lab/kernels/6.17.1 \
 		ipykernel==6.17.1 ipython==7.34.0 decorator==5.3.1 pickleshare==0.7.5 backcall==0.2.0
 	$(RUN) pip install --quiet --no-deps --target $(VENV)/lab/kernels/6.30.1 ipykernel==6.30.1
+	touch $@
+
+# For lm-eval on exported students: an environment of its own, on top of the first.
+$(VENV)/eval/ready: $(VENV)/ready
+	$(PYTHON) -m venv $(VENV)/eval
+	$(RUN) site | sed -n "s/^ *'\(.*site-packages\)',$$/\1/p" | head -1 > $(VENV)/first.pth
+	mv $(VENV)/first.pth $$($(VENV)/eval/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	$(VENV)/eval/bin/python -m pip install --quiet lm-eval==0.4.13
 	touch $@
