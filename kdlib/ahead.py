@@ -34,8 +34,9 @@ class Ahead(Teacher):
         asked, self._asked = self._asked, None
         _drop(asked)
 
-    def __call__(self, batch, taps=models.Taps(), spans=False, shortlist=None):  # noqa: B008 - frozen
-        wants, device = {"taps": taps, "spans": spans, "shortlist": shortlist}, batch.student_ids.device
+    def __call__(self, batch, taps=models.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
+        wants = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
+        device = batch.student_ids.device
         asked, self._asked = self._asked, None  # at once: a training left to the collector may forget at any time
         if asked is None or asked[:2] != (batch.stamp, wants):
             _drop(asked)
@@ -43,14 +44,14 @@ class Ahead(Teacher):
         return asked[2].result().copied(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _begun(self, batch, wants):
-        wants = {"shortlist": None, **wants}
+        wants = {"shortlist": None, "inner": False, **wants}
         return batch.stamp, wants, self._thread.submit(self._on_host, batch, **wants)
 
-    def _on_host(self, batch, taps=models.Taps(), spans=False, shortlist=None):  # noqa: B008 - frozen
+    def _on_host(self, batch, taps=models.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
         """The signal in the host's memory, pinned where it came from a card."""
         device = self.model.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            signal = self.read(batch, taps, spans, shortlist)
+            signal = self.read(batch, taps, spans, shortlist, inner)
             return signal.copied(
                 lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
             )

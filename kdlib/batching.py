@@ -100,6 +100,19 @@ class Batch:
     def num_teacher_computed(self):
         return self.teacher_ids.numel()
 
+    def spans_of(self, side):
+        """`(labels, first positions, stops)` of a side's spans, flat, as numpy arrays."""
+        labels = self.labels if side == "student" else self.teacher_labels
+        found = labels.flatten(), getattr(self, f"{side}_rows"), getattr(self, f"{side}_stops")
+        return tuple(tensor.cpu().numpy() for tensor in found)
+
+    @property
+    def inner_rows(self):
+        """The teacher's flat positions inside the spans, between their first position and their end, span by span: `[M]`."""
+        firsts, sizes = self.teacher_rows + 1, (self.teacher_stops - self.teacher_rows - 1).clamp_min(0)
+        span_of = torch.repeat_interleave(sizes)
+        return torch.arange(len(span_of), device=sizes.device) + (firsts - sizes.cumsum(0) + sizes)[span_of]
+
     def to(self, device):
         every = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {n: v.to(device, non_blocking=True) for n, v in every.items() if isinstance(v, torch.Tensor)}

@@ -29,10 +29,18 @@ MIN_ROWS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A stretch of rows, the first of which have a teacher signal: `known` are their places among all rows that have one."""
+    """A stretch of rows, the first of which have a teacher signal: `known` are their places among all rows that have one.
+    `more` are the places, among all such, of the rows that they are compared with besides one for each.
+    """
 
     rows: slice
     known: slice
+    more: slice = dataclasses.field(default_factory=lambda: slice(0, 0))
+
+    @property
+    def others(self):
+        """The places of all that the block is compared with: first a row for each known one, then the more."""
+        return slice(self.known.start + self.more.start, self.known.stop + self.more.stop)
 
 
 def rows_at_once(num_columns, device, chunk_size="auto"):
@@ -47,13 +55,14 @@ def rows_at_once(num_columns, device, chunk_size="auto"):
     return chunk_size, min(block, chunk_size)
 
 
-def lay_out(may_begin, known, chunk_size, block_size):
+def lay_out(may_begin, known, chunk_size, block_size, more=None):
     """`(order, chunks)` of rows that come in the order of the text: `order` `[N]` says in which order to take them, the
     known ones of each block first, `chunks` are the lists of `Block`s for `head_losses`.
 
     `may_begin` `[N]`: a block may begin at this row (a span is never cut; a longer one makes a longer block); `known`
-    `[N]`: the row has a teacher signal.
+    `[N]`: the row has a teacher signal; `more`, one number for each of these: how many rows it is compared with besides.
     """
+    before = np.append(0, np.cumsum(np.zeros(int(known.sum()), dtype=np.int64) if more is None else more)).tolist()
     cuts = np.append(np.flatnonzero(may_begin), len(may_begin))
     order, chunks, at, told = [], [], 0, 0
     while at < len(may_begin):
@@ -61,11 +70,12 @@ def lay_out(may_begin, known, chunk_size, block_size):
         end = int(cuts[last]) if cuts[last] > at else int(cuts[last + 1])
         here = np.arange(at, end)
         order += [here[known[at:end]], here[~known[at:end]]]
-        block = Block(slice(at, end), slice(told, told + int(known[at:end].sum())))
+        now = told + int(known[at:end].sum())
+        block = Block(slice(at, end), slice(told, now), slice(before[told], before[now]))
         if not chunks or end - chunks[-1][0].rows.start > chunk_size:
             chunks.append([])
         chunks[-1].append(block)
-        at, told = end, block.known.stop
+        at, told = end, now
     return np.concatenate([np.zeros(0, dtype=np.int64), *order]), chunks
 
 
@@ -73,7 +83,7 @@ def head_losses(hidden_ND, weight_VD, bias_V, chunks, losses_of, weights, compar
     """`(total, parts)` of losses on the logits `hidden @ weight.T + bias`.
 
     `chunks` are lists of `Block`s that together cover all rows. `losses_of(logits, other, block)` gives the parts of one
-    block, `[P]`, each already a share of the whole step; its logits `[n, V]` are float32. `compared(known)` gives what a
+    block, `[P]`, each already a share of the whole step; its logits `[n, V]` are float32. `compared(others)` gives what a
     chunk's known rows are compared with, `[m, U]` (a teacher's logits), or is None; `other` is the block's piece of it.
     `weights` are P floats; `total` is the weighted sum over all blocks and parts, the only thing to call backward on.
     `extra` are the tensors behind `compared` that want a gradient too (a projector's weight).
@@ -144,15 +154,15 @@ def _decode(hidden, weight, bias, chunk, compared, room=None):
         else:
             logits = torch.mm(hidden[rows], weight.T, out=room[: rows.stop - rows.start])
             logits = logits if bias is None else logits.add_(bias)
-    others = compared(slice(chunk[0].known.start, chunk[-1].known.stop)) if compared is not None else None
+    others = compared(slice(chunk[0].others.start, chunk[-1].others.stop)) if compared is not None else None
     return logits, others if others is None else others.float()
 
 
 def _piece(logits, others, chunk, block):
     """Views of the block's rows of a chunk."""
-    first, known = chunk[0].rows.start, chunk[0].known.start
+    first, start = chunk[0].rows.start, chunk[0].others.start
     ours = logits[block.rows.start - first : block.rows.stop - first].detach()
-    theirs = None if others is None else others[block.known.start - known : block.known.stop - known].detach()
+    theirs = None if others is None else others[block.others.start - start : block.others.stop - start].detach()
     return ours, theirs
 
 

@@ -40,7 +40,8 @@ class TeacherSignal:
 
     `hidden` `[N, Dt]`: last hidden states (None where a cache holds none); `spans` `[N]`: log-likelihood of the text of the
     span that starts there, in nats, 0 where none does (None where nobody asked); `top`: `TopTokens`, where these are all
-    that is known of the distribution; `layers`, `maps`, `vectors`: as in `models.Features`.
+    that is known of the distribution; `layers`, `maps`, `vectors`: as in `models.Features`; `inner` `[M, Dt]`: last hidden
+    states at `Batch.inner_rows` (None where nobody asked).
     """
 
     hidden: torch.Tensor | None
@@ -49,6 +50,7 @@ class TeacherSignal:
     layers: tuple = ()
     maps: tuple = ()
     vectors: tuple = ()
+    inner: torch.Tensor | None = None
 
     def rows(self, part):
         """Hidden states, spans and top tokens of some of the positions (a slice, or indices)."""
@@ -93,8 +95,8 @@ class Shortlist:
 class Teacher:
     """A live teacher. Not an `nn.Module`: nothing that sets a whole model to training, moves or averages it gets here.
 
-    `teacher(batch)` gives the `TeacherSignal` on the batch's device; `taps` (`models.Taps`), `spans` and `shortlist`
-    (`Shortlist`) ask for more of it. `head` decodes where the model is, `near` where the student is.
+    `teacher(batch)` gives the `TeacherSignal` on the batch's device; `taps` (`models.Taps`), `spans`, `shortlist`
+    (`Shortlist`) and `inner` ask for more of it. `head` decodes where the model is, `near` where the student is.
     """
 
     def __init__(self, model, reader):
@@ -106,12 +108,12 @@ class Teacher:
         self.num_columns = self.head.num_rows
         """Logits of its own that a row is compared with."""
 
-    def __call__(self, batch, taps=models.Taps(), spans=False, shortlist=None):  # noqa: B008 - frozen
+    def __call__(self, batch, taps=models.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
         away = batch.student_ids.device
         # copies made outside: a tensor born in inference mode can't be saved for a backward pass
-        return self.read(batch, taps, spans, shortlist).copied(lambda tensor: tensor.clone().to(away))
+        return self.read(batch, taps, spans, shortlist, inner).copied(lambda tensor: tensor.clone().to(away))
 
-    def read(self, batch, taps, spans, shortlist=None):
+    def read(self, batch, taps, spans, shortlist=None, inner=False):
         """The signal where the teacher is, of tensors that only a copy makes fit for a backward pass."""
         moved = batch.to(self.model.device)
         with torch.inference_mode():
@@ -121,7 +123,8 @@ class Teacher:
             )  # fmt: skip
             last = found.last.flatten(0, 1)
             told, top = self._decoded(last, moved, spans, shortlist) if spans or shortlist else (None, None)
-            return TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors)
+            more = last[moved.inner_rows] if inner else None
+            return TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors, more)
 
     def of(self, split):
         """The teacher of one split of the text: a live one reads all."""

@@ -91,7 +91,7 @@ MUTANTS = {
     "half precision gradients not lifted": ("fused.py", "if compute != torch.float16:", "if True:", ["test_fused.py"]),
     "the bias of the head without gradient": ("fused.py", "into_bias += gradient.sum(dim=0)", "pass", ["test_fused.py"]),
     "weights of the parts forgotten in the gradient": ("fused.py", "torch.autograd.grad((found * found.new_tensor(weights)).sum(), leaves", "torch.autograd.grad(found.sum(), leaves", ["test_fused.py"]),
-    "teacher rows of another chunk": ("fused.py", "theirs = None if others is None else others[block.known.start - known : block.known.stop - known].detach()",
+    "teacher rows of another chunk": ("fused.py", "theirs = None if others is None else others[block.others.start - start : block.others.stop - start].detach()",
                                       "theirs = None if others is None else others[: block.known.stop - block.known.start].detach()", ["test_fused.py", TRAIN]),
     "a stale copy of the tied head": ("models.py", "self.module = model.get_output_embeddings()",
                                       "import copy; self.module = copy.deepcopy(model.get_output_embeddings())",

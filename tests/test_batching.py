@@ -198,7 +198,7 @@ def plain_head(hidden, weight, bias, chunks, losses_of, weights, compared=None, 
     found = 0.0
     for block in (block for chunk in chunks for block in chunk):
         logits = torch.nn.functional.linear(hidden[block.rows], weight, bias)
-        found = found + losses_of(logits, None if compared is None else compared(block.known), block)
+        found = found + losses_of(logits, None if compared is None else compared(block.others), block)
     return (found * found.new_tensor(weights)).sum(), found.detach()
 
 
