@@ -46,8 +46,8 @@ class WithProjector(Mixed):
     projected ones.
     """
 
-    def _compared(self, signal):
-        buckets, projector, head = super()._compared(signal), self.beside["projector"], self.head
+    def _compared(self, signal, taken=None):
+        buckets, projector, head = super()._compared(signal, taken), self.beside["projector"], self.head
         return lambda known: torch.cat([buckets(known), head.decode(projector(signal.hidden[known]))], dim=1)
 
 

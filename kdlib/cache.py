@@ -30,6 +30,7 @@ def write(config, out, clock=None, others=(), writer=(0, 1)):
     started = clock.now() - env.session_age_s()
     if config.teacher_cache:
         raise ValueError("a teacher cache is written by the teacher itself; give --teacher, not --teacher-cache")
+    signals.refuse_method(config)
     seconds = budget.seconds_of(config.time_budget)
     accelerator = precision.accelerator(config.amp_dtype)
     yield from Pass(config, Path(out), clock, others, writer, accelerator).run(seconds, started)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdlib import budget
 
-KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "chunk_likelihood", "none")
+KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "inside_tokens", "chunk_likelihood", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 CONTROLS = ("full", "short", "off")
 AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -73,9 +73,9 @@ class Config:
     kd_method: str = "shared_prefix"
     """What the student matches: `projector` (teacher's last hidden state through the student's own head),
     `shared_vocab` (probabilities of the tokens both vocabularies hold, one tail bucket for the rest), `shared_prefix`
-    (the same, but a token of one side only counts with the shared token that the other side would read first), or
-    `chunk_likelihood` (how likely either model finds the text of each span both delimit), or `none` (plain
-    cross-entropy)."""
+    (the same, but a token of one side only counts with the shared token that the other side would read first),
+    `inside_tokens` (that, and where one side is inside a token of the other, what this one said at its beginning, given the
+    part read since), `chunk_likelihood` (how likely either model finds the text of each span both delimit), or `none`."""
     kd_divergence: str = "forward_kl"
     """How the two distributions are compared; see `kdlib.losses.DIVERGENCES`."""
     kd_temperature: float = 1.0
@@ -179,10 +179,9 @@ class Config:
             )
         if not self.lm_weight + sum(getattr(self, f"{name}_weight") for name in self._teaching()) > 0:
             raise ValueError("the weights of all parts are 0; nothing would be learned")
-        if self.kd_top_k and self.kd_method == "chunk_likelihood":
-            raise ValueError(
-                "kd_top_k cuts distributions; kd_method chunk_likelihood compares none. Set one of the two"
-            )
+        why = {"chunk_likelihood": "compares none", "inside_tokens": "needs them whole"}.get(self.kd_method)
+        if self.kd_top_k and why:
+            raise ValueError(f"kd_top_k cuts distributions; kd_method {self.kd_method} {why}. Set one of the two")
         self.target_shares()
 
     def _teaching(self):

@@ -116,6 +116,29 @@ def first_tokens(reader, byte_strings):
     return found
 
 
+def spellings(reader, byte_strings):
+    """For each byte string the tokens that the tokenizer reads it as, in the middle of a text, as a tuple of ids; () for
+    None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it. Read after a line break.
+    """
+    asked, texts = [], []
+    for index, token in enumerate(byte_strings):
+        if token:
+            try:
+                texts.append("\n" + token.decode())
+                asked.append(index)
+            except UnicodeDecodeError:
+                continue
+    found = [()] * len(byte_strings)
+    coded = reader.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    for index, ids in zip(asked, coded, strict=True):
+        said = [reader.vocabulary.tokens[i] or b"" for i in ids]
+        for start in range(1, min(3, len(ids)) + 1):  # the line break, with or without a space that the tokenizer adds
+            if b"".join(said[start:]) == byte_strings[index] and b"".join(said[:start]).strip(b" ") == b"\n":
+                found[index] = tuple(ids[start:])
+                break
+    return found
+
+
 def encode(document, reader):
     """One document through one tokenizer, as `Encoded`.
 

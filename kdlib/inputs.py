@@ -6,11 +6,12 @@ import math
 import numpy as np
 import torch
 
-from kdlib import batching, corpus, data, evaluate, hooks, identity, memory, models, precision, signals, vocab
+from kdlib import batching, corpus, data, evaluate, hooks, identity, memory, models, parts, precision, signals, vocab
 from kdlib.ahead import Ahead
 from kdlib.objective import Objective
 from kdlib.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.router import LayerRouter
+from kdlib.spelled import buckets_of, tries_of
 from kdlib.teacher import Teacher
 from kdlib.windows import Windows, cut_all, lengths_of
 
@@ -33,7 +34,8 @@ class Unfit(ValueError):
 class Pair:
     """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher;
     `widest`: how wide their rows of several windows may be, 0 where they can't be shared; `buckets`: the `vocab.Buckets` by
-    `kd_method`, as far as they were asked for; `sample`: training windows that features are measured on.
+    `kd_method`, and the `spelled.Trie`s, as far as they were asked for; `sample`: training windows that features are
+    measured on.
     """
 
     teacher: Teacher
@@ -171,8 +173,10 @@ def make_objective(pair, config, student=None):
         theirs = pair.teacher.shared_rows(pair.shared).cpu()
         beside["projector"] = TeacherToStudentProjector(theirs.shape[1], head.width)
         beside["projector"].start_from(head.rows(torch.from_numpy(pair.shared.student_ids)).cpu(), theirs)
-    elif config.kd_method in ("shared_vocab", "shared_prefix"):
+    elif config.kd_method in parts.BY_BUCKETS:
         more = {"teacher_head": pair.teacher.near, "buckets": buckets_of(pair, config.kd_method)}
+        if config.kd_method == "inside_tokens":
+            more["tries"] = tries_of(pair)
     layers, attention = _tapped(student.config, pair.teacher.config, config)
     beside |= _feature_modules(pair, config, student, layers)
     objective = Objective(student, head, config, beside, layers=layers, attention_layers=attention, **more)
@@ -256,19 +260,6 @@ def refuse_reading(nats, frequencies):
             f"({frequencies:.2f}): its tokenizer is probably another model's, or it never learned such text",
             "check the folder, or set --check-teacher false",
         )
-
-
-def buckets_of(pair, kd_method):
-    """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks."""
-    if kd_method not in pair.buckets:
-        ours, theirs = pair.student_reader, pair.teacher.reader
-        both = ours.vocabulary, theirs.vocabulary, pair.shared
-        if kd_method == "shared_vocab":
-            pair.buckets[kd_method] = vocab.tail_buckets(*both)
-        else:
-            first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
-            pair.buckets[kd_method] = vocab.prefix_buckets(*both, *first)
-    return pair.buckets[kd_method]
 
 
 def _documents(config):

@@ -112,6 +112,17 @@ def kept_and_tail(log_probs_NV, ids_NK, again_NK=None):
     return torch.cat([kept, (rest + EMPTY).log()], dim=-1)
 
 
+def log_probs_by(logs_F, owner_F, num, temperature=1.0):
+    """Log-softmax of `logs / temperature` over the entries of each of `num` owners: distributions of different lengths, one
+    behind the other. `owner_F` `[F]` says whose an entry is.
+    """
+    scaled = logs_F / temperature
+    top = torch.full_like(scaled[:1], -torch.inf).expand(num)
+    top = top.scatter_reduce(0, owner_F, scaled.detach(), "amax")
+    sums = scaled.new_zeros(num).index_add(0, owner_F, (scaled - top[owner_F]).exp())
+    return scaled - (top + sums.log())[owner_F]
+
+
 def span_log_probs(token_nats_N, span_of_N, num_spans):
     """Log-likelihood `[C]` of spans from their tokens' cross-entropies in nats; `span_of_N` is -1 for tokens outside."""
     inside = span_of_N >= 0

@@ -5,7 +5,8 @@ import torch
 
 from kdlib import fused, losses, models, schedule
 from kdlib.data import IGNORE
-from kdlib.parts import Match, Rows, parts_of
+from kdlib.parts import COUNTED, Match, Rows, parts_of
+from kdlib.spelled import Walk
 
 LIFT = 2.0**12
 """Gradients that are only measured are made this much larger first: under autocast some pass through float16."""
@@ -16,10 +17,9 @@ class Objective(torch.nn.Module):
 
     Through its logits the student learns as `fused` says: what a part makes of the head or the projector by itself reaches
     the projector's weight and nothing else. `beside` holds the modules that some parts train, by the part's name;
-    `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` (None with a cache) are for `shared_vocab` and
-    `shared_prefix`; `layers`
-    and `attention_layers` are pairs `(student's, teacher's)` of tapped layers. An `nn.Module`, so that a distributed wrapper
-    sees all it has to sync.
+    `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` (None with a cache) are for `parts.BY_BUCKETS`, `tries`
+    (`spelled.tries_of`) for `inside_tokens`; `layers` and `attention_layers` are pairs `(student's,
+    teacher's)` of tapped layers. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Objective(torch.nn.Module):
         buckets=None,
         layers=((), ()),
         attention_layers=((), ()),
+        tries=None,
     ):
         super().__init__()
         self.student = student
@@ -40,7 +41,7 @@ class Objective(torch.nn.Module):
         self.beside = torch.nn.ModuleDict(beside or {})
         self.teacher_head = teacher_head
         self.parts = parts_of(config)
-        self.layers, self.attention_layers = layers, attention_layers
+        self.layers, self.attention_layers, self.tries = layers, attention_layers, tries
         self.rows_at_once = None
         if buckets is not None:
             self.num_buckets = buckets.num
@@ -61,10 +62,10 @@ class Objective(torch.nn.Module):
 
     def wants(self, weights):
         """What the teacher is to be asked for, as keyword arguments of `Teacher`."""
-        return {
-            "taps": self._taps(weights, 1),
-            "spans": self.config.kd_method == "chunk_likelihood" and "kd" in self.parts,
-        }
+        wanted = {"chunk_likelihood": "spans", "inside_tokens": "inner"}.get(
+            self.config.kd_method if "kd" in self.parts else ""
+        )
+        return {"taps": self._taps(weights, 1), "spans": False, **({wanted: True} if wanted else {})}
 
     def forward(self, batch, signal, counts, weights=None, measure=False):
         """`(loss, parts, squares)` of one micro-batch: `loss` to call backward on; `parts` unweighted `[]` tensors by name,
@@ -105,25 +106,31 @@ class Objective(torch.nn.Module):
     def _on_logits(self, batch, hidden, signal, counts, weights, measure):
         """The parts on logits, in chunks of the head."""
         live = {n: p for n, p in self.parts.items() if p.on == "logits" and weights[n] > 0}
-        order, span_of, chunks = self._lay_out(batch, signal, hidden.device)
+        inside = Walk.of(self.tries, batch) if self.tries and "kd" in live else None
+        order, span_of, chunks = self._lay_out(batch, signal, hidden.device, inside and inside.more)
+        inside = inside and inside.in_order(order.cpu().numpy())
         labels = self.head.columns(batch.labels.flatten())[order]
         figures = ["kd_covered"] if "kd" in live and self._is_cut(signal) else []
+        figures += ["kd_positions"] if inside else []
 
         def losses_of(logits, other, block):
             known = block.known.stop - block.known.start
             local = torch.where(span_of[block.rows] < 0, -1, span_of[block.rows] - block.known.start)
             spans = None if signal is None or signal.spans is None else signal.spans[block.known]
             top = None if signal is None or signal.top is None else signal.top.rows(block.known)
-            rows = Rows(logits, labels[block.rows], known, other, local, spans, top)
+            within, other = inside.split(other, block) if inside else (None, other)
+            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within)
             values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
-            values += [losses.token_mean(rows.figures[name], counts["aligned"]) for name in figures]
+            values += [losses.token_mean(rows.figures[name], counts[COUNTED[name]]) for name in figures]
             return torch.stack(values)
 
         if not live:
             return hidden.sum() * 0.0, {}, {}
         extra = tuple(self.beside["projector"].parameters()) if "projector" in live else ()
         row_weights = [weights[name] for name in live] + [0.0] * len(figures)
-        compared = self._compared(signal) if {"kd", "projector"} & live.keys() else None
+        compared = (
+            self._compared(signal, inside and inside.taken(chunks)) if {"kd", "projector"} & live.keys() else None
+        )
         head = self.head.weight, self.head.bias
         loss, parts = fused.head_losses(hidden[order], *head, chunks, losses_of, row_weights, compared, extra)
         squares = {}
@@ -151,13 +158,18 @@ class Objective(torch.nn.Module):
                     squares[name] = sum((g.float() / LIFT).square().sum() for g in found if g is not None)
         return values, squares
 
-    def _compared(self, signal):
-        """What a chunk's known rows are compared with, as `fused.head_losses` asks for it."""
+    def _compared(self, signal, taken=None):
+        """What a chunk's known rows are compared with, as `fused.head_losses` asks for it. `taken`: which of the teacher's
+        states, the inner ones behind the others; None: those at the known rows.
+        """
         if signal is None or self.config.kd_method in ("none", "chunk_likelihood") or self._knows_top_only(signal):
             return None
         if self.config.kd_method == "projector":
             return lambda known: self.head.decode(self.beside["projector"](signal.hidden[known]))
         weight, device, decode = self.teacher_head.weight, signal.hidden.device, self.teacher_head.decoder()
+        if taken is not None:
+            states, taken = torch.cat([signal.hidden, signal.inner]), torch.from_numpy(taken).to(device)
+            return lambda others: decode(states[taken[others]].to(weight.device, weight.dtype)).to(device)
         return lambda known: decode(signal.hidden[known].to(weight.device, weight.dtype)).to(device)
 
     def _knows_top_only(self, signal):
@@ -168,9 +180,10 @@ class Objective(torch.nn.Module):
         cut = self.config.kd_top_k > 0 and self.config.kd_method != "chunk_likelihood"
         return cut or self._knows_top_only(signal)
 
-    def _lay_out(self, batch, signal, device):
+    def _lay_out(self, batch, signal, device, more=None):
         """`(order, span_of, chunks)`: the flat positions with a label, those of a span together, in the order in which
-        `fused` takes them; which aligned position starts the span of each, -1 for none; the chunks of blocks.
+        `fused` takes them; which aligned position starts the span of each, -1 for none; the chunks of blocks. `more` `[N]`:
+        how many rows an aligned position is compared with besides one.
         """
         labels, firsts, stops = (
             tensor.cpu().numpy() for tensor in (batch.labels.flatten(), batch.student_rows, batch.student_stops)
@@ -186,7 +199,7 @@ class Objective(torch.nn.Module):
         if self.rows_at_once is None:  # once: sums keep their order however free memory changes
             columns = self.head.num_rows + (self.teacher_head or self.head).num_rows
             self.rows_at_once = fused.rows_at_once(columns, device, self.config.loss_chunk_size)
-        order, chunks = fused.lay_out(~inside | known, known, *self.rows_at_once)
+        order, chunks = fused.lay_out(~inside | known, known, *self.rows_at_once, more)
         spans = torch.from_numpy(np.where(inside, before, -1)[order]).to(device)
         return torch.from_numpy(rows[order]).to(device), spans, chunks
 

@@ -134,6 +134,8 @@ def _method(name, pair, config):
     if name == "chunk_likelihood":
         share = len(_spans(pair.sample)) / max(1, rows)
         return _found(shown, f"{share:.1%} of the common positions begin a span of text to compare", number=share)
+    if name == "inside_tokens":
+        return _inside(shown, pair, rows)
     buckets = inputs.buckets_of(pair, name)
     held = {}
     for side, of in (("student", buckets.student), ("teacher", buckets.teacher)):
@@ -145,3 +147,20 @@ def _method(name, pair, config):
         means = "most of what is said falls into one tail bucket"
         return _found(shown, said, "note", means, number=least)
     return _found(shown, said, number=least)
+
+
+def _inside(shown, pair, rows):
+    """What share of the student's positions `inside_tokens` has a signal for, on the sample: `rows` lie at common
+    boundaries."""
+    if pair.teacher.head is None:
+        return _found(shown, "not from a teacher cache, which holds nothing inside tokens")
+    inside = []
+    for trie, side in zip(inputs.tries_of(pair), ("student", "teacher"), strict=True):
+        spans = [[getattr(w, f"{side}_{what}") for what in ("labels", "rows", "stops")] for w in pair.sample]
+        inside.append(sum(trie.walk(*each).shape[1] for each in spans))
+    counts = rows + inside[0], *inside
+    shares = [count / max(1, sum(window.num_positions for window in pair.sample)) for count in counts]
+    said = (
+        "{:.1%} of the student's positions have a signal, {:.1%} inside a teacher's token; {:.1%} more inside its own"
+    )
+    return _found(shown, said.format(*shares), number=shares[0])

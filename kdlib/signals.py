@@ -54,10 +54,20 @@ def settings_of(config, num_shared):
     }
 
 
+def refuse_method(config):
+    """Raise ValueError where no cache can serve a run's `kd_method`."""
+    if config.kd_method == "inside_tokens":
+        raise ValueError(
+            "kd_method inside_tokens needs what the teacher says inside tokens, which no cache holds; set kd_method "
+            "shared_prefix, or take the live teacher (no teacher_cache)"
+        )
+
+
 def refuse_settings(config, settings):
     """Raise ValueError where a cache with these `settings` can't serve a run of `config`. The rule: text, tokenizers and how
     a distribution is made must be the cache's; the tokens kept may be fewer; what no cache holds needs a live teacher.
     """
+    refuse_method(config)
     for name in NEED_TEACHER:
         if getattr(config, f"{name}_weight") > 0:
             raise ValueError(

@@ -17,8 +17,9 @@ class StepRecord:
 
     `grad_shares`: what each part's weighted gradient is of the sum of all parts' gradient norms, where they touch the
     student (`Objective.forward`); None where it was not measured. `figures`: values that are no losses (`kd_covered`: the
-    teacher's probability that `kd_top_k` keeps; `routing_0`, ...: mean weight of each tapped teacher layer). `skipped`: why
-    this step changed nothing, or empty.
+    teacher's probability that `kd_top_k` keeps; `kd_positions`: the share of learned positions with a signal, by
+    `inside_tokens`; `routing_0`, ...: mean weight of each tapped teacher layer). `skipped`: why this step changed nothing,
+    or empty.
     `micro_batch`: windows in one forward pass. `computed_per_token`: by side, tokens with padding for each one without.
     """
 

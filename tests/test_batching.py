@@ -214,7 +214,7 @@ def told(loaded, batch, config):
     return loss.detach(), values, squares, gradients
 
 
-@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "projector", "chunk_likelihood"])
+@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"])
 def test_loss_parts_and_gradients_are_those_of_the_padded_batch(loaded, monkeypatch, method):
     """Every way to distil, and with one of them every feature part; float64 throughout."""
     monkeypatch.setattr(fused, "head_losses", plain_head)

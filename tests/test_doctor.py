@@ -321,8 +321,8 @@ def test_every_finding_of_a_small_pair(settings):
         "shared vocabulary": "ok", "positions with signal": "ok", "spans of one token each": "ok",
         "text left as it is": "ok", "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
         "teacher's BOS and EOS": "ok", "teacher's ids": "note", "student's ids": "note", "kd projector": "ok",
-        "kd shared_vocab": "ok", "kd shared_prefix, chosen": "ok", "kd chunk_likelihood": "ok", "peak, foretold": "ok",
-        "steps a second": "ok", "finite numbers": "ok", "the whole plan": "ok", "sessions": "ok",
+        "kd shared_vocab": "ok", "kd shared_prefix, chosen": "ok", "kd inside_tokens": "ok", "kd chunk_likelihood": "ok",
+        "peak, foretold": "ok", "steps a second": "ok", "finite numbers": "ok", "the whole plan": "ok", "sessions": "ok",
         "disk for checkpoints": "ok",
     }  # fmt: skip
     assert found["student's head"].value.startswith("0 of ")

@@ -19,7 +19,7 @@ FLOORS = [
     "signals",
     "evaluate objective checkpoint export identity plan ahead",
     "teacher parts router retention samples",
-    "models projector",
+    "models projector spelled",
     "batching hooks ema seeds optimizer",
     "windows",
     "data corpus",

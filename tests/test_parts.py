@@ -446,7 +446,7 @@ def test_a_span_ends_at_the_next_boundary_and_holds_no_token_that_was_changed_or
 
 def test_the_plug_board_holds_every_part_of_the_mission():
     assert set(parts.FEATURES) == {"layerwise", "attention", "attention_alignment", "routing_feature", "contrastive"}
-    assert set(parts.KD) == {"none", "shared_vocab", "shared_prefix", "projector", "chunk_likelihood"}
+    assert set(parts.KD) == {"none", "shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"}
     for part in (*parts.LM.values(), *parts.FEATURES.values(), *(p for row in parts.KD.values() for p in row.values())):
         assert part.values.__doc__
     for part in (*parts.FEATURES.values(), *(row["kd"] for row in parts.KD.values() if row)):

@@ -1,0 +1,421 @@
+"""kd inside tokens: against vocabularies read through by brute force, and the laws that every way to distil obeys."""
+
+import copy
+import itertools
+import json
+import types
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, LOSSLESS, reader, tiny_model
+
+from benchmarks import inside, methods
+from benchmarks.spelled import Spelled
+from kdlib import batching, budget, cache, data, doctor, inputs, session, spelled, tiny, train
+from kdlib.config import Config
+from kdlib.corpus import Document
+
+PAIRS = [("unigram", "byte_level"), ("byte_level", "sentencepiece_bpe"), ("unigram_nfkc", "byte_level_lower")]
+SPELLINGS = [(1,), (1, 2), (1, 2, 3), (1, 4), (5,), (), (1, 2, 1), (6, 1), (6, 2), (1, 2, 3, 3)]
+"""Ten wholes in pieces 0 to 6; none ends after 6, and nothing follows 5 or is spelled like the one without pieces."""
+NODES = [(1,), (1, 2), (6,), (1, 2, 3)]
+
+
+def saved(folder, texts, student, teacher):
+    for seed, (side, name) in enumerate((("student", student), ("teacher", teacher))):
+        tokenizer = FAMILIES[name]()
+        tiny.save(tiny_model(tokenizer, 16, 2, seed=seed), tokenizer, folder / side)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {
+        "teacher": str(folder / "teacher"), "student": str(folder / "student"), "dataset": str(folder / "text.jsonl"),
+        "max_length": 48, "batch_size": 4, "max_steps": 4, "check_teacher": False, "eval_tokens": 300,
+        "kd_method": "inside_tokens",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=" ".join)
+def loaded(request, tmp_path_factory, texts):
+    return inputs.load(Config.from_dict(saved(tmp_path_factory.mktemp("pair"), texts, *request.param)))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, texts):
+    """The values of a config, and what it loads."""
+    values = saved(tmp_path_factory.mktemp("pair"), texts, *PAIRS[0])
+    return values, inputs.load(Config.from_dict(values))
+
+
+def made(loaded, **changes):
+    config = Config.from_dict({"kd_method": "inside_tokens", "batch_size": 4, "max_length": 48, **changes})
+    return inputs.make_objective(loaded.pair, config, copy.deepcopy(loaded.pair.student)).eval()
+
+
+def counts_of(batch):
+    return {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+
+
+def told(loaded, objective, batch, counts=None):
+    """`(loss, parts, gradients)`."""
+    signal = loaded.pair.teacher(batch, **objective.wants(objective.weights()))
+    loss, found, _ = objective(batch, signal, counts or counts_of(batch))
+    objective.zero_grad()
+    loss.backward()
+    return loss.item(), {name: value.item() for name, value in found.items()}, gradients(objective.student)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(ours, theirs, rtol=1e-4):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).norm() <= rtol * theirs[name].norm() + 1e-8, name
+
+
+# the oracle: every token of a vocabulary looked at for every position
+
+
+def outcomes(spellings, read):
+    """`{piece that may follow, or None for the end: wholes}` of all wholes that begin with `read`."""
+    found = {}
+    for whole, pieces in enumerate(spellings):
+        if pieces[: len(read)] == read and pieces:
+            found.setdefault(pieces[len(read)] if len(pieces) > len(read) else None, []).append(whole)
+    return found if set(found) - {None} else {}
+
+
+def compared(spellings, read, whole_V, piece_U, student):
+    """`(ours, theirs)`: what may come next after `read`, from probabilities `[V]` and `[U]`; None where nothing may."""
+    found = outcomes(spellings, read)
+    names = sorted(set(found) - {None})
+    if not names:
+        return None
+    wholes = [whole_V[found[name]].sum() for name in names] + [whole_V[found.get(None, [])].sum()]
+    pieces = [piece_U[name] for name in names] + [1.0 - piece_U[names].sum()]
+    if student == "wholes" and None not in found:
+        wholes, pieces = wholes[:-1], pieces[:-1]
+    wholes, pieces = (torch.stack(side) / sum(side) for side in (wholes, pieces))
+    if student == "pieces":  # an end that no token has, or hardly any
+        wholes = torch.cat([wholes[:-1], wholes[-1:].clamp_min(1e-6)])
+    return (wholes, pieces) if student == "wholes" else (pieces, wholes)
+
+
+def distance(ours, theirs, divergence="forward_kl", temperature=1.0):
+    p, q = ours, theirs
+    if temperature != 1.0:
+        p, q = (side ** (1 / temperature) / (side ** (1 / temperature)).sum() for side in (p, q))
+    m = 0.5 * (p + q)
+    return (
+        temperature**2
+        * {
+            "forward_kl": lambda: (q * (q / p).log()).sum(),
+            "reverse_kl": lambda: (p * (p / q).log()).sum(),
+            "jsd": lambda: 0.5 * ((q * (q / m).log()).sum() + (p * (p / m).log()).sum()),
+        }[divergence]()
+    )
+
+
+def by_hand(loaded, batch, student):
+    """`(kd, positions)`: kd as a mean over common boundaries, and how many of the student's positions have a signal."""
+    pair, readers = loaded.pair, (loaded.pair.student_reader, loaded.pair.teacher.reader)
+    buckets, teacher = inputs.buckets_of(pair, "shared_prefix"), copy.deepcopy(pair.teacher.model).double()
+    ours = student(batch.student_ids, attention_mask=batch.student_mask).logits.flatten(0, 1).softmax(-1)
+    theirs = teacher(batch.teacher_ids, attention_mask=batch.teacher_mask).logits.flatten(0, 1).softmax(-1).detach()
+    in_pieces = [data.spellings(a, b.vocabulary.tokens) for a, b in itertools.permutations(readers)]
+    labels = batch.labels.flatten().tolist(), batch.teacher_labels.flatten().tolist()
+    total, positions = 0.0, len(batch.student_rows)
+    spans = batch.student_rows, batch.student_stops, batch.teacher_rows, batch.teacher_stops
+    for s0, s1, t0, t1 in zip(*(each.tolist() for each in spans), strict=True):
+        sums = [
+            torch.zeros(buckets.num).double().index_add(0, torch.from_numpy(of), probs[row]) + 1e-30
+            for probs, row, of in ((ours, s0, buckets.student), (theirs, t0, buckets.teacher))
+        ]
+        total = total + distance(*sums)
+        for at in range(s0 + 1, s1):
+            pair_of = compared(in_pieces[0], tuple(labels[0][s0:at]), theirs[t0], ours[at], "pieces")
+            total, positions = (total, positions) if pair_of is None else (total + distance(*pair_of), positions + 1)
+        for at in range(t0 + 1, t1):
+            pair_of = compared(in_pieces[1], tuple(labels[1][t0:at]), ours[s0], theirs[at], "wholes")
+            total = total if pair_of is None else total + distance(*pair_of)
+    return total / len(batch.student_rows), positions
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_oracle(loaded):
+    objective = made(loaded, lm_weight=0.0, kd_weight=1.0)
+    batch = batching.collate(loaded.train[:5], *loaded.pair.pads)
+    student = copy.deepcopy(loaded.pair.student).double()
+    expected, positions = by_hand(loaded, batch, student)
+    expected.backward()
+    loss, found, ours = told(loaded, objective, batch)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert found["kd_positions"] == pytest.approx(positions / batch.num_labels, rel=1e-6)
+    assert batch.num_aligned < positions <= batch.num_labels
+    assert_close(ours, gradients(student), 1e-3)
+
+
+@pytest.mark.parametrize("student", ["pieces", "wholes"])
+@pytest.mark.parametrize(
+    "how",
+    [("forward_kl", 1.0), ("forward_kl", 3.0), ("reverse_kl", 1.0), ("jsd", 0.5)],
+    ids=lambda how: f"{how[0]} {how[1]}",
+)
+def test_the_divergence_is_the_oracles_in_float64(student, how):
+    """Every node at several rows, heads whose columns are not the ids; value, and gradient by autograd of the oracle."""
+    generator = torch.Generator().manual_seed(1)
+    wholes = torch.randn(3, len(SPELLINGS), generator=generator, dtype=torch.float64, requires_grad=True)
+    pieces = torch.randn(4, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    whole_order, piece_order = (torch.randperm(n, generator=generator) for n in (len(SPELLINGS), 7))
+    trie = spelled.Trie.of(SPELLINGS, student, whole_order.__getitem__, piece_order.__getitem__)
+    asked = [(0, 3, (1,)), (2, 1, (1, 2)), (0, 0, (6,)), (1, 2, (1, 2, 3)), (1, 2, (6,)), (0, 3, (1,))]
+    nodes = np.array([node_of(trie, read) for _, _, read in asked])
+    rows, at = np.array([row for row, _, _ in asked]), np.array([at for _, at, _ in asked])
+    found = trie.divergence((wholes.log_softmax(-1), rows), (pieces.log_softmax(-1), at), nodes, *how)
+    expected = []
+    for row, other, read in asked:
+        sides = wholes.softmax(-1)[row][whole_order], pieces.softmax(-1)[other][piece_order]
+        expected.append(distance(*compared(SPELLINGS, read, *sides, student), *how))
+    assert found.tolist() == pytest.approx([value.item() for value in expected], rel=1e-9)
+    assert min(found.tolist()) > 0.0
+    learns = wholes if student == "wholes" else pieces
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((found * weights).sum(), learns)
+    (theirs,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), learns)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+
+
+def node_of(trie, read):
+    """The node after these pieces, by a walk over a text of one span; 0 for none."""
+    walked = trie.walk(np.array([*read, 0]), np.array([0]), np.array([len(read) + 1]))
+    return int(walked[2][-1]) if len(walked[0]) and walked[0][-1] == len(read) else 0
+
+
+def test_a_walk_knows_what_was_read_since_the_boundary():
+    trie = spelled.Trie.of(SPELLINGS, "wholes")
+    labels = np.array([9, 1, 2, 3, 9, 5, 1, 9, 1, 2, data.IGNORE, 2, 6, 7])
+    firsts, stops = np.array([1, 5, 8, 12, 12]), np.array([5, 8, 11, 12, 14])
+    positions, spans, nodes = trie.walk(labels, firsts, stops)
+    assert positions.tolist() == [2, 3, 4, 9, 10, 13]
+    assert spans.tolist() == [0, 0, 0, 2, 2, 4]
+    read = [(1,), (1, 2), (1, 2, 3), (1,), (1, 2), (6,)]
+    assert nodes.tolist() == [node_of(trie, each) for each in read]
+    assert sorted(set(nodes.tolist())) == [1, 2, 3, 4]
+    assert node_of(trie, (5,)) == node_of(trie, (2,)) == node_of(trie, (1, 2, 3, 3)) == node_of(trie, (1, 100)) == 0
+    assert trie.ends[nodes].tolist() == [True, True, True, True, True, False]
+    assert spelled.Trie.of(SPELLINGS, "pieces").ends.tolist() == [False, True, True, True, True]
+    assert trie.walk(labels, firsts[:0], stops[:0]).shape == (3, 0)
+    nothing = spelled.Trie.of([(), (1,), (2,)], "pieces")
+    assert nothing.walk(labels, firsts, stops).shape == (3, 0)
+
+
+def test_is_zero_where_both_say_the_same_and_where_nothing_is_said():
+    tries = {student: spelled.Trie.of(SPELLINGS, student) for student in ("pieces", "wholes")}
+    wholes = torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.2, 0.1, 0.0, 0.05, 0.15, 0.0]], dtype=torch.float64)
+    same = torch.tensor([[0.02, 0.1, 0.6, 0.0, 0.2, 0.04, 0.04], [0.7, 0.25, 0.75, 0.1, 0.1, 0.1, 0.1]]).double()
+    nodes, rows = np.array([node_of(tries["wholes"], read) for read in ((1,), (6,))]), np.zeros(2, dtype=np.int64)
+    for trie in tries.values():
+        found = trie.divergence((wholes.log(), rows[:1]), (same.log(), rows[:1]), nodes[:1])
+        assert found.abs().item() < 1e-12
+        nothing = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.3, 0.0, 0.1, 0.1, 0.0]]).double().log().requires_grad_()
+        given = nothing.clone(), rows[:1]
+        found = trie.divergence(given, (same.log().requires_grad_(), rows[:1]), nodes[:1], "jsd")
+        assert found.item() == 0.0
+        assert not torch.autograd.grad(found, nothing, allow_unused=True)[0].any()
+    after_6 = tries["wholes"].divergence((wholes.log(), rows), (same.log(), np.array([0, 1])), nodes)
+    assert after_6.abs().max().item() < 1e-12  # there come 1 and 2 as 1 to 3, whatever else a teacher says
+
+
+def test_is_zero_for_a_student_that_is_its_teacher(tmp_path, texts):
+    values = saved(tmp_path, texts, "byte_level", "byte_level")
+    loaded = inputs.load(Config.from_dict({**values, "student": values["teacher"]}))
+    batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
+    loss, found, ours = told(loaded, made(loaded, lm_weight=0.0, kd_weight=1.0), batch)
+    assert (loss, found["kd"]) == (pytest.approx(0.0, abs=2e-6), pytest.approx(0.0, abs=2e-6))
+    assert found["kd_positions"] == pytest.approx(batch.num_aligned / batch.num_labels)
+    assert max(gradient.abs().max().item() for gradient in ours.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"kd_temperature": 2.0, "kd_divergence": "skew_reverse_kl", "label_smoothing": 0.1}]
+)
+def test_neither_chunks_nor_micro_batches_change_value_or_gradient(plain, changes):
+    _, loaded = plain
+    windows = loaded.train[:6]
+    whole = batching.collate(windows, *loaded.pair.pads)
+    expected = told(loaded, made(loaded, **changes), whole)
+    assert expected[1]["kd"] > 0.5
+    for chunk in (1, 7, 100_000):
+        found = told(loaded, made(loaded, loss_chunk_size=chunk, **changes), whole)
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert found[1] == pytest.approx(expected[1], rel=1e-5)
+        assert_close(found[2], expected[2])
+    sums, total = {}, 0.0
+    for some in (windows[:1], windows[1:4], windows[4:]):
+        loss, values, one = told(
+            loaded, made(loaded, **changes), batching.collate(some, *loaded.pair.pads), counts_of(whole)
+        )
+        total += loss
+        sums = {name: sums.get(name, 0.0) + value for name, value in (values | one).items()}
+    assert total == pytest.approx(expected[0], rel=1e-5)
+    assert {name: sums.pop(name) for name in expected[1]} == pytest.approx(expected[1], rel=1e-5)
+    assert_close(sums, expected[2])
+
+
+def test_is_what_the_study_measured(plain):
+    """`benchmarks.spelled`, whole logits and lists of nodes."""
+    _, loaded = plain
+    batch = batching.collate(loaded.train[:4], *loaded.pair.pads)
+    objective, teacher = methods.rival(Spelled)(
+        types.SimpleNamespace(inputs=loaded, kept={}), Config(), loaded.pair.student
+    )
+    loss, values, _ = objective(batch, teacher(batch), counts_of(batch), objective.weights())
+    ours, found, _ = told(loaded, made(loaded), batch)
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    assert found["kd"] == pytest.approx(values["kd"].item(), rel=1e-5)
+    readers = loaded.pair.student_reader, loaded.pair.teacher.reader
+    for one, other in itertools.permutations(readers):
+        spellings = data.spellings(one, other.vocabulary.tokens)
+        assert spellings == inside.spelled(one, other.vocabulary.tokens)
+        nodes, trie = inside.trie(spellings), spelled.Trie.of(spellings, "pieces")
+        assert len(nodes) == len(trie.nodes)
+        assert all(node_of(trie, read) for read in nodes)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_spellings_are_the_bytes_of_whole_characters(name):
+    used = reader(name)
+    asked = [None, b"", b" the", "東".encode(), "東".encode()[:2], b"\xff", b" was", "é".encode(), b"cat"]
+    asked += reader("byte_level").vocabulary.tokens
+    found = data.spellings(used, asked)
+    assert [found[i] for i in (0, 1, 4, 5)] == [()] * 4
+    for token, ids in zip(asked, found, strict=True):
+        assert not ids or b"".join(used.vocabulary.tokens[i] for i in ids) == token
+    assert found[6] or name == "word_piece"
+    if name in LOSSLESS:
+        assert sum(map(bool, found)) > 0.25 * len(asked)
+
+
+def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_inside():
+    """Upper-case letters that one side reads in lower case, a torn character, a prompt."""
+    ours, theirs = reader("byte_level_lower"), reader("sentencepiece_bpe")
+    tries = [
+        spelled.Trie.of(data.spellings(a, b.vocabulary.tokens), student)
+        for student, (a, b) in zip(("pieces", "wholes"), itertools.permutations((ours, theirs)), strict=True)
+    ]
+    document = Document("The first item, THE QUICK BROWN FOX, the list 東京 and a dog.")
+    windows = data.cut_windows(document, *(data.encode(document, each) for each in (ours, theirs)), ours, theirs, 400)
+    batch = batching.collate(windows)
+    changed = set(b"TQUICKBROWNFXHE")
+    walk, seen = spelled.Walk.of(tries, batch), 0
+    for side, used in (("student", ours), ("teacher", theirs)):
+        labels, firsts, stops = batch.spans_of(side)
+        for first, stop in zip(firsts, stops, strict=True):
+            said = b"".join(used.vocabulary.tokens[i] for i in labels[first:stop])
+            assert not set(said) & changed
+            assert said in document.text.encode()
+            if side == "student":
+                seen += int(np.isin(np.arange(first + 1, stop), walk.positions).sum())
+    assert seen == len(walk.positions)
+    assert seen + len(walk.inner) > 0
+
+
+def test_half_precision_is_finite_and_near(plain):
+    _, loaded = plain
+    batch, objective = batching.collate(loaded.train[:3], *loaded.pair.pads), made(loaded)
+    expected = told(loaded, objective, batch)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            found = told(loaded, objective, batch)
+        assert found[1] == pytest.approx(expected[1], rel=0.05)
+        assert all(gradient.isfinite().all() for gradient in found[2].values())
+
+
+def test_nothing_is_asked_or_walked_where_kd_is_off(plain, monkeypatch):
+    _, loaded = plain
+    assert "inner" not in made(loaded, kd_weight=0.0, layerwise_weight=0.1).wants({"lm": 1.0})
+    assert made(loaded).wants({"lm": 1.0, "kd": 1.0})["inner"] is True
+    monkeypatch.setattr(spelled.Walk, "of", lambda *_: pytest.fail("walked"))
+    objective = made(loaded, kd_weight=0.0, layerwise_weight=0.1)
+    _, found, _ = told(loaded, objective, batching.collate(loaded.train[:2], *loaded.pair.pads))
+    assert set(found) == {"lm", "layerwise"}
+
+
+def test_cut_distributions_are_refused():
+    with pytest.raises(ValueError, match="kd_method inside_tokens needs them whole"):
+        Config(kd_method="inside_tokens", kd_top_k=8)
+
+
+def test_a_teacher_cache_is_refused_to_read_and_to_write(plain, tmp_path):
+    values, _ = plain
+    refused = "kd_method inside_tokens needs what the teacher says inside tokens, which no cache holds; set kd_method"
+    with pytest.raises(ValueError, match=refused) as found:
+        next(cache.write(Config.from_dict(values), tmp_path / "cache"))
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "cache").exists()
+    written = Config.from_dict({**values, "kd_method": "shared_prefix"})
+    for _ in cache.write(written, tmp_path / "cache"):
+        pass
+    cached = {**values, "teacher_cache": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=refused):
+        inputs.load(Config.from_dict(cached))
+    found = {each.name: each for each in doctor.examine(Config.from_dict({**cached, "kd_method": "shared_prefix"}))}
+    assert found["kd inside_tokens"].value.startswith("not from a teacher cache")
+
+
+def test_the_doctor_tells_the_share_of_positions_with_a_signal(plain):
+    values, loaded = plain
+    found = {each.name: each for each in doctor.examine(Config.from_dict(values))}["kd inside_tokens, chosen"]
+    objective, inside_ours, inside_theirs = made(loaded), 0, 0
+    for window in loaded.pair.sample:
+        walk = spelled.Walk.of(objective.tries, batching.collate([window]))
+        inside_ours, inside_theirs = inside_ours + len(walk.positions), inside_theirs + len(walk.inner)
+    known, positions = (
+        sum(map(count, loaded.pair.sample)) for count in (lambda w: len(w.student_rows), lambda w: w.num_positions)
+    )
+    assert found.number == (known + inside_ours) / positions
+    assert found.value.startswith(f"{found.number:.1%} of the student's positions have a signal, ")
+    assert (
+        f"{inside_ours / positions:.1%} inside a teacher's token; {inside_theirs / positions:.1%} more" in found.value
+    )
+    assert min(inside_ours, inside_theirs) > 0
+
+
+def steps_of(config, device=None):
+    loaded = inputs.load(config, "cpu", torch.float32, device)
+    objective = inputs.make_objective(loaded.pair, config)
+    torch.manual_seed(0)
+    machine, layout = accelerate.Accelerator(cpu=True), (loaded.pair.pads, loaded.pair.widest)
+    training = train.Training(objective, loaded.pair.teacher, loaded.train, 4, config, machine, budget.Clock(), *layout)
+    records = [{name: value for name, value in vars(record).items() if name != "step_s"} for record in training]
+    return records, objective
+
+
+def test_a_teacher_that_works_ahead_makes_no_difference(plain):
+    config = Config.from_dict({**plain[0], "grad_accumulation": 2})
+    wanted, ours = steps_of(config)
+    found, theirs = steps_of(config, "cpu:0")
+    assert found == wanted
+    assert 0.5 < wanted[0]["figures"]["kd_positions"] <= 1.0
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_run_cut_off_ends_as_if_it_never_was(plain, tmp_path):
+    config = Config.from_dict({**plain[0], "max_steps": 6, "eval_steps": 3, "control": "off", "grad_accumulation": 2})
+    whole = list(session.distill(config, tmp_path / "whole"))
+    run = session.distill(config, tmp_path / "cut")
+    for record in run:
+        if record["kind"] == "train" and record["step"] == 2:
+            run.close()
+            break
+    rest = list(session.distill(config, tmp_path / "cut"))
+    wanted, found = (
+        {r["step"]: (r["loss"], r["parts"], r["grad_norm"], r["figures"]) for r in records if r["kind"] == "train"}
+        for records in (whole, rest)
+    )
+    assert set(found) == {3, 4, 5, 6}
+    assert all(found[step] == wanted[step] for step in found)
+    assert all(0.5 < figures["kd_positions"] <= 1.0 for *_, figures in wanted.values())
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
