@@ -18,8 +18,8 @@ class Objective(torch.nn.Module):
     Through its logits the student learns as `fused` says: what a part makes of the head or the projector by itself reaches
     the projector's weight and nothing else. `beside` holds the modules that some parts train, by the part's name;
     `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` (None with a cache) are for `parts.BY_BUCKETS`, `tries`
-    (`spelled.tries_of`) for `inside_tokens`; `layers` and `attention_layers` are pairs `(student's,
-    teacher's)` of tapped layers. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
+    (`spelled.tries_of`) for `inside_tokens`; `layers` and `attention_layers` are pairs `(student's, teacher's)` of tapped
+    layers. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
     """
 
     def __init__(
@@ -62,10 +62,9 @@ class Objective(torch.nn.Module):
 
     def wants(self, weights):
         """What the teacher is to be asked for, as keyword arguments of `Teacher`."""
-        wanted = {"chunk_likelihood": "spans", "inside_tokens": "inner"}.get(
-            self.config.kd_method if "kd" in self.parts else ""
-        )
-        return {"taps": self._taps(weights, 1), "spans": False, **({wanted: True} if wanted else {})}
+        method = self.config.kd_method if "kd" in self.parts else "none"
+        inner = {"inner": True} if method == "inside_tokens" else {}  # which no cache is asked for
+        return {"taps": self._taps(weights, 1), "spans": method == "chunk_likelihood", **inner}
 
     def forward(self, batch, signal, counts, weights=None, measure=False):
         """`(loss, parts, squares)` of one micro-batch: `loss` to call backward on; `parts` unweighted `[]` tensors by name,

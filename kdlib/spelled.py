@@ -142,7 +142,7 @@ class Trie:
         if self.student == "pieces":
             mass[len(at) :].clamp_(min=math.log(LEAST))  # the teacher's: without a gradient
         else:
-            told = told - sums.index_fill(0, end_of, 1.0).log()[owner]
+            told = told - (sums.index_fill(0, end_of, 1.0) + losses.EMPTY).log()[owner]
         if temperature != 1.0:
             mass, told = (losses.log_probs_by(each, owner, num, temperature) for each in (mass, told))
         ours, theirs = (told, mass) if self.student == "pieces" else (mass, told)

@@ -33,6 +33,7 @@ KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
 RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
+WITHIN = "test_inside_tokens.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -474,6 +475,23 @@ MUTANTS = {
     "equal steps for equal time": ("benchmarks/quality.py", 'self.cost(setting, name, "before")) / self.cost(setting, name))', 'self.cost(setting, name, "before")) / self.cost(setting, DEFAULT))', [QUALITY]),
     "tuned on the seeds that count": ("benchmarks/quality.py", "cell=cell, seed=TUNING)\n            if not runs", "cell=cell, seed=0)\n            if not runs", [QUALITY]),
     "a remembered window of another": ("benchmarks/spelled.py", "stop] = self.memory[place]", "stop] = some[: stop - start]", [QUALITY]),
+    # kd inside tokens
+    "inside tokens, a text as it was read before": ("spelled.py", "labels[at[going]]), at[going] + 1", "labels[at[going] + 1]), at[going] + 1", [WITHIN]),
+    "inside tokens, past the span": ("spelled.py", "going = at + 1 < stops[spans]", "going = at < stops[spans]", [WITHIN]),
+    "inside tokens, any other piece": ("spelled.py", "fits = (self.keys[places] == keys) & (pieces >= 0)", "fits = (self.keys[places] >= keys) & (pieces >= 0)", [WITHIN]),
+    "inside tokens, not given what was read": ("spelled.py", "mass = (mass + losses.EMPTY).log() - (whole + losses.EMPTY).log()[owner]", "mass = (mass + losses.EMPTY).log()", [WITHIN]),
+    "inside tokens, no end": ("spelled.py", 'np.array([False] + [student == "pieces" or', 'np.array([False] + [student == "wholes" or', [WITHIN]),
+    "inside tokens, an end by the first node's": ("spelled.py", "behind = len(owner) + np.cumsum(self.ends[nodes]) - 1", "behind = len(owner) + 0 * np.cumsum(self.ends[nodes])", [WITHIN]),
+    "inside tokens, sides changed": ("spelled.py", '(told, mass) if self.student == "pieces" else (mass, told)', "(mass, told)", [WITHIN]),
+    "inside tokens, softened once": ("spelled.py", "for each in (mass, told))", "for each in (mass, told.clone())) if False else (mass, losses.log_probs_by(told, owner, num, temperature))", [WITHIN]),
+    "inside tokens, ids for columns": ("spelled.py", "columns = whole_columns(torch.from_numpy(np.concatenate(wholes))).numpy()", "columns = np.concatenate(wholes)", [WITHIN]),
+    "inside tokens, the teacher's next position": ("batching.py", "firsts, sizes = self.teacher_rows + 1, (self", "firsts, sizes = self.teacher_rows, (self", [WITHIN]),
+    "inside tokens, states of another span": ("spelled.py", "len(self.more) + self.inner[b.more]) for b in blocks]", "len(self.more) + np.arange(b.more.start, b.more.stop)) for b in blocks]", [WITHIN]),
+    "inside tokens, the batch's spans in a block": ("spelled.py", "self.span_of[mine] - known, self.nodes[mine]", "self.span_of[mine] - known * 0, self.nodes[mine]", [WITHIN]),
+    "more rows of the blocks before": ("fused.py", "slice(self.known.start + self.more.start, self.known.stop + self.more.stop)", "slice(self.known.start, self.known.stop + self.more.stop - self.more.start)", [WITHIN]),
+    "positions with signal, over common boundaries": ("parts.py", '"kd_positions": "labels"}', '"kd_positions": "aligned"}', [WITHIN]),
+    "a cache for what is inside tokens": ("cache.py", "    signals.refuse_method(config)\n", "", [WITHIN]),
+    "spelled at the start of a text": ("data.py", 'b"".join(said[:start]).strip(b" ") == b"\\n":\n                found[index] = tuple', 'b"".join(said[:start]).strip(b" ") == b"\\n" or True:\n                found[index] = tuple', [WITHIN]),
 }  # fmt: skip
 
 
