@@ -78,6 +78,7 @@ METHODS = {
     EQUAL_STEPS: Method("control", CONTROL, ({},)),
     DEFAULT: Method("ours", {"kd_method": "shared_prefix"}),
     "shared_vocab": Method("ours", {"kd_method": "shared_vocab"}),
+    "inside_tokens": Method("ours", {"kd_method": "inside_tokens"}),
     "projector": Method("ours", {"kd_method": "projector"}),
     "chunk_likelihood": Method("ours", {"kd_method": "chunk_likelihood"}),
     "shared_prefix + chunk_likelihood": Method("mixed", {"kd_method": "shared_prefix"}, make=variants.with_chunks),
