@@ -281,7 +281,7 @@ def by_the_library(settings, out):
     together(2, drive, settings, out)
 
 
-ALL = {"preset": "documents", "balance": "auto", "share_steps": 2}
+ALL = {"preset": "documents", "balance": "auto", "share_steps": 2, "kd_method": "inside_tokens"}
 
 
 @pytest.mark.parametrize(("launch", "more"), [(by_the_command, {}), (by_the_library, ALL)], ids=["kd", "all"])
