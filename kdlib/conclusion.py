@@ -30,10 +30,9 @@ def conclude(config, inputs, folder, scores, pairs, start_weights):
     students = {"student_before": start_weights, "distilled": chosen.best_weights}
     students |= {"ce_only": control.best_weights} if control else {}
     answer["samples"] = _samples(inputs, students)
-    told = inside.look(inputs, students)
     if folder:
         (folder.path / "figures").mkdir(exist_ok=True)
-        records.write_json(folder.path / "figures" / "inside.json", told)
+        records.write_json(folder.path / "figures" / "inside.json", inside.look(inputs, students))
         write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
         records.write_json(folder.path / "verdict.json", answer)
         report.write_report(folder.path)
