@@ -32,7 +32,7 @@ PLAIN = ("out", "json", "help", "resume", "writer", "accelerator")
 
 def main(arguments=None):
     """Run one command; the exit status: 0 done, 1 the run failed, 2 bad input (one line on stderr)."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, command = list(sys.argv[1:] if arguments is None else arguments), ""
     try:
         if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
             print(USAGE + keys.told())
@@ -51,9 +51,14 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("kdlib: stopped", file=sys.stderr)
         return 1
-    except Exception:  # noqa: BLE001 - the run is over; its status.json says so
+    except Exception:  # noqa: BLE001 - it is over; the status.json of a run says so
         traceback.print_exc()
-        print("kdlib: the run failed; the lines above say where, status.json says why", file=sys.stderr)
+        why = (
+            ", status.json says why"
+            if command in ("demo", "distill")
+            else "; it is a mistake of kdlib's, please report it"
+        )
+        print(f"kdlib: {command} failed; the lines above say where{why}", file=sys.stderr)
         return 1
 
 

@@ -202,6 +202,16 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings):
     assert f"{found['student']['bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
+def test_a_failure_of_the_doctor_points_at_no_run(capsys, settings, monkeypatch):
+    from kdlib import doctor
+
+    monkeypatch.setattr(doctor, "stages", None)
+    assert cli.main(["doctor", *flags({k: settings[k] for k in ("teacher", "student", "dataset")})]) == 1
+    told = capsys.readouterr().err
+    assert "kdlib: doctor failed" in told
+    assert "status.json" not in told
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, ZeroDivisionError])
 def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_path, monkeypatch, kind):
     from kdlib import course
