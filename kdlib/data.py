@@ -95,17 +95,8 @@ def first_tokens(reader, byte_strings):
     int64 `[len(byte_strings)]`. Read after a line break, which keeps tokenizers from treating it as a text's start.
     """
     found = np.full(len(byte_strings), -1, dtype=np.int64)
-    asked, texts = [], []
-    for index, token in enumerate(byte_strings):
-        if token:
-            try:
-                texts.append("\n" + token.decode())
-                asked.append(index)
-            except UnicodeDecodeError:
-                continue
-    coded = reader.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     tokens, space = reader.vocabulary.tokens, reader.vocabulary.adds_space
-    for index, ids in zip(asked, coded, strict=True):
+    for index, ids in _after_a_line_break(reader, byte_strings):
         said = [tokens[i] or b"" for i in ids]
         read, start = 0, 2 if space and said and b"".join(said[:2])[:2] == b" \n" else 1
         for i, part in zip(ids, said, strict=True):
@@ -120,6 +111,18 @@ def spellings(reader, byte_strings):
     """For each byte string the tokens that the tokenizer reads it as, in the middle of a text, as a tuple of ids; () for
     None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it. Read after a line break.
     """
+    found = [()] * len(byte_strings)
+    for index, ids in _after_a_line_break(reader, byte_strings):
+        said = [reader.vocabulary.tokens[i] or b"" for i in ids]
+        for start in range(1, min(3, len(ids)) + 1):  # the line break, with or without a space that the tokenizer adds
+            if b"".join(said[start:]) == byte_strings[index] and b"".join(said[:start]).strip(b" ") == b"\n":
+                found[index] = tuple(ids[start:])
+                break
+    return found
+
+
+def _after_a_line_break(reader, byte_strings):
+    """`(index, ids)` of each byte string that is whole characters, the ids with those of the line break in front of it."""
     asked, texts = [], []
     for index, token in enumerate(byte_strings):
         if token:
@@ -128,15 +131,8 @@ def spellings(reader, byte_strings):
                 asked.append(index)
             except UnicodeDecodeError:
                 continue
-    found = [()] * len(byte_strings)
     coded = reader.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for index, ids in zip(asked, coded, strict=True):
-        said = [reader.vocabulary.tokens[i] or b"" for i in ids]
-        for start in range(1, min(3, len(ids)) + 1):  # the line break, with or without a space that the tokenizer adds
-            if b"".join(said[start:]) == byte_strings[index] and b"".join(said[:start]).strip(b" ") == b"\n":
-                found[index] = tuple(ids[start:])
-                break
-    return found
+    return zip(asked, coded, strict=True)
 
 
 def encode(document, reader):
