@@ -4,14 +4,17 @@ import dataclasses
 
 from benchmarks import variants
 from benchmarks.rivals.plug import RIVALS, RivalObjective, WholeTeacher
-from benchmarks.spelled import Remembering, Spelled, SpelledContrastive
 from kdlib import hooks, inputs
 
-RATES = (5e-3, 1e-2)
-"""Learning rates that every method is tried with."""
-PLAIN_RATES = (2e-3, 4e-3, 6e-3, 1e-2)
-"""Plain training has no weight to choose; it gets as many cells, all of them learning rates."""
-PLAIN, EQUAL_STEPS, DEFAULT, INSIDE = "CE only", "CE only, equal steps", "shared_prefix", "inside tokens, both sides"
+PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
+"""Two controls, the method whose steps are the unit of time, and kdlib's default."""
+CACHED = "inside_tokens from a cache"
+PLAIN_RATES = (1e-3, 2e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2)
+"""Plain training has no weight to choose; it is tried with all but the outermost, as many as any other method has cells."""
+RATES, WEIGHTS = (2.5e-3, 5e-3, 1e-2, 1.6e-2, 2.5e-2), (0.03, 0.1, 0.3, 0.6, 0.9)
+"""Learning rates and kd weights that a method with a teacher may be tried with."""
+FIRST = ((5e-3, 0.6), (1e-2, 0.3), (1e-2, 0.6), (1e-2, 0.9), (1.6e-2, 0.6))
+"""Those that every one is."""
 
 
 def kd(weight):
@@ -35,74 +38,84 @@ def rival(kind):
     return make
 
 
-def remembering(setting, config, student):
-    """`inside tokens, both sides` with a teacher that reads each window once."""
-    objective, _ = rival(Spelled)(setting, config, student)
-    return objective, Remembering(setting.inputs.pair.teacher, setting.kept.setdefault("memory", {}))
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of the table: `changes` to the config of its setting, `weights` (changes too) the second side of its grid, the
-    first being learning rates. `base`: the method whose chosen cell it starts from, with `weights` on top and no other rate.
+    """A row of the table: `changes` to the config of its setting. `more` (changes too) are the cells of its grid, where it
+    is not the one of all; with `base` each goes on top of that method's chosen cell.
     """
 
     group: str
     changes: dict = dataclasses.field(default_factory=dict)
-    weights: tuple = (kd(0.3), kd(0.6))
     base: str | None = None
+    more: tuple = ()
     make: object = ours
     by_index: bool = False
 
     def cells(self):
-        """The config changes of each cell."""
-        if self.base:
-            return list(self.weights)
-        rates = PLAIN_RATES if self.group == "control" else RATES
-        return [{"learning_rate": rate, **weights} for rate in rates for weights in self.weights]
+        """The config changes of the cells that are tried in any case."""
+        if self.base or self.more:
+            return list(self.more or ({},))
+        if self.group == "control":
+            return [{"learning_rate": rate} for rate in PLAIN_RATES[1:-1]]
+        return [{"learning_rate": rate, **kd(weight)} for rate, weight in FIRST]
+
+    def beside(self, cell):
+        """The cells next to one in the grid of all, which must have been tried before it is chosen."""
+        if self.base or self.more:
+            return []
+        rate = cell["learning_rate"]
+        if self.group == "control":
+            return [{"learning_rate": other} for other in _next_to(PLAIN_RATES, rate)]
+        weight = cell["kd_weight"]
+        others = [(other, weight) for other in _next_to(RATES, rate)]
+        others += [(rate, other) for other in _next_to(WEIGHTS, weight)]
+        return [{"learning_rate": rate, **kd(weight)} for rate, weight in others]
 
 
-def tried(make=ours, *cells, **changes):
+def _next_to(values, value):
+    place = values.index(value)
+    return values[max(0, place - 1) : place] + values[place + 1 : place + 2]
+
+
+def tried(make=ours, *more, **changes):
     """The default's chosen cell with something changed."""
-    return Method("search", {"kd_method": DEFAULT, **changes}, cells or ({},), DEFAULT, make)
+    return Method("search", {"kd_method": DEFAULT, **changes}, DEFAULT, more, make)
 
 
 def with_part(name, *weights):
     """The default with one part beside it, at several weights."""
-    return Method("parts", {"kd_method": DEFAULT}, tuple({f"{name}_weight": weight} for weight in weights), DEFAULT)
+    return Method("parts", {"kd_method": DEFAULT}, DEFAULT, tuple({f"{name}_weight": weight} for weight in weights))
 
 
 CONTROL = {"kd_method": "none", "lm_weight": 1.0}
 METHODS = {
-    PLAIN: Method("control", CONTROL, ({},)),
-    EQUAL_STEPS: Method("control", CONTROL, ({},)),
-    DEFAULT: Method("ours", {"kd_method": "shared_prefix"}),
+    PLAIN: Method("control", CONTROL),
+    EQUAL_STEPS: Method("control", CONTROL),
+    DEFAULT: Method("ours", {"kd_method": DEFAULT}),
+    "inside_tokens from a cache": Method("ours", {"kd_method": DEFAULT}, make=variants.from_cache),
+    UNIT: Method("ours", {"kd_method": UNIT}),
+    "shared_prefix from a cache": Method("ours", {"kd_method": UNIT}, make=variants.from_cache),
     "shared_vocab": Method("ours", {"kd_method": "shared_vocab"}),
-    "inside_tokens": Method("ours", {"kd_method": "inside_tokens"}),
     "projector": Method("ours", {"kd_method": "projector"}),
     "chunk_likelihood": Method("ours", {"kd_method": "chunk_likelihood"}),
-    "shared_prefix + chunk_likelihood": Method("mixed", {"kd_method": "shared_prefix"}, make=variants.with_chunks),
-    "shared_prefix + projector": Method("mixed", {"kd_method": "shared_prefix"}, make=variants.with_projector),
-    "from a cache of 64": Method("ours", {"kd_method": DEFAULT, "kd_top_k": 64}, make=variants.from_cache),
-    "+ contrastive": with_part("contrastive", 0.05, 0.2),
-    "+ layerwise": with_part("layerwise", 0.1, 0.3),
-    "+ routing_feature": with_part("routing_feature", 0.1, 0.3),
-    "+ attention": with_part("attention", 0.03, 0.1),
-    "+ attention_alignment": with_part("attention_alignment", 0.01, 0.04),
-    "preset documents": Method("parts", {"preset": "documents"}, ({}, {"kd_temperature": 1.0})),
+    "shared_prefix + chunk_likelihood": Method("mixed", {"kd_method": UNIT}, make=variants.with_chunks),
+    "shared_prefix + projector": Method("mixed", {"kd_method": UNIT}, make=variants.with_projector),
     "ULD": Method("rivals", {}, make=rival(RIVALS["ULD"])),
     "GOLD hybrid": Method("rivals", {}, make=rival(RIVALS["GOLD hybrid"])),
     "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival(RIVALS["DSKD-CMA"])),
     "MinED": Method("rivals", {}, make=rival(RIVALS["MinED"])),
-    "index pairs": Method("rivals", {"kd_method": "shared_prefix"}, by_index=True),
-    INSIDE: Method("mixed", make=rival(Spelled)),
-    "inside, contrastive": Method(
-        "search", {}, ({"contrastive_weight": 0.05}, {"contrastive_weight": 0.15}), INSIDE, rival(SpelledContrastive)
+    "index pairs": Method("rivals", {"kd_method": UNIT}, by_index=True),
+    "+ contrastive": with_part("contrastive", 0.05, 0.15),
+    "+ layerwise": with_part("layerwise", 0.1, 0.3),
+    "+ routing_feature": with_part("routing_feature", 0.1, 0.3),
+    "+ attention": with_part("attention", 0.03, 0.1),
+    "+ attention_alignment": with_part("attention_alignment", 0.01, 0.04),
+    "preset documents": Method(
+        "parts", {"preset": "documents", "kd_method": DEFAULT}, None,
+        tuple({"learning_rate": rate, "kd_temperature": t} for rate in (5e-3, 1e-2) for t in (1.0, 4.0)),
     ),
-    "inside, read once": Method("mixed", {}, ({},), INSIDE, remembering),
-    "inside tokens": tried(variants.with_inside),
     "averaged weights": tried(use_ema=True),
-    "CE only, averaged weights": Method("search", {**CONTROL, "use_ema": True}, ({},), PLAIN),
+    "CE only, averaged weights": Method("search", {**CONTROL, "use_ema": True}, PLAIN),
     "unsure student": tried(variants.weighted_by(variants.unsure_student)),
     "right teacher": tried(variants.weighted_by(variants.right_teacher)),
     "sure teacher": tried(variants.weighted_by(variants.sure_teacher)),

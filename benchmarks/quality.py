@@ -3,9 +3,10 @@
     make bench-quality     or     python -m benchmarks.quality [--data FOLDER] [--only WORD ...] [--table]
 
 Settings are in `benchmarks.settings`, methods with their grids in `benchmarks.methods`. A method's number of steps is what
-the time of STEPS steps of the default is worth to it, by processor seconds taken in turn with plain training, once a
-setting; so another load on the machine favours nobody. Every cell of a method's grid is trained at seed TUNING and judged on
-validation text; the best cell is then trained at SEEDS, and its best weights by validation text are judged on test text.
+the time of STEPS steps of `shared_prefix` is worth to it, by processor seconds taken in turn with plain training, once a
+setting; so another load on the machine favours nobody. The first cells of a method's grid, and then those around the best so
+far until it is better than all around it, are trained at seed TUNING and judged on validation text; it is then trained at
+SEEDS, and its best weights by validation text are judged on test text.
 
 Every finished run is a line of `benchmarks/results/quality.jsonl`, and a run that is there is not made again, here or on
 another machine. At the end, and with `--table` at once, the table is printed and `docs/quality.png` is drawn.
@@ -13,6 +14,7 @@ another machine. At the end, and with `--table` at once, the table is printed an
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
 from pathlib import Path
@@ -22,25 +24,24 @@ import torch
 
 from benchmarks import quality_table, settings, variants
 from benchmarks.equal_steps import by_index
-from benchmarks.methods import DEFAULT, EQUAL_STEPS, INSIDE, METHODS, PLAIN, remembering
+from benchmarks.methods import CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
 from kdlib import budget, cli, evaluate, models, records
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
 
 STEPS = {"pretrained": 300, "scratch": 600}
-"""Of the default, by how the student begins: from scratch it learns slowly at first."""
+"""Of `shared_prefix`, by how the student begins: from scratch it learns slowly at first."""
 TUNING, SEEDS = 100, (0, 1, 2)
 EVALUATIONS = 8
 TIMED, WARM = 24, 2
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+EVERY = "default pretrained, stories pretrained, peps pretrained"
 ORDER = [
-    ("default pretrained", "core"), ("peps pretrained, stories pretrained", "core"),
-    ("default pretrained", "ours mixed rivals"), ("default pretrained", "search parts"), ("default scratch", "core"),
-    ("peps pretrained, stories pretrained", "ours mixed rivals"), ("default scratch", "ours mixed rivals"),
-    ("peps scratch, stories scratch", "core"), ("peps pretrained, stories pretrained", "parts"),
+    (EVERY, "core"), (EVERY, "rivals"), (EVERY.replace("pretrained", "scratch"), "core"), ("default pretrained", "parts"),
+    ("default pretrained", "search"), (EVERY, "ours"), ("default pretrained", "mixed"), ("default scratch", "rivals"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
-CORE = (PLAIN, EQUAL_STEPS, DEFAULT, INSIDE)
+CORE = (PLAIN, EQUAL_STEPS, UNIT, DEFAULT, CACHED)
 
 
 def main():
@@ -135,45 +136,62 @@ class Study:
     def num_steps(self, setting, kind, name):
         if name == EQUAL_STEPS:
             return STEPS[kind]
-        budget = STEPS[kind] * self.cost(setting, DEFAULT)
+        budget = STEPS[kind] * self.cost(setting, UNIT)
         return round((budget - self.cost(setting, name, "before")) / self.cost(setting, name))
 
-    def changes(self, setting, kind, name):
-        """The config changes of each cell of a method's grid, those of its base's best cell below them."""
-        method, below = METHODS[name], {}
-        if method.base:
-            below = self.best_cell(setting, kind, method.base)
-            if below is None:
-                return None
-        return [{**below, **cell} for cell in method.cells()]
+    def tried(self, setting, kind, name):
+        """`{cell as json: (validation score or None, config changes)}` of what is to be tried of a method, as far as it is
+        known: its first cells on top of its base's best one, and those around each that was the best so far.
+        """
+        method, below = METHODS[name], self.best_cell(setting, kind, METHODS[name].base) if METHODS[name].base else {}
+        if below is None:
+            return {}
+        runs = self.of(setting, what="run", kind=kind, method=name, seed=TUNING)
+        known = {json.dumps(run["cell"]): run["validation"] for run in runs}
+        cells = [{**below, **cell} for cell in method.cells()]
+        while True:
+            found = {json.dumps(cell): (known.get(json.dumps(cell)), cell) for cell in cells}
+            if any(score is None for score, _ in found.values()):
+                return found
+            _, best = min(found.values(), key=mildest)
+            more = [cell for cell in method.beside(best) if json.dumps(cell) not in found]
+            if not more:
+                return found
+            cells += more
 
     def best_cell(self, setting, kind, name):
-        """The cell with the best validation score at the seed for tuning, if its grid is complete."""
-        found = []
-        for cell in self.changes(setting, kind, name) or [None]:
-            runs = self.of(setting, what="run", kind=kind, method=name, cell=cell, seed=TUNING)
-            if not runs:
-                return None
-            found.append((runs[0]["validation"], cell))
-        return min(found, key=lambda pair: pair[0])[1]
+        """The cell with the best validation score at the seed for tuning, if all were tried."""
+        found = list(self.tried(setting, kind, name).values())
+        if not found or any(score is None for score, _ in found):
+            return None
+        return min(found, key=mildest)[1]
 
     def missing(self, name, kind, method):
         """Make the runs of a method that are not there: its base's first, then its grid, then its best cell at SEEDS."""
         setting = self.setting(name)
         if METHODS[method].base:
             yield from self.missing(name, kind, METHODS[method].base)
-        for cell in self.changes(setting, kind, method):
-            if not self.of(setting, what="run", kind=kind, method=method, cell=cell, seed=TUNING):
-                yield train(setting, kind, method, cell, TUNING, self.num_steps(setting, kind, method))
+        while left := [cell for score, cell in self.tried(setting, kind, method).values() if score is None]:
+            yield train(setting, kind, method, left[0], TUNING, self.num_steps(setting, kind, method))
         cell = self.best_cell(setting, kind, method)
         for seed in SEEDS:
             if not self.of(setting, what="run", kind=kind, method=method, cell=cell, seed=seed):
                 yield train(setting, kind, method, cell, seed, self.num_steps(setting, kind, method))
 
     def num_missing(self, name, kind, method):
-        """How many runs of its own a method lacks."""
-        runs = self.of(self.setting(name), what="run", kind=kind, method=method)
-        return max(0, len(METHODS[method].cells()) + len(SEEDS) - len(runs))
+        """How many runs of its own a method lacks, at least."""
+        setting = self.setting(name)
+        cell, tried = self.best_cell(setting, kind, method), self.tried(setting, kind, method).values()
+        runs = self.of(setting, what="run", kind=kind, method=method, cell=cell) if cell else []
+        seeds = sum(run["seed"] != TUNING for run in runs)
+        cells = sum(score is None for score, _ in tried) if tried else len(METHODS[method].cells())
+        return cells + len(SEEDS) - seeds
+
+
+def mildest(scored):
+    """What `(score, cell)` are ordered by: where scores are equal (nothing was learned) the cell with less of everything."""
+    score, cell = scored
+    return score, cell.get("kd_weight", 0.0), cell["learning_rate"]
 
 
 def described(setting):
@@ -259,11 +277,8 @@ def cost(setting, name):
     whole = {key: sum(values[WARM:]) for key, values in seconds.items()}
     middle = statistics.median(seconds[name][WARM:])
     found = {"ratio": round(whole[name] / whole[PLAIN], 3), "step_s": round(middle, 4)}
-    if METHODS[name].make is remembering:  # the first epoch reads as the live teacher does
-        epoch = len(setting.inputs.train) // setting.config.batch_size
-        found["before"] = round((cost(setting, INSIDE)["ratio"] - found["ratio"]) * epoch, 1)
     if METHODS[name].make is variants.from_cache:
-        _, spent = setting.kept[METHODS[name].changes["kd_top_k"]]
+        _, spent = setting.kept[METHODS[name].changes["kd_method"]]
         found["before"] = round(spent * (TIMED - WARM) / whole[PLAIN], 1)
     return found
 

@@ -12,7 +12,7 @@ COLOURS = {"ours": "#D55E00", "mixed": "#009E73", "parts": "#E69F00", "rivals": 
 COLOURS["control"] = "#999999"
 MARKERS = {"control": "s", "ours": "o", "mixed": "P", "parts": "D", "rivals": "^", "search": "v"}
 NAMES = {
-    "control": "plain training", "ours": "kdlib's ways of kd", "mixed": "the study's own (one of them now inside_tokens)",
+    "control": "plain training", "ours": "kdlib's ways of kd", "mixed": "mixtures of these",
     "parts": "kdlib's default with a part", "rivals": "published rivals", "search": "the default, changed",
 }  # fmt: skip
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.inside import Inside
 from kdlib import cache, inputs, losses, parts, signals
 from kdlib.objective import Objective
 from kdlib.projector import TeacherToStudentProjector
@@ -19,10 +18,10 @@ from kdlib.projector import TeacherToStudentProjector
 
 class Mixed(Objective):
     """An `Objective` with parts on logits that its config does not name: `more` holds `{name: share of the kd weight}`,
-    which kd has less where it is `shared`.
+    which kd has less.
     """
 
-    more, shared = None, True
+    more = None
 
     def weights(self, progress=1.0):
         names = [name for name, part in self.parts.items() if name not in self.more]
@@ -31,7 +30,7 @@ class Mixed(Objective):
             n: f * (getattr(self.config, f"{n}_weight") if self.parts[n].student else 1.0) for n, f in weights.items()
         }
         weights |= {name: share * self.config.kd_weight for name, share in self.more.items()}
-        return {**weights, "kd": weights["kd"] - self.shared * sum(weights[name] for name in self.more)}
+        return {**weights, "kd": weights["kd"] - sum(weights[name] for name in self.more)}
 
 
 class WithChunks(Mixed):
@@ -51,25 +50,10 @@ class WithProjector(Mixed):
         return lambda known: torch.cat([buckets(known), head.decode(projector(signal.hidden[known]))], dim=1)
 
 
-class WithInside(Mixed):
-    """kd as it is, and the same weight for a position inside a teacher's token."""
-
-    shared = False
-
-
 def with_chunks(setting, config, student):
     objective = _mixed(WithChunks, setting.inputs.pair, config, student, {"chunks": 0.5})
     objective.parts["chunks"] = parts.KD["chunk_likelihood"]["kd"]
     return objective, setting.inputs.pair.teacher
-
-
-def with_inside(setting, config, student):
-    pair = setting.inputs.pair
-    if "inside" not in setting.kept:
-        setting.kept["inside"] = Inside(pair)
-    objective = _mixed(WithInside, pair, config, student, {"inside": 1.0})
-    objective.parts["inside"] = setting.kept["inside"].part()
-    return objective, pair.teacher
 
 
 def weighted_by(weight):
@@ -114,11 +98,9 @@ def _label_probabilities(log_probs, labels):
 
 
 def from_cache(setting, config, student):
-    """kdlib's own teacher cache of `kd_top_k` tokens a position. `setting.kept` says what writing the training text's part
-    took, in processor seconds.
-    """
-    pair, k = setting.inputs.pair, config.kd_top_k
-    if k not in setting.kept:
+    """kdlib's own teacher cache. `setting.kept` says what writing the training text's part took, in processor seconds."""
+    pair, name = setting.inputs.pair, config.kd_method
+    if name not in setting.kept:
         folder = Path(tempfile.mkdtemp(prefix="kdlib-cache-"))
         passing = cache.write(config, folder / "cache")
         next(passing)
@@ -128,8 +110,11 @@ def from_cache(setting, config, student):
         held = [sum(map(len, part.windows)) for part in (setting.inputs.validation, setting.inputs.test)]
         share = len(setting.inputs.train) / (len(setting.inputs.train) + sum(held))
         teacher = signals.CachedTeacher([folder / "cache"])
-        setting.kept[k] = dataclasses.replace(pair, teacher=teacher), share * (time.process_time() - before)
-    cached, _ = setting.kept[k]
+        setting.kept[name] = (
+            dataclasses.replace(pair, teacher=teacher, buckets={}),
+            share * (time.process_time() - before),
+        )
+    cached, _ = setting.kept[name]
     return inputs.make_objective(cached, config, student), cached.teacher
 
 

@@ -1,12 +1,12 @@
 """One pass of the teacher over a run's text, kept as a teacher cache (`kdlib.signals`) that runs then learn from."""
 
+import dataclasses
 import os
 import shutil
+from itertools import accumulate
 from pathlib import Path
 
-import torch
-
-from kdlib import batching, budget, env, evaluate, inputs, memory, precision, records, samples, signals, vocab
+from kdlib import batching, budget, env, evaluate, inputs, memory, precision, records, samples, signals, vocab, walk
 from kdlib.signals import HEAD, INDEX, READER
 from kdlib.windows import Windows
 
@@ -30,7 +30,6 @@ def write(config, out, clock=None, others=(), writer=(0, 1)):
     started = clock.now() - env.session_age_s()
     if config.teacher_cache:
         raise ValueError("a teacher cache is written by the teacher itself; give --teacher, not --teacher-cache")
-    signals.refuse_method(config)
     seconds = budget.seconds_of(config.time_budget)
     accelerator = precision.accelerator(config.amp_dtype)
     yield from Pass(config, Path(out), clock, others, writer, accelerator).run(seconds, started)
@@ -53,6 +52,7 @@ class Pass:
         self.windows = dict(zip(signals.SPLITS, (self.loaded.train, *held_out), strict=True))
         self.facts = self._facts()
         self.key = signals.key_of(self.facts)
+        self.tries = inputs.tries_of(self.pair) if config.kd_method == "inside_tokens" else None
         self.batch_size = config.batch_size
         self.interrupts = budget.Interrupts()
 
@@ -105,7 +105,8 @@ class Pass:
     def _plan(self):
         """How much it will be; ValueError where the disk has no room for it."""
         rows, width = self.pair.student_reader.vocabulary.num_rows, self.pair.teacher.head.width
-        a_position = signals.bytes_a_position(self.facts["settings"], rows, width)
+        inside = self._inside_a_position() if self.tries else 0.0
+        a_position = signals.bytes_a_position(self.facts["settings"], rows, width, inside)
         positions = {split: Windows.of(windows).total("student_rows") for split, windows in self.windows.items()}
         size = a_position * sum(positions.values())
         there = [folder for folder in (self.out, *self.others) if (folder / INDEX).exists()]
@@ -119,6 +120,12 @@ class Pass:
             "bytes": size,
             "bytes_a_position": a_position,
         }
+
+    def _inside_a_position(self):
+        """Positions inside tokens for each common one, on the pair's sample."""
+        walks = [walk.Walk.of(self.tries, batching.collate([window], *self.pair.pads)) for window in self.pair.sample]
+        inside = sum(len(each.positions) + len(each.inner) for each in walks)
+        return inside / max(1, sum(len(each.more) for each in walks))
 
     def _open(self, told):
         """The folder with everything but the shards, and the shards that others have."""
@@ -186,7 +193,7 @@ class Pass:
         wanted = signals.shortlist(self.pair, buckets, asked)
         while True:
             try:
-                found = self._ask(windows, wanted)
+                found = self._ask(windows, wanted, self.tries if split == "train" else None)
                 break
             except Exception as error:
                 if not memory.ran_out(error) or self.batch_size == 1:
@@ -201,8 +208,10 @@ class Pass:
         signals.write_shard(path, self.key, found, rows, settings["hidden"] and split == "train", more, self.mine)
         return True
 
-    def _ask(self, windows, wanted):
-        """The teacher's signals by window, in order; None where someone asked to stop."""
+    def _ask(self, windows, wanted, tries):
+        """The teacher's signals by window, in order, with what it says inside tokens where there are `tries`; None where
+        someone asked to stop.
+        """
         order = sorted(range(len(windows)), key=lambda place: len(windows[place].teacher_ids))
         found = {}
         for i in range(0, len(order), self.batch_size):
@@ -210,10 +219,16 @@ class Pass:
                 return None
             places = order[i : i + self.batch_size]
             batch = batching.collate([windows[place] for place in places], *self.pair.pads).to(self.device)
-            signal = self.pair.teacher(batch, spans=True, shortlist=wanted).to("cpu")
-            ends = torch.tensor(batch.rows_by_window).cumsum(0).tolist()
-            for place, count, end in zip(places, batch.rows_by_window, ends, strict=True):
-                found[place] = signal.rows(slice(end - count, end))
+            signal = self.pair.teacher(batch, spans=True, shortlist=wanted, inner=tries is not None)
+            parts = [(signal, batch.rows_by_window)]
+            if tries:
+                walked = walk.Walk.of(tries, batch)
+                how = self.facts["settings"]["inside_k"], self.facts["settings"]["kd_temperature"]
+                said = walked.shortlists(tries, signal, self.pair.teacher.near.decode, *how)
+                parts += zip(said, walked.by_window(batch.rows_by_window), strict=True)
+            by_window = zip(*(_by_window(part.to("cpu"), counts) for part, counts in parts), strict=True)
+            for place, (signal, *said) in zip(places, by_window, strict=True):
+                found[place] = dataclasses.replace(signal, said=tuple(said) or None)
         return [found[place] for place in range(len(windows))]
 
     def _judged(self, split):
@@ -222,6 +237,11 @@ class Pass:
         score = evaluate.evaluate_teacher(self.pair.teacher, held_out).to_dict()
         opening = samples.openings(held_out, self.pair.student_reader.tokenizer, 1)[0]
         return {"score": score, "says": samples.teacher_says(self.pair.teacher, opening)}
+
+
+def _by_window(part, counts):
+    """A part of a signal cut into as many rows as each window has."""
+    return [part.rows(slice(end - count, end)) for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
 def _refuse_folder(out):

@@ -5,8 +5,8 @@ import torch
 
 from kdlib import fused, losses, models, schedule
 from kdlib.data import IGNORE
-from kdlib.parts import COUNTED, Match, Rows, parts_of
-from kdlib.spelled import Walk
+from kdlib.parts import BY_BUCKETS, COUNTED, Match, Rows, parts_of
+from kdlib.walk import Walk
 
 LIFT = 2.0**12
 """Gradients that are only measured are made this much larger first: under autocast some pass through float16."""
@@ -63,8 +63,8 @@ class Objective(torch.nn.Module):
     def wants(self, weights):
         """What the teacher is to be asked for, as keyword arguments of `Teacher`."""
         method = self.config.kd_method if "kd" in self.parts else "none"
-        inner = {"inner": True} if method == "inside_tokens" else {}  # which no cache is asked for
-        return {"taps": self._taps(weights, 1), "spans": method == "chunk_likelihood", **inner}
+        by_method = {"spans": method == "chunk_likelihood", "inner": method == "inside_tokens"}
+        return {"taps": self._taps(weights, 1), **by_method}
 
     def forward(self, batch, signal, counts, weights=None, measure=False):
         """`(loss, parts, squares)` of one micro-batch: `loss` to call backward on; `parts` unweighted `[]` tensors by name,
@@ -105,7 +105,7 @@ class Objective(torch.nn.Module):
     def _on_logits(self, batch, hidden, signal, counts, weights, measure):
         """The parts on logits, in chunks of the head."""
         live = {n: p for n, p in self.parts.items() if p.on == "logits" and weights[n] > 0}
-        inside = Walk.of(self.tries, batch) if self.tries and "kd" in live else None
+        inside = Walk.of(self.tries, batch, signal.said) if self.tries and "kd" in live else None
         order, span_of, chunks = self._lay_out(batch, signal, hidden.device, inside and inside.more)
         inside = inside and inside.in_order(order.cpu().numpy())
         labels = self.head.columns(batch.labels.flatten())[order]
@@ -172,7 +172,7 @@ class Objective(torch.nn.Module):
         return lambda known: decode(signal.hidden[known].to(weight.device, weight.dtype)).to(device)
 
     def _knows_top_only(self, signal):
-        return signal.top is not None and self.config.kd_method in ("shared_vocab", "shared_prefix")
+        return signal.top is not None and self.config.kd_method in BY_BUCKETS
 
     def _is_cut(self, signal):
         """Whether kd compares some tokens and a tail, not all."""

@@ -152,8 +152,6 @@ def _method(name, pair, config):
 def _inside(shown, pair, rows):
     """What share of the student's positions `inside_tokens` has a signal for, on the sample: `rows` lie at common
     boundaries."""
-    if pair.teacher.head is None:
-        return _found(shown, "not from a teacher cache, which holds nothing inside tokens")
     inside = []
     for trie, side in zip(inputs.tries_of(pair), ("student", "teacher"), strict=True):
         spans = [[getattr(w, f"{side}_{what}") for what in ("labels", "rows", "stops")] for w in pair.sample]

@@ -106,23 +106,23 @@ def inside_tokens(objective, rows):
     Helps where tokens of the two differ much: 28 to 39 of 100 positions were inside, and 0.03 to 0.04 bits per byte were
     gained over `shared_prefix` in the same time (RESULTS.md). Cost: as `shared_prefix`, and the teacher's head once more at
     its own positions inside the student's tokens. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a
-    position, as it softens buckets. Only tokens of whole characters, in text that is learned and that no normaliser changed;
-    others give and take no signal. Recorded: `kd_positions`, the share of the learned positions with a signal. It asks
-    the teacher at positions that no cache holds.
+    position, as it softens buckets; `kd_top_k` cuts the buckets. Only tokens of whole characters, in text that is learned
+    and that no normaliser changed; others give and take no signal. A teacher cache holds the likeliest outcomes of each
+    position inside a token and a tail. Recorded: `kd_positions`, the share of the learned positions with a signal.
     """
-    config, inside = objective.config, rows.inside
-    how = config.kd_divergence, config.kd_temperature
-    theirs, ours = losses.log_probs(rows.other), rows.log_probs()
-    values = _shared_tokens(objective, rows, theirs)
+    inside, ours = rows.inside, rows.log_probs()
+    if rows.top is not None:
+        values = _divergence_from_top(
+            objective, rows, _in_buckets(objective, ours[: rows.num_known], objective.student_buckets)
+        )
+        more = _inside_from_cache(objective, ours, inside)
+    else:
+        theirs = losses.log_probs(rows.other)
+        values = _shared_tokens(objective, rows, theirs)
+        more = _inside(objective, ours, theirs, inside)
     rows.figures["kd_positions"] = values.new_ones(rows.num_known + len(inside.at))
-    of_teacher, of_student = objective.tries
-    if len(inside.at):
-        more = of_teacher.divergence((theirs, inside.span_of), (ours, inside.at), inside.nodes, *how)
-        values = values.index_add(0, torch.from_numpy(inside.span_of).to(values.device), more)
-    if len(inside.logits):
-        told = losses.log_probs(inside.logits), np.arange(len(inside.logits))
-        more = of_student.divergence((ours, inside.inner_span_of), told, inside.inner_nodes, *how)
-        values = values.index_add(0, torch.from_numpy(inside.inner_span_of).to(values.device), more)
+    for each, span_of in zip(more, (inside.span_of, inside.inner_span_of), strict=True):
+        values = values.index_add(0, torch.from_numpy(span_of).to(values.device), each)
     return values
 
 
@@ -238,6 +238,28 @@ def _shared_tokens(objective, rows, teacher):
     """`T^2 D` over shared buckets, from the teacher's log-probabilities `[m, Vt]`."""
     ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
     return _divergence(objective, rows, ours, _in_buckets(objective, teacher, objective.teacher_buckets))
+
+
+def _inside(objective, ours, theirs, inside):
+    """Divergences at the positions inside tokens of the other side, of the student and of the teacher."""
+    how = objective.config.kd_divergence, objective.config.kd_temperature
+    told = losses.log_probs(inside.logits), np.arange(len(inside.logits))
+    sides = (
+        ((theirs, inside.span_of), (ours, inside.at), inside.nodes),
+        ((ours, inside.inner_span_of), told, inside.inner_nodes),
+    )
+    return [trie.divergence(*each, *how) for trie, each in zip(objective.tries, sides, strict=True)]
+
+
+def _inside_from_cache(objective, ours, inside):
+    """The same from what a cached teacher said there, in short."""
+    config = objective.config
+    sides = (inside.said, inside.at, inside.nodes), (inside.inner_said, inside.inner_span_of, inside.inner_nodes)
+    values = []
+    for trie, (said, rows, nodes) in zip(objective.tries, sides, strict=True):
+        said = said.cut(config.kd_top_k) if config.kd_top_k else said
+        values.append(trie.divergence_from(said, ours, rows, nodes, config.kd_divergence, config.kd_temperature))
+    return values
 
 
 def _in_buckets(objective, log_probs, bucket_of):

@@ -3,8 +3,9 @@
 A cache folder holds `cache.json` (what it was made of, and its plan), `teacher/` (tokenizer and configuration, no weights)
 and shards `train-00000.safetensors`, ..., each of whole documents: for every window how many aligned positions it has, and
 for every position the teacher's likeliest shared tokens as *student* ids with log-probabilities in float16, their tail, the
-log-likelihood of the span that starts there in float32 and, where asked for, the last hidden state in float16. Shards are
-memory-mapped; one that is there is whole. Nothing here can run code while it is read.
+log-likelihood of the span that starts there in float32 and, where asked for, the last hidden state in float16; for every
+position inside a token of the other side, where `inside_tokens` asks for it, its likeliest outcomes and a tail
+(`spelled.Trie.shortlist`). Shards are memory-mapped; one that is there is whole. Nothing here can run code while it is read.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from kdlib import evaluate, identity, models, records, vocab
+from kdlib import evaluate, identity, models, parts, records, vocab
 from kdlib.teacher import Shortlist, TeacherSignal, TopTokens
 from kdlib.windows import Windows
 
@@ -31,6 +32,10 @@ MAX_SHARDS = 200
 """Shards of one text, at most: Kaggle keeps some 500 files."""
 TOP_K = 64
 """Tokens kept of a position where `kd_top_k` is 0. Of real text they hold nearly all the probability (RESULTS.md)."""
+INSIDE_K = 16
+"""Outcomes kept of a position inside a token, at most (RESULTS.md)."""
+INSIDE = ("inside_", "inner_")
+"""What stands before the names of what is kept of the two kinds of `walk.Walk`'s positions."""
 NEED_TEACHER = ("layerwise", "attention", "attention_alignment", "routing_feature")
 NEED_HIDDEN = ("projector", "contrastive")
 
@@ -42,32 +47,25 @@ def needs_hidden(config):
 
 def settings_of(config, num_shared):
     """What of a `Config` decides what is in a cache. `num_shared`: tokens in both vocabularies."""
-    method = config.kd_method if config.kd_method == "shared_vocab" else "shared_prefix"
+    method = config.kd_method if config.kd_method in ("shared_vocab", "inside_tokens") else "shared_prefix"
+    top_k = min(config.kd_top_k or TOP_K, num_shared)
     return {
         "max_length": config.max_length,
         "eval_tokens": config.eval_tokens,
         "kd_method": method,
         "kd_temperature": config.kd_temperature,
-        "kd_top_k": min(config.kd_top_k or TOP_K, num_shared),
+        "kd_top_k": top_k,
+        "inside_k": min(top_k, INSIDE_K) if method == "inside_tokens" else 0,
         "num_shared": num_shared,
         "hidden": needs_hidden(config),
     }
 
 
-def refuse_method(config):
-    """Raise ValueError where no cache can serve a run's `kd_method`."""
-    if config.kd_method == "inside_tokens":
-        raise ValueError(
-            "kd_method inside_tokens needs what the teacher says inside tokens, which no cache holds; set kd_method "
-            "shared_prefix, or take the live teacher (no teacher_cache)"
-        )
-
-
 def refuse_settings(config, settings):
     """Raise ValueError where a cache with these `settings` can't serve a run of `config`. The rule: text, tokenizers and how
-    a distribution is made must be the cache's; the tokens kept may be fewer; what no cache holds needs a live teacher.
+    a distribution is made must be the cache's; the tokens kept may be fewer; what no cache holds needs a live teacher. One
+    for inside_tokens holds all of shared_prefix.
     """
-    refuse_method(config)
     for name in NEED_TEACHER:
         if getattr(config, f"{name}_weight") > 0:
             raise ValueError(
@@ -78,10 +76,10 @@ def refuse_settings(config, settings):
         raise ValueError(
             f"{name} needs the teacher's hidden states, which this cache does not hold; write one with it set"
         )
-    shared = config.kd_method in ("shared_vocab", "shared_prefix")
+    shared = config.kd_method in parts.BY_BUCKETS
     for name in ("max_length", "eval_tokens", *(("kd_method", "kd_temperature") if shared else ())):
         ours, held = getattr(config, name), settings[name]
-        if ours != held:
+        if ours != held and (ours, held) != ("shared_prefix", "inside_tokens"):
             raise ValueError(
                 f"the teacher cache was written for {name} {held}, this run has {ours}; take that, or write another"
             )
@@ -92,10 +90,12 @@ def refuse_settings(config, settings):
         )
 
 
-def bytes_a_position(settings, student_rows, teacher_width):
-    """Bytes of a training position on the disk. `student_rows`: rows of the student's vocabulary."""
-    k = settings["kd_top_k"]
-    return k * _id_type(student_rows)().nbytes + 2 * (k + 1) + 4 + 2 * teacher_width * settings["hidden"]
+def bytes_a_position(settings, student_rows, teacher_width, inside=0.0):
+    """Bytes of a training position on the disk. `student_rows`: rows of the student's vocabulary; `inside`: positions inside
+    tokens for each.
+    """
+    by_k = [k * _id_type(student_rows)().nbytes + 2 * (k + 1) for k in (settings["kd_top_k"], settings["inside_k"])]
+    return by_k[0] + 4 + 2 * teacher_width * settings["hidden"] + inside * by_k[1] * (settings["inside_k"] > 0)
 
 
 def plan(windows):
@@ -131,18 +131,17 @@ def write_shard(path, key, by_window, student_rows, hidden=False, more=None, wri
     """Write one shard, whole or not at all: `by_window` are the `TeacherSignal`s of its windows in order; `more` is a plain
     value kept with it; `writer` numbers who writes, so that no two use the same name beside.
     """
-    top = {
-        name: torch.cat([getattr(each.top, name) for each in by_window]).numpy()
-        for name in ("ids", "log_probs", "best")
-    }
-    arrays = {
-        "counts": np.array([len(each.top.ids) for each in by_window], dtype=np.int32),
-        "ids": top["ids"].astype(_id_type(student_rows)),
-        "log_probs": top["log_probs"].astype(np.float16),
-        "spans": torch.cat([each.spans for each in by_window]).numpy().astype(np.float32),
-    }
+    arrays = {"spans": torch.cat([each.spans for each in by_window]).numpy().astype(np.float32)}
+    kinds = {"": [each.top for each in by_window]}
+    if by_window[0].said is not None:
+        kinds |= {name: [each.said[i] for each in by_window] for i, name in enumerate(INSIDE)}
+    for kind, tops in kinds.items():
+        arrays[f"{kind}counts"] = np.array([len(each.ids) for each in tops], dtype=np.int32)
+        top = TopTokens.joined(tops)
+        arrays[f"{kind}ids"] = top.ids.numpy().astype(_id_type(student_rows))
+        arrays[f"{kind}log_probs"] = top.log_probs.numpy().astype(np.float16)
     if more is not None:
-        arrays["best"] = top["best"].astype(np.int32)
+        arrays["best"] = torch.cat([each.top.best for each in by_window]).numpy().astype(np.int32)
     if hidden:
         arrays["hidden"] = torch.cat([each.hidden for each in by_window]).half().numpy()
     _save(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {"key": key, "more": more}, writer)
@@ -196,23 +195,28 @@ class Shards:
 
     def __init__(self, folders, facts, split):
         self.files, self.key, self.more, self.unread = [], key_of(facts), [], {}
-        self.shard_of, self.start_of, self.counts = [], [], []
+        self.kinds = ("", *INSIDE) if split == "train" and facts["settings"]["inside_k"] else ("",)
+        self.shard_of, self.start_of, self.counts = [], *({kind: [] for kind in self.kinds} for _ in range(2))
         for number, (first, last) in enumerate(facts["shards"][split]):
             name = shard_name(split, number)
             path = next((folder / name for folder in folders if (folder / name).exists()), None)
             if path is None:
                 raise ValueError(_incomplete(folders, facts))
             file, told = _opened(path, self.key)
-            counts = file.get_tensor("counts")
-            if len(counts) != last - first or file.get_slice("ids").get_shape()[0] != counts.sum():
-                raise _damaged(path, "its parts do not agree")
-            self.files.append((path, file, {name: file.get_slice(name) for name in told["sha256"] if name != "counts"}))
+            for kind in self.kinds:
+                counts = file.get_tensor(f"{kind}counts")
+                if len(counts) != last - first or file.get_slice(f"{kind}ids").get_shape()[0] != counts.sum():
+                    raise _damaged(path, "its parts do not agree")
+                self.start_of[kind].append(np.cumsum(counts) - counts)
+                self.counts[kind].append(counts)
+            wanted = [name for name in told["sha256"] if not name.endswith("counts")]
+            self.files.append((path, file, {name: file.get_slice(name) for name in wanted}))
             self.unread[number] = told["sha256"]
             self.more.append(told["more"])
-            self.shard_of.append(np.full(len(counts), number))
-            self.start_of.append(np.cumsum(counts) - counts)
-            self.counts.append(counts)
-        self.shard_of, self.start_of, self.counts = map(np.concatenate, (self.shard_of, self.start_of, self.counts))
+            self.shard_of.append(np.full(last - first, number))
+        self.shard_of = np.concatenate(self.shard_of)
+        for kind in self.kinds:
+            self.start_of[kind], self.counts[kind] = map(np.concatenate, (self.start_of[kind], self.counts[kind]))
 
     def window(self, place):
         """`{name: array}` of the positions of a window."""
@@ -221,13 +225,21 @@ class Shards:
         for name, told in self.unread.pop(number, {}).items():  # once, as it is first read
             if _hash(file.get_tensor(name)) != told:
                 raise _damaged(path, f"its {name} were changed after they were written")
-        count = int(self.counts[place])
-        start = int(self.start_of[place]) if count else 0  # a slice may not begin behind the last position
-        found = {name: part[start : start + count] for name, part in slices.items()}
-        found["log_probs"] = found["log_probs"].astype(np.float32)
-        sums = np.log(np.exp(found["log_probs"]).sum(axis=1, keepdims=True))
-        found["log_probs"] -= sums  # rounded numbers are a distribution again
+        found = {}
+        for name, part in slices.items():
+            kind = next((each for each in INSIDE if name.startswith(each)), "")
+            count = int(self.counts[kind][place])
+            start = int(self.start_of[kind][place]) if count else 0  # a slice may not begin behind the last position
+            found[name] = part[start : start + count]
+        for kind in self.kinds:
+            found[f"{kind}log_probs"] = _distributions(found[f"{kind}log_probs"].astype(np.float32))
         return found
+
+
+def _distributions(log_probs):
+    """Rounded numbers as distributions again, but for those that stand for nothing said."""
+    sums = np.exp(log_probs).sum(axis=1, keepdims=True)
+    return log_probs - np.log(sums, where=sums > 0.5, out=np.zeros_like(sums))
 
 
 class CachedTeacher:
@@ -272,17 +284,22 @@ class CachedTeacher:
                     f"the teacher cache is of another run: {identity.NAMES[name]} ({held}, here {ours}); write a new one"
                 )
 
-    def __call__(self, batch, taps=models.Taps(), spans=False):  # noqa: B008 - frozen
+    def __call__(self, batch, taps=models.Taps(), spans=False, inner=False):  # noqa: B008 - frozen
         assert taps == models.Taps()
         found = [self.shards.window(place) for place in batch.places]
-        counts = tuple(len(each["ids"]) for each in found)
-        assert counts == tuple(batch.rows_by_window)
-        joined = {name: torch.from_numpy(np.concatenate([each[name] for each in found])) for name in found[0]}
+        assert tuple(len(each["ids"]) for each in found) == tuple(batch.rows_by_window)
         device = batch.student_ids.device
-        ids, best = (joined[name].to(device).long() if name in joined else None for name in ("ids", "best"))
-        top = TopTokens(ids, joined["log_probs"].to(device), best)
-        hidden = joined["hidden"].to(device).float() if "hidden" in joined else None
-        return TeacherSignal(hidden, joined["spans"].to(device) if spans else None, top)
+        joined = {
+            name: torch.from_numpy(np.concatenate([each[name] for each in found])).to(device) for name in found[0]
+        }
+        top = TopTokens(joined["ids"].long(), joined["log_probs"], joined["best"].long() if "best" in joined else None)
+        hidden = joined["hidden"].float() if "hidden" in joined else None
+        said = (
+            tuple(TopTokens(joined[f"{kind}ids"].long(), joined[f"{kind}log_probs"]) for kind in INSIDE)
+            if inner
+            else None
+        )
+        return TeacherSignal(hidden, joined["spans"] if spans else None, top, said=said)
 
 
 def _hash(array):

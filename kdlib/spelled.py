@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kdlib import data, losses, vocab
+from kdlib.teacher import TopTokens
 
 END = -1
 """Stands for a token that ends where another could follow."""
@@ -20,6 +21,8 @@ LEAST = 1e-6
 """Probability that all else, and the end of a teacher's token, have at least: float32 tells no less from a sum, and what
 ends nowhere in the vocabulary may still be said in another way.
 """
+NONE = -68.0
+"""A log-probability that stands for none: `losses.EMPTY`, rounded to float16, lies below."""
 
 
 def buckets_of(pair, kd_method):
@@ -41,10 +44,14 @@ def tries_of(pair):
     if "tries" not in pair.buckets:
         sides = (pair.student_reader, pair.head), (pair.teacher.reader, pair.teacher.head)
         pair.buckets["tries"] = tuple(
-            Trie.of(data.spellings(reader, whole.vocabulary.tokens), student, whole_head.columns, head.columns)
+            Trie.of(data.spellings(reader, whole.vocabulary.tokens), student, *map(_columns_of, (whole_head, head)))
             for student, ((reader, head), (whole, whole_head)) in (("pieces", sides), ("wholes", sides[::-1]))
         )
     return pair.buckets["tries"]
+
+
+def _columns_of(head):
+    return head.columns if head else lambda ids: ids  # a cached teacher is asked by places, and has none
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,40 +136,110 @@ class Trie:
         position itself; rows and `nodes` `[P]` are arrays. The wholes' probabilities, given what was read, are summed by
         outcome; all else that the pieces' side says stands against the wholes that end here, or is left out.
         """
-        given, said = wholes[0], pieces[0]
-        places, outcomes, end_of = self._indices(wholes[1], pieces[1], nodes, given.device)
-        (row, column, place), (at, named, owner), num = places, outcomes, len(nodes)
-        told = said[at, named]
-        sums = told.new_zeros(num).index_add(0, owner, told.exp())
-        told = torch.cat([told, (1.0 - sums[end_of]).clamp_min(LEAST).log()])
-        owner = torch.cat([owner, end_of])
-        mass = given.new_zeros(len(owner)).index_add(0, place, given[row, column].exp())
-        whole = mass.new_zeros(num).index_add(0, owner, mass)
-        mass = (mass + losses.EMPTY).log() - (whole + losses.EMPTY).log()[owner]
-        if self.student == "pieces":
-            mass[len(at) :].clamp_(min=math.log(LEAST))  # the teacher's: without a gradient
-        else:
-            told = told - (sums.index_fill(0, end_of, 1.0) + losses.EMPTY).log()[owner]
-        if temperature != 1.0:
-            mass, told = (losses.log_probs_by(each, owner, num, temperature) for each in (mass, told))
+        places = Places.of(self, nodes, wholes[0].device)
+        mass, is_said = self._of_wholes(*wholes, places)
+        told = self._of_pieces(*pieces, places)
         ours, theirs = (told, mass) if self.student == "pieces" else (mass, told)
+        ours, theirs = (places.softened(each, temperature) for each in (ours, theirs))
         values = losses.distillation(ours[:, None], theirs[:, None], divergence, temperature)  # sums over outcomes
-        return torch.where(whole > losses.EMPTY, values.new_zeros(num).index_add(0, owner, values), 0.0)
+        return torch.where(is_said, values.new_zeros(len(nodes)).index_add(0, places.owner, values), 0.0)
 
-    def _indices(self, whole_rows, piece_rows, nodes, device):
-        """`((row, column, place among the outcomes), (row, column, which of the nodes), which of the nodes have an end)`,
-        flat: of the wholes under some nodes and of their outcomes; ends come behind all outcomes.
+    def shortlist(self, log_probs, rows, nodes, k, temperature=1.0):
+        """What a teacher says next at P positions, in short: `TopTokens` of its `k` likeliest outcomes, as places among
+        those of the node, and a tail. `log_probs` `[N, U]` are the teacher's and `rows` `[P]`, `nodes` `[P]` arrays as in
+        `divergence`. A place without an outcome has a probability of `losses.EMPTY`, and so has all where nothing is said.
         """
-        owner, entries = _flat(self.begins, nodes)
-        outcomes = piece_rows[owner], self.outcomes[entries], owner
-        starts, end_of = np.searchsorted(owner, np.arange(len(nodes))), np.flatnonzero(self.ends[nodes])
-        behind = len(owner) + np.cumsum(self.ends[nodes]) - 1
-        owner, entries = _flat(self.firsts, nodes)
-        place = self.places[entries]
-        place = np.where(place == END, behind[owner], starts[owner] + place)
-        places = whole_rows[owner], self.columns[entries], place
-        move = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
-        return tuple(map(move, places)), tuple(map(move, outcomes)), move(end_of)
+        places = Places.of(self, nodes, log_probs.device)
+        told, is_said = self._said(log_probs, rows, places, self.student == "wholes")
+        told, num = places.softened(told, temperature), places.num_outcomes
+        sizes = self.begins[nodes + 1] - self.begins[nodes]
+        every = told.new_full((len(nodes), max(k, sizes.max(initial=0))), math.log(losses.EMPTY))
+        owner = places.owner[:num]
+        every[owner, torch.arange(num, device=told.device) - places.starts[owner]] = told[:num]
+        kept = every.topk(k, dim=1)
+        rest = every.exp().scatter(1, kept.indices, 0.0).sum(dim=1).index_add(0, places.owner[num:], told[num:].exp())
+        short = torch.cat([kept.values, (rest + losses.EMPTY).log()[:, None]], dim=1)
+        return TopTokens(kept.indices, short.where(is_said[:, None], math.log(losses.EMPTY)))
+
+    def divergence_from(self, said, log_probs, rows, nodes, divergence="forward_kl", temperature=1.0):
+        """`divergence` over the outcomes of a `shortlist`, `said`, and one for all else; `log_probs` `[N, V]` are the
+        student's and `rows` `[P]` an array. A teacher's places with nearly no probability are left to the tail.
+        """
+        places = Places.of(self, nodes, log_probs.device)
+        told, is_said = self._said(log_probs, rows, places, self.student == "pieces")
+        told = places.softened(told, temperature)
+        named = said.log_probs[:, :-1] > NONE
+        at = torch.where(named, places.starts[:, None] + said.ids, 0)
+        kept = torch.where(named, told[at], math.log(losses.EMPTY))
+        others = torch.ones_like(told, dtype=torch.bool).index_fill(0, at[named], False)
+        rest = told.new_zeros(len(nodes)).index_add(0, places.owner[others], told[others].exp())
+        ours = torch.cat([kept, (rest + losses.EMPTY).log()[:, None]], dim=1)
+        values = losses.distillation(ours, said.log_probs, divergence, temperature)
+        return torch.where(is_said & (said.log_probs > NONE).any(dim=1), values, 0.0)
+
+    def _said(self, log_probs, rows, places, by_pieces):
+        """`(told, is_said)` of one side: what it says of each outcome, and where it says anything."""
+        if by_pieces:
+            return self._of_pieces(log_probs, rows, places), torch.ones_like(places.starts, dtype=torch.bool)
+        return self._of_wholes(log_probs, rows, places)
+
+    def _of_wholes(self, given, rows, places):
+        """`(log-probabilities of the outcomes and ends, given what was read; whether the wholes give it anything [P])`."""
+        owner, entries = _flat(self.firsts, places.nodes)
+        place, behind = self.places[entries], places.num_outcomes + np.cumsum(self.ends[places.nodes]) - 1
+        place = np.where(place == END, behind[owner], places.arrays[1][owner] + place)
+        row, column, place = _moved((rows[owner], self.columns[entries], place), given.device)
+        mass = given.new_zeros(len(places.owner)).index_add(0, place, given[row, column].exp())
+        whole = mass.new_zeros(len(places.nodes)).index_add(0, places.owner, mass)
+        mass = (mass + losses.EMPTY).log() - (whole + losses.EMPTY).log()[places.owner]
+        if self.student == "pieces":
+            mass[places.num_outcomes :].clamp_(min=math.log(LEAST))  # the teacher's: without a gradient
+        return mass, whole > losses.EMPTY
+
+    def _of_pieces(self, said, rows, places):
+        """Log-probabilities of the outcomes and ends, `[F]`."""
+        num, owner = places.num_outcomes, places.owner
+        row, column = _moved((rows[places.arrays[0][:num]], self.outcomes[places.entries]), said.device)
+        told = said[row, column]
+        sums = told.new_zeros(len(places.nodes)).index_add(0, owner[:num], told.exp())
+        ends = owner[num:]
+        told = torch.cat([told, (1.0 - sums[ends]).clamp_min(LEAST).log()])
+        if self.student == "wholes":
+            told = told - (sums.index_fill(0, ends, 1.0) + losses.EMPTY).log()[owner]
+        return told
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Places:
+    """The outcomes of P `nodes`, one behind the other, and behind all of them an end for each node that has one: `owner`
+    `[F]` says whose each is, `starts` `[P]` where those of a node begin, `entries` which outcomes of the trie they are;
+    arrays, the first two as tensors too.
+    """
+
+    nodes: np.ndarray
+    entries: np.ndarray
+    arrays: tuple
+    owner: torch.Tensor
+    starts: torch.Tensor
+
+    @property
+    def num_outcomes(self):
+        return len(self.entries)
+
+    @classmethod
+    def of(cls, trie, nodes, device):
+        owner, entries = _flat(trie.begins, nodes)
+        sizes = trie.begins[nodes + 1] - trie.begins[nodes]
+        arrays = np.append(owner, np.flatnonzero(trie.ends[nodes])), np.cumsum(sizes) - sizes
+        return cls(nodes, entries, arrays, *_moved(arrays, device))
+
+    def softened(self, logs, temperature):
+        """The distributions at a temperature."""
+        return logs if temperature == 1.0 else losses.log_probs_by(logs, self.owner, len(self.nodes), temperature)
+
+
+def _moved(arrays, device):
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
 
 
 def _flat(starts, nodes):
@@ -170,69 +247,3 @@ def _flat(starts, nodes):
     sizes = starts[nodes + 1] - starts[nodes]
     owner = np.repeat(np.arange(len(nodes)), sizes)
     return owner, np.arange(len(owner)) + np.repeat(starts[nodes] + sizes - np.cumsum(sizes), sizes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inside:
-    """What lies inside tokens of the other side in a block of rows: `at` the student's rows inside a teacher's token, and
-    `logits` `[k, U]` of the teacher's positions inside a student's token; with the known row that starts its span, `span_of`
-    and `inner_span_of`, and its `nodes` and `inner_nodes` of the tries. All but `logits` are arrays.
-    """
-
-    at: np.ndarray
-    span_of: np.ndarray
-    nodes: np.ndarray
-    logits: torch.Tensor
-    inner_span_of: np.ndarray
-    inner_nodes: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Walk:
-    """Where the positions of a micro-batch lie inside tokens of the other side, N spans, as arrays: of the student's
-    `positions` (flat) their spans and `nodes`; of the teacher's positions inside a student's token, span by span, their
-    places `inner` in `Batch.inner_rows`, their spans and nodes; `more` `[N]`: how many a span has of these.
-    """
-
-    positions: np.ndarray
-    span_of: np.ndarray
-    nodes: np.ndarray
-    inner: np.ndarray
-    inner_span_of: np.ndarray
-    inner_nodes: np.ndarray
-    more: np.ndarray
-
-    @classmethod
-    def of(cls, tries, batch):
-        """The walk of a `Batch` through both `tries` (`tries_of`)."""
-        whole = tries[0].walk(*batch.spans_of("student"))
-        labels, firsts, stops = batch.spans_of("teacher")
-        at, spans, nodes = tries[1].walk(labels, firsts, stops)
-        sizes = np.maximum(stops - firsts - 1, 0)
-        inner = at - firsts[spans] - 1 + (np.cumsum(sizes) - sizes)[spans]
-        return cls(*whole, inner, spans, nodes, np.bincount(spans, minlength=len(firsts)))
-
-    def taken(self, chunks):
-        """Which of a signal's states `[hidden; inner]` the blocks of `fused.lay_out` are compared with, in their order."""
-        blocks = [block for chunk in chunks for block in chunk]
-        pieces = [(np.arange(b.known.start, b.known.stop), len(self.more) + self.inner[b.more]) for b in blocks]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(piece for both in pieces for piece in both)])
-
-    def in_order(self, order):
-        """The same with `positions` as places in the flat positions `order`, in their order."""
-        place = np.full(1 + max(order.max(initial=0), self.positions.max(initial=0)), -1)
-        place[order] = np.arange(len(order))
-        places = place[self.positions]
-        by_place = np.argsort(places)
-        mine = {"positions": places[by_place], "span_of": self.span_of[by_place], "nodes": self.nodes[by_place]}
-        return dataclasses.replace(self, **mine)
-
-    def split(self, other, block):
-        """A block's `Inside`, and the logits that its known rows are compared with, from `other`, which holds both. After
-        `in_order`.
-        """
-        num, known = block.known.stop - block.known.start, block.known.start
-        mine = slice(*np.searchsorted(self.positions, [block.rows.start, block.rows.stop]))
-        ours = self.positions[mine] - block.rows.start, self.span_of[mine] - known, self.nodes[mine]
-        theirs = self.inner_span_of[block.more] - known, self.inner_nodes[block.more]
-        return Inside(*ours, other[num:], *theirs), other[:num]

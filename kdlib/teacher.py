@@ -23,6 +23,12 @@ class TopTokens:
         """The same of some of the positions (a slice, or indices)."""
         return TopTokens(self.ids[part], self.log_probs[part], None if self.best is None else self.best[part])
 
+    @classmethod
+    def joined(cls, parts):
+        """Several, one behind the other."""
+        every = [[getattr(part, name) for part in parts] for name in ("ids", "log_probs", "best")]
+        return cls(*(None if each[0] is None else torch.cat(each) for each in every))
+
     def to(self, device):
         return _copied(self, lambda tensor: tensor.to(device))
 
@@ -41,7 +47,8 @@ class TeacherSignal:
     `hidden` `[N, Dt]`: last hidden states (None where a cache holds none); `spans` `[N]`: log-likelihood of the text of the
     span that starts there, in nats, 0 where none does (None where nobody asked); `top`: `TopTokens`, where these are all
     that is known of the distribution; `layers`, `maps`, `vectors`: as in `models.Features`; `inner` `[M, Dt]`: last hidden
-    states at `Batch.inner_rows` (None where nobody asked).
+    states at `Batch.inner_rows` (None where nobody asked); `said`: from a cache, what the teacher said inside tokens, as
+    `spelled.Walk.shortlists` gives it (None where nobody asked).
     """
 
     hidden: torch.Tensor | None
@@ -51,6 +58,7 @@ class TeacherSignal:
     maps: tuple = ()
     vectors: tuple = ()
     inner: torch.Tensor | None = None
+    said: tuple | None = None
 
     def rows(self, part):
         """Hidden states, spans and top tokens of some of the positions (a slice, or indices)."""
@@ -155,9 +163,7 @@ class Teacher:
         told = losses.span_log_probs(torch.cat(nats)[torch.searchsorted(rows, inside)], span_of, len(lengths))
         if not shortlist or not tops:
             return told, shortlist and shortlist.of(last.new_zeros(0, self.head.num_rows))
-        order = torch.searchsorted(rows[is_asked], asked)
-        found = [torch.cat([getattr(top, name) for top in tops])[order] for name in ("ids", "log_probs", "best")]
-        return told, TopTokens(*found)
+        return told, TopTokens.joined(tops).rows(torch.searchsorted(rows[is_asked], asked))
 
 
 def _copied(found, copy):

@@ -1,6 +1,7 @@
 """A teacher that has spoken before says the same: what is on the disk, who may read it, and what a kill leaves."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 from families import byte_level, tiny_model
 from processes import CONTEXT
 
-from kdlib import batching, cache, cli, inputs, losses, models, records, session, signals, tiny
+from kdlib import batching, cache, cli, inputs, losses, models, records, session, signals, tiny, walk
 from kdlib.config import Config
 from kdlib.teacher import TopTokens
 
@@ -48,13 +49,17 @@ def caches(pair, tmp_path_factory):
         "vocab": {"kd_method": "shared_vocab", "kd_temperature": 2.0},
         "all": {"kd_top_k": 10**6},
         "soft": {"kd_top_k": 10**6, "kd_temperature": 2.0},
+        "inside": {"kd_method": "inside_tokens"},
+        "inside all": {"kd_method": "inside_tokens", "kd_top_k": 10**6},
+        "inside soft": {"kd_method": "inside_tokens", "kd_top_k": 10**6, "kd_temperature": 2.0},
     }
-    before, signals.SHARD_POSITIONS = signals.SHARD_POSITIONS, SMALL
-    made = {}
+    before = signals.SHARD_POSITIONS, signals.INSIDE_K
+    made, signals.SHARD_POSITIONS = {}, SMALL
     for name, changes in kinds.items():
         made[name] = {**base, **changes}, folder / name
+        signals.INSIDE_K = 4 if name == "inside" else 10**6
         written(*made[name])
-    signals.SHARD_POSITIONS = before
+    signals.SHARD_POSITIONS, signals.INSIDE_K = before
     return made
 
 
@@ -85,6 +90,13 @@ def objective_of(loaded, config):
 
 def counts_of(batch):
     return {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+
+
+def said_inside(live, config, batch, k):
+    """What a live teacher says inside tokens, in short; and its signal."""
+    walked, teacher = walk.Walk.of(inputs.tries_of(live.pair), batch), live.pair.teacher
+    signal = teacher(batch, shortlist=shortlist_of(live, config), inner=True)
+    return walked.shortlists(inputs.tries_of(live.pair), signal, teacher.near.decode, k, config.kd_temperature), signal
 
 
 def parts_and_gradient(loaded, config, batch, signal):
@@ -144,6 +156,27 @@ def test_what_is_read_is_what_the_teacher_says_to_the_stated_rounding(loaded, na
         assert same > 0.99  # equals may change places
 
 
+@pytest.mark.parametrize("name", ["inside", "inside all", "inside soft"])
+def test_what_is_read_inside_tokens_is_what_the_teacher_says(loaded, name):
+    config, live, cached = loaded[name]
+    seen = [0, 0]
+    for first in range(0, len(live.train), 5):
+        batch = batching.collate(live.train[first : first + 5], *live.pair.pads)
+        read = cached.pair.teacher(batch, inner=True).said
+        for kind, (ours, theirs) in enumerate(
+            zip(said_inside(live, config, batch, read[0].ids.shape[1])[0], read, strict=True)
+        ):
+            there = ours.log_probs > -60.0
+            torch.testing.assert_close(theirs.log_probs[there], ours.log_probs[there], rtol=2 * HALF, atol=2e-3)
+            assert (theirs.log_probs[~there] < -60.0).all()
+            torch.testing.assert_close(theirs.log_probs.exp().sum(dim=-1), torch.ones(len(ours.ids)))
+            assert (theirs.ids == ours.ids)[there[:, :-1]].float().mean() > 0.99
+            seen[kind] += len(ours.ids)
+    assert min(seen) > 100
+    assert cached.pair.teacher(batch).said is None
+    assert read[0].ids.shape[1] == (4 if name == "inside" else len(live.pair.shared))
+
+
 def test_windows_are_found_in_any_order_and_from_any_shard(loaded):
     _, live, cached = loaded["prefix"]
     assert len(cached.pair.teacher.shards.files) > 3
@@ -157,7 +190,8 @@ def test_windows_are_found_in_any_order_and_from_any_shard(loaded):
 
 WAYS = [
     ("all", {}), ("soft", {}), ("prefix", {"kd_method": "chunk_likelihood"}), ("prefix", {"kd_method": "projector"}),
-    ("all", {"kd_divergence": "jsd"}), ("all", {"kd_method": "none"}),
+    ("all", {"kd_divergence": "jsd"}), ("all", {"kd_method": "none"}), ("inside all", {}),
+    ("inside soft", {"kd_divergence": "jsd"}), ("inside all", {"kd_method": "shared_prefix"}),
 ]  # fmt: skip
 
 
@@ -166,9 +200,9 @@ def test_the_loss_from_the_cache_is_the_live_one_to_the_stated_rounding(loaded, 
     """Where the cache holds every token; the live teacher is asked as always."""
     config, live, cached = loaded[name]
     config, batch = config.replace(**changes, kd_top_k=0), batch_of(live)
-    spans = config.kd_method == "chunk_likelihood"
+    wanted = {"spans": config.kd_method == "chunk_likelihood", "inner": config.kd_method == "inside_tokens"}
     here, there = (
-        parts_and_gradient(each, config, batch, each.pair.teacher(batch, spans=spans)) for each in (live, cached)
+        parts_and_gradient(each, config, batch, each.pair.teacher(batch, **wanted)) for each in (live, cached)
     )
     for part, value in here[0].items():
         assert there[0][part] == pytest.approx(value, rel=4 * HALF, abs=1e-5), part
@@ -188,6 +222,23 @@ def test_a_cut_loss_is_the_live_one_over_the_same_tokens(loaded, k):
     whole = parts_and_gradient(live, config.replace(kd_top_k=0), batch, live.pair.teacher(batch))
     assert there[0]["kd"] < whole[0]["kd"]  # fewer outcomes: a lower bound
     assert there[0]["kd_covered"] == pytest.approx(float(1.0 - told.top.log_probs[:, -1].exp().mean()), rel=1e-2)
+
+
+def test_a_cut_loss_inside_tokens_is_the_live_one_over_the_same_outcomes(loaded):
+    config, live, cached = loaded["inside"]
+    batch = batch_of(live)
+    whole = parts_and_gradient(live, config, batch, live.pair.teacher(batch, inner=True))
+    found = []
+    for k in (0, 2):
+        config = config.replace(kd_top_k=k)
+        said, signal = said_inside(live, config, batch, k or 4)
+        here = parts_and_gradient(live, config, batch, dataclasses.replace(signal, said=said))
+        there = parts_and_gradient(cached, config, batch, cached.pair.teacher(batch, inner=True))
+        assert there[0]["kd"] == pytest.approx(here[0]["kd"], rel=4 * HALF)
+        assert there[0]["kd_positions"] == pytest.approx(whole[0]["kd_positions"], rel=1e-6)
+        assert float((there[1] - here[1]).norm()) < 8 * HALF * float(here[1].norm())
+        found.append(there[0]["kd"])
+    assert found[1] < found[0] < whole[0]["kd"]  # fewer outcomes: a lower bound
 
 
 def test_a_cut_divergence_is_zero_at_equality_and_written_out():
@@ -255,16 +306,19 @@ def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_
     assert ends[0] == ends[1]
 
 
-def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches):
-    settings = {"kd_top_k": 64, "hidden": False}
+def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches, monkeypatch):
+    settings = {"kd_top_k": 64, "inside_k": 0, "hidden": False}
     assert signals.bytes_a_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
     assert signals.bytes_a_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
-    values, folder = caches["vocab"]
-    plan = next(cache.write(Config.from_dict(values), folder))
-    on_disk = sum(path.stat().st_size for path in folder.glob("train-*.safetensors"))
-    train = signals.CachedTeacher([folder]).shards.counts.sum()
-    assert on_disk == pytest.approx(train * plan["bytes_a_position"], rel=0.05)
-    assert plan["missing"] == 0
+    assert signals.bytes_a_position({**settings, "inside_k": 16}, 49_152, 1024, 0.5) == 262 + 0.5 * (16 * 2 + 17 * 2)
+    for name, rel in (("vocab", 0.05), ("inside all", 0.15)):  # this one's sample is small
+        values, folder = caches[name]
+        monkeypatch.setattr(signals, "INSIDE_K", 10**6)
+        plan = next(cache.write(Config.from_dict(values), folder))
+        on_disk = sum(path.stat().st_size for path in folder.glob("train-*.safetensors"))
+        train = signals.CachedTeacher([folder]).shards.counts[""].sum()
+        assert on_disk == pytest.approx(train * plan["bytes_a_position"], rel=rel)
+        assert plan["missing"] == 0
 
 
 def test_a_long_text_has_larger_shards_not_more_of_them(caches, monkeypatch):
@@ -359,8 +413,9 @@ def test_a_session_ends_before_its_time_is_up(caches, tmp_path):
     assert left[0] > left[-1] or len(left) == 1
 
 
-def test_several_writers_make_what_one_makes(caches, tmp_path):
-    settings, folder = caches["prefix"]
+def test_several_writers_make_what_one_makes(caches, tmp_path, monkeypatch):
+    settings, folder = caches["inside"]
+    monkeypatch.setattr(signals, "INSIDE_K", 4)
     parts = [tmp_path / name for name in ("a", "b", "c")]
     ends = [written(settings, part, writer=(i, 3))[-1] for i, part in enumerate(parts)]
     assert all(end["missing"] > 0 for end in ends)
@@ -369,9 +424,10 @@ def test_several_writers_make_what_one_makes(caches, tmp_path):
     with pytest.raises(ValueError, match=r"not complete: \d+ of \d+ shards are missing"):
         signals.CachedTeacher(parts[:2])
     teacher = signals.CachedTeacher(parts)
-    assert torch.equal(
-        torch.from_numpy(teacher.shards.counts), torch.from_numpy(signals.CachedTeacher([folder]).shards.counts)
-    )
+    one = signals.CachedTeacher([folder]).shards.counts
+    assert {kind: each.tolist() for kind, each in teacher.shards.counts.items()} == {
+        kind: each.tolist() for kind, each in one.items()
+    }
     assert written(settings, tmp_path / "whole", others=parts)[-1]["missing"] == 0
     assert files_of(tmp_path / "whole") == files_of(folder)
     together = tmp_path / "together"
@@ -386,6 +442,7 @@ def test_several_writers_make_what_one_makes(caches, tmp_path):
         ("prefix", {"layerwise_weight": 0.1}, "layerwise reads inside the teacher"),
         ("prefix", {"kd_top_k": 65}, "holds 64 tokens a position, kd_top_k is 65; lower it"),
         ("prefix", {"kd_method": "shared_vocab"}, "written for kd_method shared_prefix, this run has shared_vocab"),
+        ("prefix", {"kd_method": "inside_tokens"}, "written for kd_method shared_prefix, this run has inside_tokens"),
         ("prefix", {"kd_temperature": 2.0}, "written for kd_temperature 1.0, this run has 2.0"),
         ("prefix", {"max_length": 40}, "written for max_length 48, this run has 40"),
         ("prefix", {"eval_tokens": 200}, "written for eval_tokens 300"),
@@ -416,16 +473,22 @@ def test_what_a_cache_can_not_serve_is_refused_in_one_line(caches, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "changes", [{"kd_top_k": 8}, {"kd_method": "chunk_likelihood", "kd_temperature": 5.0}, {"kd_method": "projector"},
-                {"batch_size": 5, "learning_rate": 0.1, "seed": 3, "kd_divergence": "reverse_kl"}]
+    ("name", "changes"), [
+        ("prefix", {"kd_top_k": 8}), ("prefix", {"kd_method": "chunk_likelihood", "kd_temperature": 5.0}),
+        ("prefix", {"kd_method": "projector"}),
+        ("prefix", {"batch_size": 5, "learning_rate": 0.1, "seed": 3, "kd_divergence": "reverse_kl"}),
+        ("inside", {"grad_accumulation": 2}), ("inside", {"kd_method": "shared_prefix"}),
+    ]
 )  # fmt: skip
-def test_what_a_cache_can_serve_is_served(caches, tmp_path, changes):
-    settings, folder = caches["prefix"]
+def test_what_a_cache_can_serve_is_served(caches, tmp_path, name, changes):
+    settings, folder = caches[name]
     tokenizer = models.load_tokenizer(settings["student"], "student")
     tiny.save(tiny_model(tokenizer, 24), tokenizer, tmp_path / "wider")  # another student with the same tokenizer
     changes = {"teacher": "", "student": str(tmp_path / "wider"), "teacher_cache": str(folder), **changes}
     found = list(session.distill(Config.from_dict({**settings, **changes}), tmp_path / "out"))
     assert found[-1]["kind"] == "verdict"
+    inside = {"kd_positions"} & {name for record in found for name in record.get("figures", ())}
+    assert bool(inside) == ({**settings, **changes}.get("kd_method") == "inside_tokens")
 
 
 def damaged(folder, what):
@@ -456,7 +519,7 @@ def test_a_damaged_shard_is_named(caches, tmp_path, what):
     damaged(tmp_path / "copy", what)
     with pytest.raises(ValueError, match=r"train-00001.safetensors of the teacher cache is damaged"):
         teacher = signals.CachedTeacher([tmp_path / "copy"])
-        for place in range(len(teacher.shards.counts)):
+        for place in range(len(teacher.shards.counts[""])):
             teacher.shards.window(place)
 
 
@@ -508,10 +571,10 @@ def test_where_memory_runs_out_the_batch_is_halved(caches, tmp_path, monkeypatch
     settings, folder = caches["prefix"]
     ask = cache.Pass._ask
 
-    def short_of_memory(self, windows, wanted):
+    def short_of_memory(self, *asked):
         if self.batch_size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return ask(self, windows, wanted)
+        return ask(self, *asked)
 
     monkeypatch.setattr(cache.Pass, "_ask", short_of_memory)
     assert written(settings, tmp_path / "out")[-1]["missing"] == 0

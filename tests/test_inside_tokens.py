@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-import types
+import math
 
 import accelerate
 import numpy as np
@@ -11,11 +11,10 @@ import pytest
 import torch
 from families import FAMILIES, LOSSLESS, reader, tiny_model
 
-from benchmarks import inside, methods
-from benchmarks.spelled import Spelled
-from kdlib import batching, budget, cache, data, doctor, inputs, session, spelled, tiny, train
+from kdlib import batching, budget, data, doctor, inputs, session, signals, spelled, tiny, train, walk
 from kdlib.config import Config
 from kdlib.corpus import Document
+from kdlib.teacher import TopTokens
 
 PAIRS = [("unigram", "byte_level"), ("byte_level", "sentencepiece_bpe"), ("unigram_nfkc", "byte_level_lower")]
 SPELLINGS = [(1,), (1, 2), (1, 2, 3), (1, 4), (5,), (), (1, 2, 1), (6, 1), (6, 2), (1, 2, 3, 3)]
@@ -263,24 +262,12 @@ def test_neither_chunks_nor_micro_batches_change_value_or_gradient(plain, change
     assert_close(sums, expected[2])
 
 
-def test_is_what_the_study_measured(plain):
-    """`benchmarks.spelled`, whole logits and lists of nodes."""
+def test_a_teachers_token_is_spelled_as_the_student_reads_it_in_a_text(plain):
     _, loaded = plain
-    batch = batching.collate(loaded.train[:4], *loaded.pair.pads)
-    objective, teacher = methods.rival(Spelled)(
-        types.SimpleNamespace(inputs=loaded, kept={}), Config(), loaded.pair.student
-    )
-    loss, values, _ = objective(batch, teacher(batch), counts_of(batch), objective.weights())
-    ours, found, _ = told(loaded, made(loaded), batch)
-    assert ours == pytest.approx(loss.item(), rel=1e-5)
-    assert found["kd"] == pytest.approx(values["kd"].item(), rel=1e-5)
-    readers = loaded.pair.student_reader, loaded.pair.teacher.reader
-    for one, other in itertools.permutations(readers):
-        spellings = data.spellings(one, other.vocabulary.tokens)
-        assert spellings == inside.spelled(one, other.vocabulary.tokens)
-        nodes, trie = inside.trie(spellings), spelled.Trie.of(spellings, "pieces")
-        assert len(nodes) == len(trie.nodes)
-        assert all(node_of(trie, read) for read in nodes)
+    reader, tokens = loaded.pair.student_reader, loaded.pair.teacher.reader.vocabulary.tokens
+    spellings, first = data.spellings(reader, tokens), data.first_tokens(reader, tokens)
+    assert sum(map(bool, spellings)) > 0.4 * len(tokens)
+    assert all(ids[0] == begin for ids, begin in zip(spellings, first.tolist(), strict=True) if ids and begin >= 0)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -308,7 +295,7 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
     windows = data.cut_windows(document, *(data.encode(document, each) for each in (ours, theirs)), ours, theirs, 400)
     batch = batching.collate(windows)
     changed = set(b"TQUICKBROWNFXHE")
-    walk, seen = spelled.Walk.of(tries, batch), 0
+    walked, seen = walk.Walk.of(tries, batch), 0
     for side, used in (("student", ours), ("teacher", theirs)):
         labels, firsts, stops = batch.spans_of(side)
         for first, stop in zip(firsts, stops, strict=True):
@@ -316,9 +303,9 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
             assert not set(said) & changed
             assert said in document.text.encode()
             if side == "student":
-                seen += int(np.isin(np.arange(first + 1, stop), walk.positions).sum())
-    assert seen == len(walk.positions)
-    assert seen + len(walk.inner) > 0
+                seen += int(np.isin(np.arange(first + 1, stop), walked.positions).sum())
+    assert seen == len(walked.positions)
+    assert seen + len(walked.inner) > 0
 
 
 def test_half_precision_is_finite_and_near(plain):
@@ -334,34 +321,72 @@ def test_half_precision_is_finite_and_near(plain):
 
 def test_nothing_is_asked_or_walked_where_kd_is_off(plain, monkeypatch):
     _, loaded = plain
-    assert "inner" not in made(loaded, kd_weight=0.0, layerwise_weight=0.1).wants({"lm": 1.0})
+    assert made(loaded, kd_weight=0.0, layerwise_weight=0.1).wants({"lm": 1.0})["inner"] is False
     assert made(loaded).wants({"lm": 1.0, "kd": 1.0})["inner"] is True
-    monkeypatch.setattr(spelled.Walk, "of", lambda *_: pytest.fail("walked"))
+    monkeypatch.setattr(walk.Walk, "of", lambda *_: pytest.fail("walked"))
     objective = made(loaded, kd_weight=0.0, layerwise_weight=0.1)
     _, found, _ = told(loaded, objective, batching.collate(loaded.train[:2], *loaded.pair.pads))
     assert set(found) == {"lm", "layerwise"}
 
 
-def test_cut_distributions_are_refused():
-    with pytest.raises(ValueError, match="kd_method inside_tokens needs them whole"):
-        Config(kd_method="inside_tokens", kd_top_k=8)
+@pytest.mark.parametrize("student", ["pieces", "wholes"])
+@pytest.mark.parametrize("k", [1, 2, 9])
+@pytest.mark.parametrize("how", [("forward_kl", 1.0), ("jsd", 2.0)], ids=lambda how: f"{how[0]} {how[1]}")
+def test_what_a_teacher_says_in_short_is_the_oracles_in_float64(student, k, how):
+    """The likeliest outcomes and all else; then the divergence over these, value and gradient."""
+    generator = torch.Generator().manual_seed(3)
+    wholes = torch.randn(3, len(SPELLINGS), generator=generator, dtype=torch.float64, requires_grad=True)
+    pieces = torch.randn(4, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    trie = spelled.Trie.of(SPELLINGS, student)
+    asked = [(0, 3, (1,)), (2, 1, (1, 2)), (0, 0, (6,)), (1, 2, (1, 2, 3))]
+    nodes = np.array([node_of(trie, read) for _, _, read in asked])
+    at = {"wholes": np.array([row for row, _, _ in asked]), "pieces": np.array([row for _, row, _ in asked])}
+    sides = {"wholes": wholes.log_softmax(-1), "pieces": pieces.log_softmax(-1)}
+    teacher = "wholes" if student == "pieces" else "pieces"
+    short = trie.shortlist(sides[teacher], at[teacher], nodes, k, how[1])
+    found = trie.divergence_from(short, sides[student], at[student], nodes, *how)
+    expected = []
+    for place, (row, other, read) in enumerate(asked):
+        ours, theirs = compared(SPELLINGS, read, wholes.softmax(-1)[row], pieces.softmax(-1)[other], student)
+        if how[1] != 1.0:
+            ours, theirs = (side ** (1 / how[1]) / (side ** (1 / how[1])).sum() for side in (ours, theirs))
+        names = len(set(outcomes(SPELLINGS, read)) - {None})
+        kept = sorted(range(names), key=lambda i: -theirs[i].item())[:k]
+        assert short.ids[place, : len(kept)].tolist() == kept
+        ours, theirs = (torch.stack([*side[kept], side.sum() - side[kept].sum()]) for side in (ours, theirs))
+        told = torch.cat([short.log_probs[place, : len(kept)], short.log_probs[place, -1:]]).exp()
+        torch.testing.assert_close(told, theirs, rtol=1e-9, atol=1e-12)
+        assert short.log_probs[place, len(kept) : -1].tolist() == [pytest.approx(math.log(1e-30))] * (k - len(kept))
+        there = theirs > 1e-12
+        expected.append(how[1] ** 2 * distance(ours[there], theirs.detach()[there], how[0]))
+    assert found.tolist() == pytest.approx([value.item() for value in expected], rel=1e-7)
+    weights = torch.arange(1.0, 5.0, dtype=torch.float64)
+    learns = {"wholes": wholes, "pieces": pieces}[student]
+    (ours,) = torch.autograd.grad((found * weights).sum(), learns, retain_graph=True)
+    (theirs,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), learns)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
-def test_a_teacher_cache_is_refused_to_read_and_to_write(plain, tmp_path):
-    values, _ = plain
-    refused = "kd_method inside_tokens needs what the teacher says inside tokens, which no cache holds; set kd_method"
-    with pytest.raises(ValueError, match=refused) as found:
-        next(cache.write(Config.from_dict(values), tmp_path / "cache"))
-    assert "\n" not in str(found.value)
-    assert not (tmp_path / "cache").exists()
-    written = Config.from_dict({**values, "kd_method": "shared_prefix"})
-    for _ in cache.write(written, tmp_path / "cache"):
-        pass
-    cached = {**values, "teacher_cache": str(tmp_path / "cache")}
-    with pytest.raises(ValueError, match=refused):
-        inputs.load(Config.from_dict(cached))
-    found = {each.name: each for each in doctor.examine(Config.from_dict({**cached, "kd_method": "shared_prefix"}))}
-    assert found["kd inside_tokens"].value.startswith("not from a teacher cache")
+def test_a_teacher_that_says_nothing_is_kept_as_such():
+    trie = spelled.Trie.of(SPELLINGS, "pieces")
+    wholes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.3, 0.0, 0.1, 0.1, 0.0]]).log()
+    nodes, row = np.array([node_of(trie, (1,))]), np.zeros(1, dtype=np.int64)
+    silent = trie.shortlist(wholes, row, nodes, 3)
+    assert (silent.log_probs < spelled.NONE).all()
+    read = signals._distributions(silent.log_probs.numpy().astype(np.float16).astype(np.float32))
+    silent = TopTokens(silent.ids, torch.from_numpy(read))
+    ours = torch.full((1, 7), 1 / 7).log().requires_grad_()
+    found = trie.divergence_from(silent, ours, row, nodes)
+    assert found.item() == 0.0
+    assert not torch.autograd.grad(found.sum(), ours)[0].any()
+
+
+def test_buckets_may_be_cut(plain):
+    _, loaded = plain
+    batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
+    whole, few = (told(loaded, made(loaded, kd_top_k=k), batch)[1] for k in (0, 4))
+    assert few["kd"] < whole["kd"]
+    assert 0.0 < few["kd_covered"] < 1.0
 
 
 def test_the_doctor_tells_the_share_of_positions_with_a_signal(plain):
@@ -369,8 +394,8 @@ def test_the_doctor_tells_the_share_of_positions_with_a_signal(plain):
     found = {each.name: each for each in doctor.examine(Config.from_dict(values))}["kd inside_tokens, chosen"]
     objective, inside_ours, inside_theirs = made(loaded), 0, 0
     for window in loaded.pair.sample:
-        walk = spelled.Walk.of(objective.tries, batching.collate([window]))
-        inside_ours, inside_theirs = inside_ours + len(walk.positions), inside_theirs + len(walk.inner)
+        walked = walk.Walk.of(objective.tries, batching.collate([window]))
+        inside_ours, inside_theirs = inside_ours + len(walked.positions), inside_theirs + len(walked.inner)
     known, positions = (
         sum(map(count, loaded.pair.sample)) for count in (lambda w: len(w.student_rows), lambda w: w.num_positions)
     )

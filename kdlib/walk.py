@@ -1,0 +1,114 @@
+"""Where a text lies inside tokens of the other side: the walk of a micro-batch through both tries, block by block."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from kdlib import losses
+from kdlib.teacher import TopTokens
+
+AT_ONCE = 256
+"""Positions worked off at once where a teacher's words are put in short: a node may have as many outcomes as a vocabulary
+has tokens.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """What lies inside tokens of the other side in a block of rows: `at` the student's rows inside a teacher's token, and
+    `logits` `[k, U]` of the teacher's positions inside a student's token; with the known row that starts its span, `span_of`
+    and `inner_span_of`, and its `nodes` and `inner_nodes` of the tries, all arrays. From a teacher cache there are no
+    logits: `said` and `inner_said` are the `Trie.shortlist`s.
+    """
+
+    at: np.ndarray
+    span_of: np.ndarray
+    nodes: np.ndarray
+    said: TopTokens | None
+    inner_span_of: np.ndarray
+    inner_nodes: np.ndarray
+    inner_said: TopTokens | None
+    logits: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Walk:
+    """Where the positions of a micro-batch lie inside tokens of the other side, N spans, as arrays: of the student's
+    `positions` (flat) their spans and `nodes`; of the teacher's positions inside a student's token, span by span, their
+    places `inner` in `Batch.inner_rows`, their spans and nodes; `more` `[N]`: how many a span has of these. `said`: what a
+    cached teacher said at both, or None.
+    """
+
+    positions: np.ndarray
+    span_of: np.ndarray
+    nodes: np.ndarray
+    inner: np.ndarray
+    inner_span_of: np.ndarray
+    inner_nodes: np.ndarray
+    more: np.ndarray
+    said: tuple = (None, None)
+
+    @classmethod
+    def of(cls, tries, batch, said=None):
+        """The walk of a `Batch` through both `tries` (`spelled.tries_of`)."""
+        whole = tries[0].walk(*batch.spans_of("student"))
+        labels, firsts, stops = batch.spans_of("teacher")
+        at, spans, nodes = tries[1].walk(labels, firsts, stops)
+        sizes = np.maximum(stops - firsts - 1, 0)
+        inner = at - firsts[spans] - 1 + (np.cumsum(sizes) - sizes)[spans]
+        more = np.bincount(spans, minlength=len(firsts))
+        return cls(*whole, inner, spans, nodes, more, said or (None, None))
+
+    def shortlists(self, tries, signal, decode, k, temperature):
+        """What the teacher of a `TeacherSignal` with `inner` states says at both kinds of positions, in short:
+        `Trie.shortlist`s in their order. `decode` makes logits of states.
+        """
+        kinds = (
+            (tries[0], signal.hidden, self.span_of, self.nodes), (tries[1], signal.inner, self.inner, self.inner_nodes)
+        )  # fmt: skip
+        found = []
+        for trie, states, rows, nodes in kinds:
+            parts = [trie.shortlist(losses.log_probs(decode(states[:0])), rows[:0], nodes[:0], k)]
+            for i in range(0, len(rows), AT_ONCE):
+                which, row = np.unique(rows[i : i + AT_ONCE], return_inverse=True)
+                log_probs = losses.log_probs(decode(states[torch.from_numpy(which).to(states.device)]))
+                parts.append(trie.shortlist(log_probs, row, nodes[i : i + AT_ONCE], k, temperature))
+            found.append(TopTokens.joined(parts))
+        return tuple(found)
+
+    def by_window(self, rows_by_window):
+        """`(ours, theirs)`: how many of each kind of positions lie in each window, of as many spans as given."""
+        window_of = np.repeat(np.arange(len(rows_by_window)), rows_by_window)
+        return tuple(
+            np.bincount(window_of[spans], minlength=len(rows_by_window)).tolist()
+            for spans in (self.span_of, self.inner_span_of)
+        )
+
+    def taken(self, chunks):
+        """Which of a signal's states `[hidden; inner]` the blocks of `fused.lay_out` are compared with, in their order."""
+        blocks = [block for chunk in chunks for block in chunk]
+        pieces = [(np.arange(b.known.start, b.known.stop), len(self.more) + self.inner[b.more]) for b in blocks]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(piece for both in pieces for piece in both)])
+
+    def in_order(self, order):
+        """The same with `positions` as places in the flat positions `order`, in their order."""
+        place = np.full(1 + max(order.max(initial=0), self.positions.max(initial=0)), -1)
+        place[order] = np.arange(len(order))
+        places = place[self.positions]
+        by_place = np.argsort(places)
+        mine = {"positions": places[by_place], "span_of": self.span_of[by_place], "nodes": self.nodes[by_place]}
+        ours, theirs = self.said
+        said = ours and ours.rows(torch.from_numpy(by_place).to(ours.ids.device)), theirs
+        return dataclasses.replace(self, **mine, said=said)
+
+    def split(self, other, block):
+        """A block's `Inside`, and the logits that its known rows are compared with, from `other`, which holds both (None
+        where a cache says it in short). After `in_order`.
+        """
+        num, known = block.known.stop - block.known.start, block.known.start
+        mine = slice(*np.searchsorted(self.positions, [block.rows.start, block.rows.stop]))
+        said, inner_said = self.said[0] and self.said[0].rows(mine), self.said[1] and self.said[1].rows(block.more)
+        ours = self.positions[mine] - block.rows.start, self.span_of[mine] - known, self.nodes[mine], said
+        theirs = self.inner_span_of[block.more] - known, self.inner_nodes[block.more], inner_said
+        return Inside(*ours, *theirs, None if other is None else other[num:]), None if other is None else other[:num]
