@@ -120,6 +120,7 @@ def _window(length, vocabulary, teacher_vocabulary, answer, chance):
 
 def ours(world, teacher_of=None, kd_method="none", **changes):
     """kdlib's own loop. `teacher_of(world)` gives what it asks for its signal."""
+    changes = {"kd_weight": 0.5, "lm_weight": 0.5, **changes}  # as the other ways have them
     config = Config(batch_size=world.num_windows, max_length=LONGEST, kd_method=kd_method, **changes)
     told = teacher_of(world) if teacher_of else None
     beside, more = {}, {}
@@ -186,7 +187,7 @@ class _Spoken(signals.CachedTeacher):
     def __init__(self, world, hidden):
         windows, (student, teacher_config) = [*world.windows, *world.brief], world.configs
         self.model, self.near, self.num_columns = None, None, 0
-        facts = {"shards": {"train": [[0, len(windows)]]}}
+        facts = {"shards": {"train": [[0, len(windows)]]}, "settings": {"inside_k": []}}
         told = [_signal(len(window.student_rows), student.vocab_size, teacher_config.hidden_size) for window in windows]
         with tempfile.TemporaryDirectory() as folder:  # a file that is mapped outlives its name
             path = Path(folder) / signals.shard_name("train", 0)

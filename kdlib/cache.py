@@ -105,7 +105,7 @@ class Pass:
     def _plan(self):
         """How much it will be; ValueError where the disk has no room for it."""
         rows, width = self.pair.student_reader.vocabulary.num_rows, self.pair.teacher.head.width
-        inside = self._inside_a_position() if self.tries else 0.0
+        inside = self._inside_a_position() if self.tries else ()
         a_position = signals.bytes_a_position(self.facts["settings"], rows, width, inside)
         positions = {split: Windows.of(windows).total("student_rows") for split, windows in self.windows.items()}
         size = a_position * sum(positions.values())
@@ -122,10 +122,11 @@ class Pass:
         }
 
     def _inside_a_position(self):
-        """Positions inside tokens for each common one, on the pair's sample."""
+        """Positions inside tokens for each common one, of either kind, on the pair's sample."""
         walks = [walk.Walk.of(self.tries, batching.collate([window], *self.pair.pads)) for window in self.pair.sample]
-        inside = sum(len(each.positions) + len(each.inner) for each in walks)
-        return inside / max(1, sum(len(each.more) for each in walks))
+        counts = [(len(each.positions), len(each.inner), len(each.more)) for each in walks]
+        ours, theirs, common = map(sum, zip(*counts, strict=True))
+        return ours / max(1, common), theirs / max(1, common)
 
     def _open(self, told):
         """The folder with everything but the shards, and the shards that others have."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdlib import budget
 
-KD_METHODS = ("projector", "shared_vocab", "shared_prefix", "inside_tokens", "chunk_likelihood", "none")
+KD_METHODS = ("inside_tokens", "shared_prefix", "shared_vocab", "projector", "chunk_likelihood", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 CONTROLS = ("full", "short", "off")
 AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -70,21 +70,21 @@ class Config:
     """Gradient norm above which the student's gradient is scaled down; the projector's is clipped by itself."""
     warmup: float = 0.05
     """Fraction of the planned steps spent in linear warm-up; a cosine to a tenth of the peak follows."""
-    kd_method: str = "shared_prefix"
-    """What the student matches: `projector` (teacher's last hidden state through the student's own head),
-    `shared_vocab` (probabilities of the tokens both vocabularies hold, one tail bucket for the rest), `shared_prefix`
-    (the same, but a token of one side only counts with the shared token that the other side would read first),
-    `inside_tokens` (that, and where one side is inside a token of the other, what this one said at its beginning, given the
-    part read since), `chunk_likelihood` (how likely either model finds the text of each span both delimit), or `none`."""
+    kd_method: str = "inside_tokens"
+    """What the student matches: `inside_tokens` (`shared_prefix`, and where one side is inside a token of the other, what
+    this one said at its beginning, given the part read since; the best of all in RESULTS.md, "Quality against every known
+    way"), `shared_prefix` (probabilities of the tokens both vocabularies hold, a token of one side only counting with the
+    one that the other side would read first), `shared_vocab` (the same with one tail bucket for the rest), `projector`
+    (the teacher's last state by the student's head), `chunk_likelihood` (how likely either finds each span), or `none`."""
     kd_divergence: str = "forward_kl"
     """How the two distributions are compared; see `kdlib.losses.DIVERGENCES`."""
     kd_temperature: float = 1.0
     """Both distributions are softened by this; the divergence is multiplied by its square."""
     kd_top_k: int = 0
     """Compare only the likeliest k of either side, each once, and one tail for the rest; 0: all."""
-    kd_weight: float = 0.5
-    """Weight of the distillation loss."""
-    lm_weight: float = 0.5
+    kd_weight: float = 0.6
+    """Weight of the distillation loss; the best beside 0.4 on every pair of RESULTS.md's table."""
+    lm_weight: float = 0.4
     """Weight of the next-token cross-entropy; the control trains on this part alone, at weight 1."""
     layerwise_weight: float = 0.0
     """Weight of the direction of hidden states in `feature_layers` layers, through a learned map; in [0, 2]."""

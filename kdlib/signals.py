@@ -32,8 +32,8 @@ MAX_SHARDS = 200
 """Shards of one text, at most: Kaggle keeps some 500 files."""
 TOP_K = 64
 """Tokens kept of a position where `kd_top_k` is 0. Of real text they hold nearly all the probability (RESULTS.md)."""
-INSIDE_K = 16
-"""Outcomes kept of a position inside a token, at most (RESULTS.md)."""
+INSIDE_K = (64, 8)
+"""Outcomes kept of the student's positions inside a teacher's token, at most, and of the teacher's (RESULTS.md)."""
 INSIDE = ("inside_", "inner_")
 """What stands before the names of what is kept of the two kinds of `walk.Walk`'s positions."""
 NEED_TEACHER = ("layerwise", "attention", "attention_alignment", "routing_feature")
@@ -55,7 +55,7 @@ def settings_of(config, num_shared):
         "kd_method": method,
         "kd_temperature": config.kd_temperature,
         "kd_top_k": top_k,
-        "inside_k": min(top_k, INSIDE_K) if method == "inside_tokens" else 0,
+        "inside_k": [min(top_k, k) for k in INSIDE_K] if method == "inside_tokens" else [],
         "num_shared": num_shared,
         "hidden": needs_hidden(config),
     }
@@ -90,12 +90,13 @@ def refuse_settings(config, settings):
         )
 
 
-def bytes_a_position(settings, student_rows, teacher_width, inside=0.0):
+def bytes_a_position(settings, student_rows, teacher_width, inside=()):
     """Bytes of a training position on the disk. `student_rows`: rows of the student's vocabulary; `inside`: positions inside
-    tokens for each.
+    tokens for each, of either kind.
     """
-    by_k = [k * _id_type(student_rows)().nbytes + 2 * (k + 1) for k in (settings["kd_top_k"], settings["inside_k"])]
-    return by_k[0] + 4 + 2 * teacher_width * settings["hidden"] + inside * by_k[1] * (settings["inside_k"] > 0)
+    of = lambda k: k * _id_type(student_rows)().nbytes + 2 * (k + 1)  # noqa: E731
+    more = sum(share * of(k) for share, k in zip(inside, settings["inside_k"], strict=True))
+    return of(settings["kd_top_k"]) + 4 + 2 * teacher_width * settings["hidden"] + more
 
 
 def plan(windows):

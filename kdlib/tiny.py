@@ -101,7 +101,6 @@ def config(cache, **changes):
         "learning_rate": 5e-3,
         "projector_learning_rate": 5e-3,
         "weight_decay": 0.1,
-        "kd_method": "shared_prefix",
         "control": "full",
         "eval_tokens": 12_000,
         "eval_steps": 60,

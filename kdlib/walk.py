@@ -60,15 +60,15 @@ class Walk:
         more = np.bincount(spans, minlength=len(firsts))
         return cls(*whole, inner, spans, nodes, more, said or (None, None))
 
-    def shortlists(self, tries, signal, decode, k, temperature):
+    def shortlists(self, tries, signal, decode, sizes, temperature):
         """What the teacher of a `TeacherSignal` with `inner` states says at both kinds of positions, in short:
-        `Trie.shortlist`s in their order. `decode` makes logits of states.
+        `Trie.shortlist`s of so many outcomes, in their order. `decode` makes logits of states.
         """
         kinds = (
             (tries[0], signal.hidden, self.span_of, self.nodes), (tries[1], signal.inner, self.inner, self.inner_nodes)
         )  # fmt: skip
         found = []
-        for trie, states, rows, nodes in kinds:
+        for (trie, states, rows, nodes), k in zip(kinds, sizes, strict=True):
             parts = [trie.shortlist(losses.log_probs(decode(states[:0])), rows[:0], nodes[:0], k)]
             for i in range(0, len(rows), AT_ONCE):
                 which, row = np.unique(rows[i : i + AT_ONCE], return_inverse=True)
@@ -92,15 +92,10 @@ class Walk:
         return np.concatenate([np.zeros(0, dtype=np.int64), *(piece for both in pieces for piece in both)])
 
     def in_order(self, order):
-        """The same with `positions` as places in the flat positions `order`, in their order."""
+        """The same with `positions` as places in the flat positions `order` of `fused.lay_out`; they stay ascending."""
         place = np.full(1 + max(order.max(initial=0), self.positions.max(initial=0)), -1)
         place[order] = np.arange(len(order))
-        places = place[self.positions]
-        by_place = np.argsort(places)
-        mine = {"positions": places[by_place], "span_of": self.span_of[by_place], "nodes": self.nodes[by_place]}
-        ours, theirs = self.said
-        said = ours and ours.rows(torch.from_numpy(by_place).to(ours.ids.device)), theirs
-        return dataclasses.replace(self, **mine, said=said)
+        return dataclasses.replace(self, positions=place[self.positions])
 
     def split(self, other, block):
         """A block's `Inside`, and the logits that its known rows are compared with, from `other`, which holds both (None

@@ -45,19 +45,19 @@ def caches(pair, tmp_path_factory):
         "eval_tokens": 300, "control": "off", "contrastive_weight": 0.1,
     }  # fmt: skip
     kinds = {
-        "prefix": {},
+        "prefix": {"kd_method": "shared_prefix"},
         "vocab": {"kd_method": "shared_vocab", "kd_temperature": 2.0},
-        "all": {"kd_top_k": 10**6},
-        "soft": {"kd_top_k": 10**6, "kd_temperature": 2.0},
-        "inside": {"kd_method": "inside_tokens"},
-        "inside all": {"kd_method": "inside_tokens", "kd_top_k": 10**6},
-        "inside soft": {"kd_method": "inside_tokens", "kd_top_k": 10**6, "kd_temperature": 2.0},
+        "all": {"kd_method": "shared_prefix", "kd_top_k": 10**6},
+        "soft": {"kd_method": "shared_prefix", "kd_top_k": 10**6, "kd_temperature": 2.0},
+        "inside": {},
+        "inside all": {"kd_top_k": 10**6},
+        "inside soft": {"kd_top_k": 10**6, "kd_temperature": 2.0},
     }
     before = signals.SHARD_POSITIONS, signals.INSIDE_K
     made, signals.SHARD_POSITIONS = {}, SMALL
     for name, changes in kinds.items():
         made[name] = {**base, **changes}, folder / name
-        signals.INSIDE_K = 4 if name == "inside" else 10**6
+        signals.INSIDE_K = (4, 3) if name == "inside" else (10**6, 10**6)
         written(*made[name])
     signals.SHARD_POSITIONS, signals.INSIDE_K = before
     return made
@@ -92,11 +92,13 @@ def counts_of(batch):
     return {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
 
 
-def said_inside(live, config, batch, k):
+def said_inside(live, config, batch, *sizes):
     """What a live teacher says inside tokens, in short; and its signal."""
     walked, teacher = walk.Walk.of(inputs.tries_of(live.pair), batch), live.pair.teacher
     signal = teacher(batch, shortlist=shortlist_of(live, config), inner=True)
-    return walked.shortlists(inputs.tries_of(live.pair), signal, teacher.near.decode, k, config.kd_temperature), signal
+    return walked.shortlists(
+        inputs.tries_of(live.pair), signal, teacher.near.decode, sizes, config.kd_temperature
+    ), signal
 
 
 def parts_and_gradient(loaded, config, batch, signal):
@@ -164,7 +166,7 @@ def test_what_is_read_inside_tokens_is_what_the_teacher_says(loaded, name):
         batch = batching.collate(live.train[first : first + 5], *live.pair.pads)
         read = cached.pair.teacher(batch, inner=True).said
         for kind, (ours, theirs) in enumerate(
-            zip(said_inside(live, config, batch, read[0].ids.shape[1])[0], read, strict=True)
+            zip(said_inside(live, config, batch, *(each.ids.shape[1] for each in read))[0], read, strict=True)
         ):
             there = ours.log_probs > -60.0
             torch.testing.assert_close(theirs.log_probs[there], ours.log_probs[there], rtol=2 * HALF, atol=2e-3)
@@ -174,7 +176,7 @@ def test_what_is_read_inside_tokens_is_what_the_teacher_says(loaded, name):
             seen[kind] += len(ours.ids)
     assert min(seen) > 100
     assert cached.pair.teacher(batch).said is None
-    assert read[0].ids.shape[1] == (4 if name == "inside" else len(live.pair.shared))
+    assert [each.ids.shape[1] for each in read] == ([4, 3] if name == "inside" else [len(live.pair.shared)] * 2)
 
 
 def test_windows_are_found_in_any_order_and_from_any_shard(loaded):
@@ -231,7 +233,7 @@ def test_a_cut_loss_inside_tokens_is_the_live_one_over_the_same_outcomes(loaded)
     found = []
     for k in (0, 2):
         config = config.replace(kd_top_k=k)
-        said, signal = said_inside(live, config, batch, k or 4)
+        said, signal = said_inside(live, config, batch, k or 4, k or 3)
         here = parts_and_gradient(live, config, batch, dataclasses.replace(signal, said=said))
         there = parts_and_gradient(cached, config, batch, cached.pair.teacher(batch, inner=True))
         assert there[0]["kd"] == pytest.approx(here[0]["kd"], rel=4 * HALF)
@@ -239,6 +241,17 @@ def test_a_cut_loss_inside_tokens_is_the_live_one_over_the_same_outcomes(loaded)
         assert float((there[1] - here[1]).norm()) < 8 * HALF * float(here[1].norm())
         found.append(there[0]["kd"])
     assert found[1] < found[0] < whole[0]["kd"]  # fewer outcomes: a lower bound
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_from_the_cache_does_not_know_chunks(loaded, packed):
+    config, _, cached = loaded["inside"]
+    batch = batching.collate(cached.train[:7], *cached.pair.pads, (130, 160) if packed else (0, 0))
+    assert batch.student_packed == packed
+    signal = cached.pair.teacher(batch, inner=True)
+    whole, cut = (parts_and_gradient(cached, config.replace(loss_chunk_size=n), batch, signal) for n in (10**6, 5))
+    assert cut[0] == pytest.approx(whole[0], rel=1e-5)
+    assert float((cut[1] - whole[1]).norm()) < 1e-4 * float(whole[1].norm())
 
 
 def test_a_cut_divergence_is_zero_at_equality_and_written_out():
@@ -307,13 +320,14 @@ def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_
 
 
 def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches, monkeypatch):
-    settings = {"kd_top_k": 64, "inside_k": 0, "hidden": False}
+    settings = {"kd_top_k": 64, "inside_k": [], "hidden": False}
     assert signals.bytes_a_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
     assert signals.bytes_a_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
-    assert signals.bytes_a_position({**settings, "inside_k": 16}, 49_152, 1024, 0.5) == 262 + 0.5 * (16 * 2 + 17 * 2)
+    inside = signals.bytes_a_position({**settings, "inside_k": [16, 8]}, 49_152, 1024, (0.5, 0.25))
+    assert inside == 262 + 0.5 * (16 * 2 + 17 * 2) + 0.25 * (8 * 2 + 9 * 2)
     for name, rel in (("vocab", 0.05), ("inside all", 0.15)):  # this one's sample is small
         values, folder = caches[name]
-        monkeypatch.setattr(signals, "INSIDE_K", 10**6)
+        monkeypatch.setattr(signals, "INSIDE_K", (10**6, 10**6))
         plan = next(cache.write(Config.from_dict(values), folder))
         on_disk = sum(path.stat().st_size for path in folder.glob("train-*.safetensors"))
         train = signals.CachedTeacher([folder]).shards.counts[""].sum()
@@ -415,7 +429,7 @@ def test_a_session_ends_before_its_time_is_up(caches, tmp_path):
 
 def test_several_writers_make_what_one_makes(caches, tmp_path, monkeypatch):
     settings, folder = caches["inside"]
-    monkeypatch.setattr(signals, "INSIDE_K", 4)
+    monkeypatch.setattr(signals, "INSIDE_K", (4, 3))
     parts = [tmp_path / name for name in ("a", "b", "c")]
     ends = [written(settings, part, writer=(i, 3))[-1] for i, part in enumerate(parts)]
     assert all(end["missing"] > 0 for end in ends)
@@ -488,7 +502,7 @@ def test_what_a_cache_can_serve_is_served(caches, tmp_path, name, changes):
     found = list(session.distill(Config.from_dict({**settings, **changes}), tmp_path / "out"))
     assert found[-1]["kind"] == "verdict"
     inside = {"kd_positions"} & {name for record in found for name in record.get("figures", ())}
-    assert bool(inside) == ({**settings, **changes}.get("kd_method") == "inside_tokens")
+    assert bool(inside) == ({**settings, **changes}.get("kd_method") is None)
 
 
 def damaged(folder, what):

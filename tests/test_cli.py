@@ -148,8 +148,8 @@ def test_bad_commands_are_told_in_one_line(capsys, words, match, tmp_path, monke
 def test_help_lists_every_key(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert "--kd_method 'shared_prefix'" in said
-    assert "Weight of the distillation loss." in said
+    assert "--kd_method 'inside_tokens'" in said
+    assert "Weight of the distillation loss; " in said
 
 
 def test_distill_writes_exactly_the_files_of_the_contract(capsys, settings, tmp_path):

@@ -311,7 +311,7 @@ def test_the_pair_by_hand(settings):
     theirs = sum(label in teachers for label in labels) / len(labels)
     assert found["kd shared_vocab"].number == pytest.approx(min(ours, theirs))
     assert f"from {24} to {16} dimensions" in found["kd projector"].value
-    assert "kd shared_prefix, chosen" in found
+    assert "kd inside_tokens, chosen" in found
     assert found["text left as it is"].number == 1.0
 
 
@@ -321,7 +321,8 @@ def test_every_finding_of_a_small_pair(settings):
         "shared vocabulary": "ok", "positions with signal": "ok", "spans of one token each": "ok",
         "text left as it is": "ok", "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
         "teacher's BOS and EOS": "ok", "teacher's ids": "note", "student's ids": "note", "kd projector": "ok",
-        "kd shared_vocab": "ok", "kd shared_prefix, chosen": "ok", "kd inside_tokens": "ok", "kd chunk_likelihood": "ok",
+        "kd shared_vocab": "ok", "kd shared_prefix": "ok", "kd inside_tokens, chosen": "ok", "kd chunk_likelihood": "ok",
+        "advised": "ok", "to be gained": "note",
         "peak, foretold": "ok", "steps a second": "ok", "finite numbers": "ok", "the whole plan": "ok", "sessions": "ok",
         "disk for checkpoints": "ok",
     }  # fmt: skip
@@ -329,6 +330,27 @@ def test_every_finding_of_a_small_pair(settings):
     assert found["student's BOS and EOS"].value == "<s>, </s>; it puts <s> in front of a text, nothing behind it"
     assert "no BOS, <|endoftext|>; it puts nothing in front" in found["teacher's BOS and EOS"].value
     assert "check_teacher is off" in found["teacher's ids"].meaning
+
+
+def test_what_may_be_gained_is_a_share_of_what_lies_between(settings):
+    config = Config.from_dict(settings)
+    loaded = inputs.load(config)
+    told = lambda bits, perplexity: types.SimpleNamespace(bits_per_byte=bits, perplexity=perplexity)  # noqa: E731
+    found = {
+        name: pairing._prospect(loaded.pair, told(theirs, 9.0), told(ours, perplexity))
+        for name, theirs, ours, perplexity in (
+            ("apart", 1.5, 2.5, 9.0), ("same", 2.5, 2.5, 9.0), ("new", 1.5, 7.0, loaded.pair.head.num_rows),
+        )
+    }  # fmt: skip
+    low, high = pairing.SAVED
+    assert found["apart"].number == pytest.approx(low)
+    assert found["apart"].value.endswith(f"; {low:.2f} to {high:.2f} better")
+    assert (found["same"].state, found["same"].number) == ("note", 0.0)
+    assert found["new"].number is None
+    assert "learns to read first" in found["new"].value
+    assert pairing._advice(config).state == "ok"
+    for changes in ({"kd_method": "projector"}, {"kd_weight": 0.3}, {"lm_weight": 0.5}):
+        assert pairing._advice(config.replace(**changes)).state == "note"
 
 
 def test_rows_without_a_token_are_counted():

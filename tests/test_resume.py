@@ -221,7 +221,7 @@ def other_text(tmp_path, settings):
 
 
 OTHERS = {
-    "config": (lambda t, s: {"kd_weight": 0.9, "seed": 5}, r"kd_weight was 0.5 and is 0.9; seed was 0 and is 5"),
+    "config": (lambda t, s: {"kd_weight": 0.9, "seed": 5}, r"kd_weight was 0.6 and is 0.9; seed was 0 and is 5"),
     "plan": (lambda t, s: {"max_steps": 13}, "max_steps was 12 and is 13"),
     "batch": (lambda t, s: {"batch_size": 4}, "a step had 4 windows .* and has 8"),
     "student": (lambda t, s: {"student": copy_with(t / "s", s["student"], nudged)}, "the student's weights"),
@@ -339,7 +339,7 @@ def test_a_complete_run_tells_its_verdict_again(begun):
     before = (out / "records.jsonl").read_bytes()
     assert distil(settings, out) == [verdict]
     assert (out / "records.jsonl").read_bytes() == before
-    with pytest.raises(ValueError, match=r"kd_weight was 0\.5 and is 0\.1"):
+    with pytest.raises(ValueError, match=r"kd_weight was 0\.6 and is 0\.1"):
         distil({**settings, "kd_weight": 0.1}, out)
     with pytest.raises(ValueError, match="holds another run; give a new folder"):
         distil(settings, out, resume="never")

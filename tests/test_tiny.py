@@ -59,7 +59,7 @@ def test_a_half_made_default_is_never_taken_for_whole(tmp_path, monkeypatch):
     home = tiny.folder(tmp_path)
     assert {p.name for p in home.iterdir()} == {"teacher", "student", "train.jsonl", "held_out.jsonl", "complete.json"}
     config = tiny.config(tmp_path, max_steps=7)
-    assert (config.max_steps, config.control, config.kd_method) == (7, "full", "shared_prefix")
+    assert (config.max_steps, config.control, config.kd_method) == (7, "full", "inside_tokens")
 
 
 def test_a_small_form_takes_as_much_text_as_it_is_given_from_all_over(texts):

@@ -325,7 +325,7 @@ def test_balance_gives_each_part_its_share_of_the_loss():
 
 
 def test_balance_in_the_loop_holds_the_shares(loaded, settings):
-    config = config_of(settings, balance="kd=0.7,lm=0.3", batch_size=4)
+    config = config_of(settings, balance="kd=0.7,lm=0.3", batch_size=4, kd_method="shared_prefix")
     records, _ = run(loaded, config, num_steps=30)
     late = [record.shares["kd"] for record in records[10:]]
     assert sum(late) / len(late) == pytest.approx(0.7, abs=0.03)

@@ -55,7 +55,7 @@ def unasked(out):
 FALLING, RISING, BETTER_BETWEEN = (
     {"learning_rate": 0.1},
     {"learning_rate": 3.0},
-    {"learning_rate": 0.5, "max_steps": 4},
+    {"learning_rate": 0.5, "max_steps": 4, "kd_method": "shared_prefix", "kd_weight": 0.5, "lm_weight": 0.5},
 )
 
 
