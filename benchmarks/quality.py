@@ -37,8 +37,9 @@ TIMED, WARM = 24, 2
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 EVERY = "default pretrained, stories pretrained, peps pretrained"
 ORDER = [
-    (EVERY, "core"), (EVERY, "rivals"), (EVERY.replace("pretrained", "scratch"), "core"), ("default pretrained", "parts"),
-    ("default pretrained", "search"), (EVERY, "ours"), ("default pretrained", "mixed"), ("default scratch", "rivals"),
+    (EVERY, "core"), (EVERY, "rivals"), (EVERY.replace("pretrained", "scratch"), "core"),
+    ("default pretrained", "parts"), ("default pretrained", "search"), ("default pretrained", "ours mixed"),
+    ("stories pretrained, peps pretrained", "ours"), ("default scratch", "rivals"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
 CORE = (PLAIN, EQUAL_STEPS, UNIT, DEFAULT, CACHED)

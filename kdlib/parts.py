@@ -112,9 +112,7 @@ def inside_tokens(objective, rows):
     """
     inside, ours = rows.inside, rows.log_probs()
     if rows.top is not None:
-        values = _divergence_from_top(
-            objective, rows, _in_buckets(objective, ours[: rows.num_known], objective.student_buckets)
-        )
+        values = shared_tokens(objective, rows)
         more = _inside_from_cache(objective, ours, inside)
     else:
         theirs = losses.log_probs(rows.other)
