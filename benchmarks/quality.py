@@ -42,7 +42,7 @@ ORDER = [
     ("stories pretrained, peps pretrained", "ours"), ("default scratch", "rivals"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
-CORE = (PLAIN, EQUAL_STEPS, UNIT, DEFAULT, CACHED)
+CORE = (PLAIN, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "+ contrastive")
 
 
 def main():

@@ -128,7 +128,7 @@ def alignment(inside, theme="light"):
         width = 100 / len(counts)
         left.bar([width * (i + 0.5) for i in range(len(counts))], counts, width=0.9 * width, color=COLOURS["teacher"])
         left.set_xlim(0, 100)
-        left.set_xlabel("positions with signal (%)")
+        left.set_xlabel("common positions (%)")
         left.set_ylabel("training windows")
         names = [*map(str, range(1, len(inside["sizes"]))), f"{len(inside['sizes'])}+"]
         _grid(right, [[100 * x for x in row] for row in inside["sizes"]], "{:.1f}")

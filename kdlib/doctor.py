@@ -202,6 +202,8 @@ class Look:
         if steps[-1].micro_batch < self.config.batch_size:
             made.append(foretold.halved_finding(steps[-1].micro_batch, self.config))
         if self.planned:
+            readings = self.config.max_steps * self.per_step / len(self.loaded.train) * self.config.repeats
+            made += [found for found in (foretold.readings_finding(self.config, readings),) if found]
             made += foretold.plan_findings(self.config, step_s, per_step, self.budget)
         sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.tensors().items()}
         return made + [foretold.disk_finding(sizes, self.config, env.free_bytes("."), env.disk_reserve_bytes())]

@@ -292,7 +292,7 @@ def test_the_pair_by_hand(settings):
     assert found["shared vocabulary"].number == both / sum(t is not None for t in pair.student_reader.vocabulary.tokens)
     windows = pair.sample
     positions = sum(w.num_positions for w in loaded.train)
-    assert found["positions with signal"].number == sum(len(w.student_rows) for w in loaded.train) / positions
+    assert found["common positions"].number == sum(len(w.student_rows) for w in loaded.train) / positions
     spans = [
         (a1 - a0, b1 - b0)
         for w in windows
@@ -318,12 +318,13 @@ def test_the_pair_by_hand(settings):
 def test_every_finding_of_a_small_pair(settings):
     found = examined(settings)
     assert {name: f.state for name, f in found.items() if f.group != "machine"} == {
-        "shared vocabulary": "ok", "positions with signal": "ok", "spans of one token each": "ok",
+        "shared vocabulary": "ok", "common positions": "ok", "spans of one token each": "ok",
         "text left as it is": "ok", "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
         "teacher's BOS and EOS": "ok", "teacher's ids": "note", "student's ids": "note", "kd projector": "ok",
         "kd shared_vocab": "ok", "kd shared_prefix": "ok", "kd inside_tokens, chosen": "ok", "kd chunk_likelihood": "ok",
         "advised": "ok", "to be gained": "note",
         "peak, foretold": "ok", "steps a second": "ok", "finite numbers": "ok", "the whole plan": "ok", "sessions": "ok",
+        "teacher reads a text": "ok",
         "disk for checkpoints": "ok",
     }  # fmt: skip
     assert found["student's head"].value.startswith("0 of ")
@@ -351,6 +352,18 @@ def test_what_may_be_gained_is_a_share_of_what_lies_between(settings):
     assert pairing._advice(config).state == "ok"
     for changes in ({"kd_method": "projector"}, {"kd_weight": 0.3}, {"lm_weight": 0.5}):
         assert pairing._advice(config.replace(**changes)).state == "note"
+
+
+def test_a_teacher_that_reads_a_text_again_is_better_read_from_a_cache(settings):
+    settings = {**settings, "max_steps": 200}
+    config, told = Config.from_dict(settings), examined({**settings, "repeats": 2})["teacher reads a text"]
+    steps = config.max_steps * config.batch_size
+    assert told.number == pytest.approx(2 * steps / len(inputs.load(config).train))
+    assert told.remedy.startswith("kdlib cache")
+    assert foretold.readings_finding(config, 1.9).state == "ok"
+    assert foretold.readings_finding(config.replace(attention_weight=0.1), 5.0).state == "ok"
+    for changes in ({"teacher_cache": "cache"}, {"kd_method": "none"}):
+        assert foretold.readings_finding(config.replace(**changes), 5.0) is None
 
 
 def test_rows_without_a_token_are_counted():
@@ -706,7 +719,7 @@ def test_another_arithmetic_may_be_chosen_afterwards(settings):
 
 def test_without_a_text_a_few_sentences_stand_for_it(settings):
     found = examined({**settings, "check_teacher": True}, dataset="", max_steps=0, batch_size=4)
-    assert "on a sample" in found["positions with signal"].value
+    assert "on a sample" in found["common positions"].value
     assert "the whole plan" not in found and "steps a second" in found
     assert "an even guess" in found["teacher's ids"].value
     assert "sessions" in examined(settings, dataset="", max_steps=9)
