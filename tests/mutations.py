@@ -504,6 +504,12 @@ MUTANTS = {
     "inside tokens, the batch's spans in a block": ("walk.py", "self.span_of[mine] - known, self.nodes[mine]", "self.span_of[mine] - known * 0, self.nodes[mine]", [WITHIN]),
     "more rows of the blocks before": ("fused.py", "slice(self.known.start + self.more.start, self.known.stop + self.more.stop)", "slice(self.known.start, self.known.stop + self.more.stop - self.more.start)", [WITHIN]),
     "positions with signal, over common boundaries": ("parts.py", '"kd_positions": "labels"}', '"kd_positions": "aligned"}', [WITHIN]),
+    "to be gained, of the student's bits": ("pairing.py", "share * (ours - theirs) for share in SAVED", "share * ours for share in SAVED", [DOCTOR]),
+    "to be gained from a worse teacher": ("pairing.py", "    if theirs >= ours:", "    if False:", [DOCTOR]),
+    "to be gained by new weights": ("pairing.py", "if math.log(student.perplexity) >", "if 0.0 >", [DOCTOR]),
+    "any weights as advised": ("pairing.py", "    if chosen == (BEST,", "    if chosen[:1] == (BEST,) or chosen == (BEST,", [DOCTOR]),
+    "readings of one student": ("doctor.py", "/ len(self.loaded.train) * self.config.repeats", "/ len(self.loaded.train)", [DOCTOR]),
+    "a cache for layers": ("foretold.py", "    if readings < 2 or not has_it_all:", "    if readings < 2:", [DOCTOR]),
     "spelled at the start of a text": ("data.py", 'b"".join(said[:start]).strip(b" ") == b"\\n":\n                found[index] = tuple', 'b"".join(said[:start]).strip(b" ") == b"\\n" or True:\n                found[index] = tuple', [WITHIN]),
 }  # fmt: skip
 
