@@ -18,14 +18,19 @@ NAMES = {
 
 
 def cells_of(known):
-    """`{(setting record, kind): {method: its runs at the seeds that count, by seed}}`, the newest text of each setting."""
+    """`{(setting record, kind): {method: its runs at the seeds that count, by seed}}`, the newest text of each setting and
+    the newest cell of each method.
+    """
     newest = {record["setting"]: record for record in known if record["what"] == "setting"}
     found = {}
     for record in known:
         fits = record["what"] == "run" and "bits" in record and record["method"] in METHODS
         if fits and newest[record["setting"]]["text"] == record["text"]:
-            cell = found.setdefault((record["setting"], record["kind"]), {})
-            cell.setdefault(record["method"], {})[record["seed"]] = record
+            methods = found.setdefault((record["setting"], record["kind"]), {})
+            runs = methods.setdefault(record["method"], {})
+            if any(run["cell"] != record["cell"] for run in runs.values()):
+                runs.clear()
+            runs[record["seed"]] = record
     return {(newest[name]["setting"], kind): (newest[name], methods) for (name, kind), methods in found.items()}
 
 

@@ -470,7 +470,7 @@ MUTANTS = {
     "MinED's matches without a look": ("benchmarks/rivals/mined.py", "torch.where(matched_N, to_teacher,", "torch.where(matched_N | True, to_teacher,", [RIVALS]),
     "a mixture with all of kd": ("benchmarks/variants.py", 'weights["kd"] - sum(', 'weights["kd"] - 0.0 * sum(', [QUALITY]),
     "equal steps for equal time": ("benchmarks/quality.py", 'self.cost(setting, name, "before")) / self.cost(setting, name))', 'self.cost(setting, name, "before")) / self.cost(setting, UNIT))', [QUALITY]),
-    "tuned on the seeds that count": ("benchmarks/quality.py", "method=name, seed=TUNING)\n        known", "method=name)\n        known", [QUALITY]),
+    "tuned on the seeds that count": ("benchmarks/quality.py", "method=name, seed=TUNING[0])\n        known", "method=name)\n        known", [QUALITY]),
     "an edge is no edge": ("benchmarks/quality.py", "more = [cell for cell in method.beside(best) if", "more = [cell for cell in method.beside(best) if False and", [QUALITY]),
     "the first of equals": ("benchmarks/quality.py", 'return score, cell.get("kd_weight", 0.0), cell["learning_rate"]', "return score", [QUALITY]),
     # kd inside tokens
