@@ -6,8 +6,8 @@ Settings are in `benchmarks.settings`, methods with their grids in `benchmarks.m
 the time of STEPS steps of `shared_prefix` is worth to it, by processor seconds taken in turn with plain training, once a
 setting; so another load on the machine favours nobody. The first cells of a method's grid, and then those around the best so
 far until it is better than all around it, are trained at a seed for tuning and judged on validation text, from scratch the
-best three at a second seed too. The best is then trained at SEEDS, and its best weights by validation text are judged on test
-text.
+best three at a second seed too. The best is then trained at SEEDS, and its best weights by validation text are judged on
+test text.
 
 Every finished run is a line of `benchmarks/results/quality.jsonl`, and a run that is there is not made again, here or on
 another machine. At the end, and with `--table` at once, the table is printed and `docs/quality.png` is drawn.
