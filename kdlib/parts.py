@@ -103,12 +103,13 @@ def inside_tokens(objective, rows):
     said up to the next one, by the chain rule: the loss is a mean over common boundaries, of sums. Restricting a token
     distribution to what was read is also how Phan et al. 2024, arXiv 2410.09303, get next-byte probabilities.
 
-    The default: on three pairs 0.03 to 0.09 bits per byte better than `shared_prefix` in the same time, and than any rival
-    (RESULTS.md). Helps most where tokens of the two differ much. Cost: as `shared_prefix`, and the teacher's head once more
-    at its own positions inside the student's tokens: 1.06 to 1.13 of its step. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a
-    position, as it softens buckets; `kd_top_k` cuts the buckets. Only tokens of whole characters, in text that is learned
-    and that no normaliser changed; others give and take no signal. A teacher cache holds the likeliest outcomes of each
-    position inside a token and a tail. Recorded: `kd_positions`, the share of the learned positions with a signal.
+    The default: on three pairs with students trained before 0.03 to 0.09 bits per byte better than `shared_prefix` in the
+    same time, and than any rival (RESULTS.md). Helps most where tokens of the two differ much. Cost: as `shared_prefix`, and
+    the teacher's head once more at its own positions inside the student's tokens: 1.06 to 1.13 of its step. Start: 0.6
+    beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it softens buckets; `kd_top_k` cuts the buckets.
+    Only tokens of whole characters, in text that is learned and that no normaliser changed; others give and take no signal.
+    A teacher cache holds the likeliest outcomes of each position inside a token and a tail. Recorded: `kd_positions`, the
+    share of the learned positions with a signal.
     """
     inside, ours = rows.inside, rows.log_probs()
     if rows.top is not None:
