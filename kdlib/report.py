@@ -5,6 +5,8 @@ import html
 import json
 from pathlib import Path
 
+import numpy as np
+
 from kdlib import charts, plots, records
 from kdlib.budget import spoken
 from kdlib.style import NAMES
@@ -218,8 +220,12 @@ def _samples(samples):
 
 def _trust(verdict, found, inside):
     told = verdict["alignment"]
+    signal = [r["figures"]["kd_positions"] for r in found if "kd_positions" in r.get("figures", {})]
+    more = (
+        f"; {np.mean(signal):.0%} got teacher signal, the others inside tokens" if signal else " and got teacher signal"
+    )
     lines = [
-        f"{told['coverage']:.0%} of the student's tokens got teacher signal: the two tokenizations meet there.",
+        f"{told['coverage']:.0%} of the student's tokens lie where the two tokenizations meet{more}.",
         f"{told['shared_student']:.0%} of the student's vocabulary and {told['shared_teacher']:.0%} of the teacher's are "
         "the same byte strings.",
         f"The test text was seen by nobody: {verdict['num_documents']} documents, {verdict['num_bytes']:,} bytes. The best "

@@ -442,5 +442,10 @@ def test_a_run_cut_off_ends_as_if_it_never_was(plain, tmp_path):
     assert set(found) == {3, 4, 5, 6}
     assert all(found[step] == wanted[step] for step in found)
     assert all(0.5 < figures["kd_positions"] <= 1.0 for *_, figures in wanted.values())
+    mean = np.mean([figures["kd_positions"] for *_, figures in wanted.values()])
+    assert (
+        f"; {mean:.0%} got teacher signal, the others inside tokens."
+        in (tmp_path / "whole" / "report.html").read_text()
+    )
     weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
