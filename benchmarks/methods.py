@@ -92,7 +92,7 @@ METHODS = {
     PLAIN: Method("control", CONTROL),
     EQUAL_STEPS: Method("control", CONTROL),
     DEFAULT: Method("ours", {"kd_method": DEFAULT}),
-    "inside_tokens from a cache": Method("ours", {"kd_method": DEFAULT}, make=variants.from_cache),
+    CACHED: Method("ours", {"kd_method": DEFAULT}, make=variants.from_cache),
     UNIT: Method("ours", {"kd_method": UNIT}),
     "shared_prefix from a cache": Method("ours", {"kd_method": UNIT}, make=variants.from_cache),
     "shared_vocab": Method("ours", {"kd_method": "shared_vocab"}),

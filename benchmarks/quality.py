@@ -171,11 +171,12 @@ class Study:
         found = list(self.tried(setting, kind, name).values())
         if not found or any(score is None for score, _ in found):
             return []
-        best = [cell for _, cell in sorted(found, key=mildest)[: AGAIN[kind]]]
-        told = self.of(setting, what="run", kind=kind, method=name)
-        told = {(json.dumps(run["cell"]), run["seed"]): run["validation"] for run in told}
-        seeds = TUNING if len(best) > 1 else TUNING[:1]
-        return [([told.get((json.dumps(cell), seed)) for seed in seeds], cell) for cell in best]
+        best = sorted(found, key=mildest)[: AGAIN[kind]]
+        if len(best) == 1:
+            return [([score], cell) for score, cell in best]
+        again = self.of(setting, what="run", kind=kind, method=name, seed=TUNING[1])
+        again = {json.dumps(run["cell"]): run["validation"] for run in again}
+        return [([score, again.get(json.dumps(cell))], cell) for score, cell in best]
 
     def best_cell(self, setting, kind, name):
         """The cell with the best validation score at the seeds for tuning, if all were tried."""
