@@ -9,8 +9,8 @@ from kdlib import hooks, inputs
 PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
 """Two controls, the method whose steps are the unit of time, and kdlib's default."""
 CACHED = "inside_tokens from a cache"
-PLAIN_RATES = (1e-3, 2e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2)
-"""Plain training has no weight to choose; it is tried with all but the outermost, as many as any other method has cells."""
+PLAIN_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2)
+"""Plain training has no weight to choose; it is tried with the middle five, as many as any other method has cells."""
 RATES, WEIGHTS = (2.5e-3, 5e-3, 1e-2, 1.6e-2, 2.5e-2), (0.03, 0.1, 0.3, 0.6, 0.9)
 """Learning rates and kd weights that a method with a teacher may be tried with."""
 FIRST = ((5e-3, 0.6), (1e-2, 0.3), (1e-2, 0.6), (1e-2, 0.9), (1.6e-2, 0.6))
@@ -56,7 +56,7 @@ class Method:
         if self.base or self.more:
             return list(self.more or ({},))
         if self.group == "control":
-            return [{"learning_rate": rate} for rate in PLAIN_RATES[1:-1]]
+            return [{"learning_rate": rate} for rate in PLAIN_RATES[2:-1]]
         return [{"learning_rate": rate, **kd(weight)} for rate, weight in FIRST]
 
     def beside(self, cell):
@@ -80,6 +80,11 @@ def _next_to(values, value):
 def tried(make=ours, *more, **changes):
     """The default's chosen cell with something changed."""
     return Method("search", {"kd_method": DEFAULT, **changes}, DEFAULT, more, make)
+
+
+def changed(base, make, *more, **changes):
+    """The same for another method than the default."""
+    return Method("search", changes, base, more, make)
 
 
 def with_part(name, *weights):
@@ -123,4 +128,11 @@ METHODS = {
     "reverse_kl": tried(kd_divergence="reverse_kl"),
     "skew_forward_kl": tried(kd_divergence="skew_forward_kl"),
     "temperature": tried(ours, {"kd_temperature": 0.8}, {"kd_temperature": 1.5}),
+    "documents, all at once": changed("preset documents", ours, preset="documents", kd_method=DEFAULT, use_curriculum=False),
+    "+ layerwise, over spans": changed("+ layerwise", variants.span_averages, kd_method=DEFAULT),
+    "shared_prefix, half shared": changed(UNIT, variants.half_shared, kd_method=UNIT),
+    "projector, its own rate": changed(
+        "projector", ours, *({"projector_learning_rate": rate} for rate in (0.0, 1e-3, 2e-2)), kd_method="projector",
+    ),
+    "projector of rank 16": changed("projector", variants.low_rank(16), kd_method="projector"),
 }  # fmt: skip

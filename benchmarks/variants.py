@@ -1,6 +1,6 @@
 """Ways of kd that no config of kdlib asks for, for the quality study: mixtures of its own ways, other weights of positions,
-a signal inside a teacher's tokens; and its teacher cache. Each is made of `(setting, config, student)` and gives
-`(objective, teacher)`.
+features averaged over spans, a narrower projector, fewer shared tokens; and its teacher cache. Each is made of
+`(setting, config, student)` and gives `(objective, teacher)`.
 """
 
 import dataclasses
@@ -8,10 +8,12 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
-from kdlib import cache, inputs, losses, parts, signals
+from kdlib import cache, inputs, losses, models, parts, signals
 from kdlib.objective import Objective
 from kdlib.projector import TeacherToStudentProjector
 
@@ -147,3 +149,79 @@ def _on_columns(part, columns):
         return part.values(objective, dataclasses.replace(rows, other=rows.other[:, columns]))
 
     return dataclasses.replace(part, values=values)
+
+
+class LowRank(torch.nn.Module):
+    """The closed form of a `TeacherToStudentProjector`, cut to its largest `rank` singular values, as two matrices."""
+
+    def __init__(self, whole, rank):
+        super().__init__()
+        left, values, right = torch.linalg.svd(whole.weight.detach(), full_matrices=False)
+        self.up = torch.nn.Parameter(left[:, :rank] * values[:rank].sqrt())
+        self.down = torch.nn.Parameter(values[:rank, None].sqrt() * right[:rank])
+
+    def forward(self, teacher_hidden_ND):
+        return F.linear(F.linear(teacher_hidden_ND.to(self.down.dtype), self.down), self.up)
+
+
+def low_rank(rank):
+    """`projector` with a matrix of that rank."""
+
+    def make(setting, config, student):
+        pair = setting.inputs.pair
+        objective = inputs.make_objective(pair, config, student)
+        objective.beside["projector"] = LowRank(objective.beside["projector"], rank)
+        return objective, pair.teacher
+
+    return make
+
+
+def half_shared(setting, config, student):
+    """Every second token that both vocabularies hold counts as one that only one of them does."""
+    pair, shared = setting.inputs.pair, setting.inputs.pair.shared
+    half = dataclasses.replace(shared, student_ids=shared.student_ids[::2], teacher_ids=shared.teacher_ids[::2])
+    pair = dataclasses.replace(pair, shared=half, buckets={})
+    return inputs.make_objective(pair, config, student), pair.teacher
+
+
+def span_averages(setting, config, student):
+    """Features of layers as the mean over the tokens since the aligned position before, on both sides."""
+    pair = setting.inputs.pair
+    objective = averaged(inputs.make_objective)(pair, config, student)
+    objective.forward = averaged(objective.forward)
+    teacher = averaged(pair.teacher)
+    teacher.model = pair.teacher.model
+    return objective, teacher
+
+
+def averaged(call):
+    """The call, with `span_means` of what it reads of layers."""
+
+    def within(*args, **kwargs):
+        with mock.patch.object(models, "read", _read_averages):
+            return call(*args, **kwargs)
+
+    return within
+
+
+def _read_averages(model, ids, windows, rows, rows_by_window, taps, spots=None, read=models.read):
+    whole = read(model, ids, windows, torch.arange(ids.numel()), rows_by_window, taps, spots)
+    return dataclasses.replace(
+        whole, layers=tuple(span_means(layer, windows.flatten(), rows) for layer in whole.layers)
+    )
+
+
+def span_means(values, windows, rows):
+    """Means `[N, D]` of `values` `[P, D]` over positions `(row before, row]` of `rows` `[N]`, window by window; the first
+    row of each window, numbered by `windows` `[P]`, stands for itself.
+    """
+    before = torch.cat([rows[:1] - 1, rows[:-1]])
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = windows[rows[1:]] != windows[rows[:-1]]
+    before = torch.where(first, rows - 1, before)
+    lengths = rows - before
+    span_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+    offsets = torch.arange(len(span_of)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    picked = values[before[span_of] + 1 + offsets]
+    sums = values.new_zeros(len(rows), values.shape[1]).index_add(0, span_of, picked)
+    return sums / lengths[:, None].to(values.dtype)

@@ -216,3 +216,59 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
     assert np.allclose(found["mixed gradient"], middle, atol=1e-5)
     for name, gradient in found["other projector"].items():
         assert torch.allclose(found["mixed projector"][name], gradient, atol=1e-5)
+
+
+# variants
+
+
+def test_half_the_shared_tokens_leaves_fewer_buckets(loaded):
+    setting = types.SimpleNamespace(inputs=loaded, kept={})
+    config = Config(kd_method=UNIT)
+    whole, _ = methods.ours(setting, config, loaded.pair.student)
+    half, _ = variants.half_shared(setting, config, loaded.pair.student)
+    assert half.num_buckets == (whole.num_buckets - 1 + 1) // 2 + 1
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_a_narrow_projector_is_the_best_of_its_rank(loaded, rank):
+    setting, config = types.SimpleNamespace(inputs=loaded, kept={}), Config(kd_method="projector")
+    whole = methods.ours(setting, config, loaded.pair.student)[0].beside["projector"].weight.detach().double()
+    narrow = variants.low_rank(rank)(setting, config, loaded.pair.student)[0].beside["projector"]
+    found = (narrow.up @ narrow.down).detach().double()
+    lost = np.linalg.svd(whole.numpy(), compute_uv=False)[rank:]
+    assert float((whole - found).norm()) == pytest.approx(float(np.sqrt((lost**2).sum())), rel=1e-4)
+    states = torch.randn(3, whole.shape[1])
+    assert torch.allclose(narrow(states).double(), states.double() @ found.T, atol=1e-5)
+
+
+def test_means_over_spans_by_hand():
+    values = torch.arange(10.0)[:, None] ** 2
+    windows = torch.tensor([1, 1, 1, 1, 1, 2, 2, 2, 2, 0])
+    found = variants.span_means(values, windows, torch.tensor([1, 3, 4, 6, 8]))
+    assert found[:, 0].tolist() == [1, (4 + 9) / 2, 16, 36, (49 + 64) / 2]
+
+
+def test_layers_are_averaged_over_spans_and_nothing_else(loaded):
+    setting = types.SimpleNamespace(inputs=loaded, kept={})
+    config = Config(kd_method=DEFAULT, layerwise_weight=0.5)
+    batch = batching.collate(loaded.train[:4], *loaded.pair.pads)
+    counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
+    found = {}
+    for name, make in (("ends", methods.ours), ("means", variants.span_averages)):
+        torch.manual_seed(0)
+        objective, teacher = make(setting, config, loaded.pair.student)
+        weights = objective.weights()
+        signal = teacher(batch, **objective.wants(weights))
+        found[name] = signal, objective(batch, signal, counts, weights)[1]
+    rows, windows = batch.teacher_rows, batch.teacher_windows.flatten()
+    with torch.no_grad():
+        tapped = loaded.pair.teacher.model(batch.teacher_ids, batch.teacher_mask, output_hidden_states=True)
+    ends, means = (found[name][0].layers for name in ("ends", "means"))
+    for layer, end, mean in zip(objective.layers[1], ends, means, strict=True):
+        if layer + 1 < loaded.pair.teacher.config.num_hidden_layers:  # the last of these is normalised
+            whole = tapped.hidden_states[layer + 1].flatten(0, 1)
+            assert torch.allclose(end, whole[rows], atol=1e-5)
+            assert torch.allclose(mean, variants.span_means(whole, windows, rows), atol=1e-5)
+        assert not torch.allclose(end, mean)
+    assert float(found["ends"][1]["kd"]) == pytest.approx(float(found["means"][1]["kd"]), rel=1e-5)
+    assert float(found["ends"][1]["layerwise"]) != pytest.approx(float(found["means"][1]["layerwise"]), rel=1e-3)
