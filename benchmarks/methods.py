@@ -8,7 +8,7 @@ from kdlib import hooks, inputs
 
 PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
 """Two controls, the method whose steps are the unit of time, and kdlib's default."""
-CACHED = "inside_tokens from a cache"
+CACHED, AVERAGED = "inside_tokens from a cache", "CE only, averaged weights"
 PLAIN_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2)
 """Plain training has no weight to choose; it is tried with the middle five, as many as any other method has cells."""
 RATES, WEIGHTS = (2.5e-3, 5e-3, 1e-2, 1.6e-2, 2.5e-2), (0.03, 0.1, 0.3, 0.6, 0.9)
@@ -120,7 +120,7 @@ METHODS = {
         tuple({"learning_rate": rate, "kd_temperature": t} for rate in (5e-3, 1e-2) for t in (1.0, 4.0)),
     ),
     "averaged weights": tried(use_ema=True),
-    "CE only, averaged weights": Method("search", {**CONTROL, "use_ema": True}, PLAIN),
+    AVERAGED: Method("search", {**CONTROL, "use_ema": True}, PLAIN),
     "unsure student": tried(variants.weighted_by(variants.unsure_student)),
     "right teacher": tried(variants.weighted_by(variants.right_teacher)),
     "sure teacher": tried(variants.weighted_by(variants.sure_teacher)),

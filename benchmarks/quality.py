@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import quality_table, settings, variants
 from benchmarks.equal_steps import by_index
-from benchmarks.methods import CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
+from benchmarks.methods import AVERAGED, CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
 from kdlib import budget, cli, evaluate, models, records
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
@@ -48,7 +48,7 @@ ORDER = [
     ("stories pretrained, peps pretrained", "ours"), ("default scratch", "rivals"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
-CORE = (PLAIN, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "+ contrastive")
+CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "+ contrastive")
 
 
 def main():

@@ -103,9 +103,9 @@ class Relay:
         if len(lost) == LOSSES and all(lost):
             self.client.say(f"{LOSSES} sessions in a row left nothing; the last: {last['reason']}. Look at its log.")
             return 1
-        steps = [each.get("step") for each in sessions[-LOSSES:] if each["state"] == "paused"]
-        if len(steps) == LOSSES and len(set(steps)) == 1:
-            self.client.say(f"{LOSSES} sessions in a row did not get beyond step {steps[0]}: {last['reason']}")
+        places = [(each.get("step"), each.get("read")) for each in sessions[-LOSSES:] if each["state"] == "paused"]
+        if len(places) == LOSSES and len(set(places)) == 1:
+            self.client.say(f"{LOSSES} sessions in a row did not get beyond step {places[0][0]}: {last['reason']}")
             return 1
         limit = self._limit()
         if limit:
@@ -223,7 +223,7 @@ class Relay:
             last.update(
                 phase="done", state="paused" if told["state"] == "running" else told["state"], version_left=last["version"],
                 reason=told.get("reason", ""), step=told.get("step"), max_steps=told.get("max_steps"),
-                session_s=told.get("session_s") or ran_s, plan=told.get("plan"),
+                session_s=told.get("session_s") or ran_s, plan=told.get("plan"), read=told.get("shards_read"),
             )  # fmt: skip
             self._save()
             self._say_session(number, last)

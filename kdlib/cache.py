@@ -28,25 +28,28 @@ def write(config, out, clock=None, others=(), writer=(0, 1)):
     """
     clock = clock or budget.Clock()
     started = clock.now() - env.session_age_s()
-    if config.teacher_cache:
+    if config.cached:
         raise ValueError("a teacher cache is written by the teacher itself; give --teacher, not --teacher-cache")
-    seconds = budget.seconds_of(config.time_budget)
+    seconds, out = budget.seconds_of(config.time_budget), Path(out)
     accelerator = precision.accelerator(config.amp_dtype)
-    yield from Pass(config, Path(out), clock, others, writer, accelerator).run(seconds, started)
+    _refuse_folder(out)
+    loaded = inputs.load(config, accelerator.device, precision.teacher_dtype(accelerator))
+    yield from Pass(config, loaded, out, clock, others, shares(accelerator, *writer)).run(seconds, started)
+
+
+def shares(accelerator, index=0, count=1):
+    """`(which, of how many)` writers a process is, where a launch of several is the writer `index` of `count`."""
+    return index * accelerator.num_processes + accelerator.process_index, count * accelerator.num_processes
 
 
 class Pass:
-    """The state of `write`."""
+    """The state of `write`: the live teacher of `loaded` (`inputs.Inputs`) reads where it is."""
 
-    def __init__(self, config, out, clock, others, writer, accelerator):
+    def __init__(self, config, loaded, out, clock, others, writer):
         self.config, self.out, self.clock, self.others = config, out, clock, [Path(folder) for folder in others]
-        index, count = writer
-        self.mine = index * accelerator.num_processes + accelerator.process_index
-        self.writers = count * accelerator.num_processes
-        self.device = accelerator.device
-        _refuse_folder(out)
-        self.loaded = inputs.load(config, self.device, precision.teacher_dtype(accelerator))
-        self.pair = self.loaded.pair
+        self.mine, self.writers = writer
+        self.loaded, self.pair = loaded, loaded.pair
+        self.device = self.pair.teacher.model.device
         held_out = [sorted((w for group in split.windows for w in group), key=lambda window: window.place)
                     for split in (self.loaded.validation, self.loaded.test)]  # fmt: skip
         self.windows = dict(zip(signals.SPLITS, (self.loaded.train, *held_out), strict=True))
@@ -55,6 +58,10 @@ class Pass:
         self.tries = inputs.tries_of(self.pair) if config.kd_method == "inside_tokens" else None
         self.batch_size = config.batch_size
         self.interrupts = budget.Interrupts()
+
+    @property
+    def num_shards(self):
+        return sum(map(len, self.facts["shards"].values()))
 
     def _facts(self):
         settings = signals.settings_of(self.config, len(self.pair.shared))
@@ -69,11 +76,11 @@ class Pass:
         }
 
     def run(self, seconds, started):
-        told = self._plan()
+        told = self.plan()
         yield told
         self._open(told)
         lacking = signals.missing([self.out], self.facts)
-        whole, slowest = sum(map(len, self.facts["shards"].values())), 0.0
+        whole, slowest = self.num_shards, 0.0
         mine = [
             which for place, which in enumerate(self._every()) if place % self.writers == self.mine and which in lacking
         ]
@@ -102,8 +109,8 @@ class Pass:
         left = len(signals.missing([self.out], self.facts))
         return {"kind": "paused", "reason": reason, "missing": left}
 
-    def _plan(self):
-        """How much it will be; ValueError where the disk has no room for it."""
+    def plan(self):
+        """The first record of `write`: how much it will be."""
         rows, width = self.pair.student_reader.vocabulary.num_rows, self.pair.teacher.head.width
         inside = self._inside_a_position() if self.tries else ()
         a_position = signals.bytes_a_position(self.facts["settings"], rows, width, inside)
@@ -133,15 +140,9 @@ class Pass:
         for folder in (self.out, *self.others):
             if (folder / INDEX).exists() or folder in self.others:
                 _refuse_other(folder, signals.read_facts(folder), self.facts)
-        share = told["bytes"] * told["missing"] / max(1, told["shards"]) / (self.writers if self.writers > 1 else 1)
+        self.refuse_full_disk(told)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            free = env.free_bytes(self.out) - env.disk_reserve_bytes()
-            if share > free:
-                raise ValueError(
-                    f"the cache needs {share / 1e9:.2f} GB more and the disk of {self.out} has {free / 1e9:.2f} GB; lower "
-                    "kd_top_k, take less text, or share the work between several writers"
-                )
             self._save_reader()
             if signals.needs_hidden(self.config) and not (self.out / HEAD).exists():
                 signals.write_head(
@@ -152,6 +153,17 @@ class Pass:
             self._take_over()
         except OSError as error:
             raise ValueError(f"--out {self.out} can't be written: {error.strerror or error}") from None
+
+    def refuse_full_disk(self, told):
+        """Raise ValueError where the disk has no room for what the `plan` tells."""
+        share = told["bytes"] * told["missing"] / max(1, told["shards"]) / self.writers
+        there = next(folder for folder in [self.out, *self.out.absolute().parents] if folder.exists())
+        free = env.free_bytes(there) - env.disk_reserve_bytes()
+        if share > free:
+            raise ValueError(
+                f"the cache needs {share / 1e9:.2f} GB more and the disk of {self.out} has {free / 1e9:.2f} GB; lower "
+                "kd_top_k, take less text, or share the work between several writers"
+            )
 
     def _save_reader(self):
         """The teacher's tokenizer and configuration: all that a run needs to load of it."""
@@ -174,9 +186,7 @@ class Pass:
             for folder in self.others:
                 if (folder / path.name).exists():
                     signals.refuse_shard(folder / path.name, self.key)
-                    beside = path.with_name(f"{path.name}.{self.mine}.tmp")
-                    shutil.copyfile(folder / path.name, beside)
-                    os.replace(beside, path)
+                    copy_whole(folder / path.name, path, self.mine)
                     break
 
     def _write(self, split, number):
@@ -225,7 +235,7 @@ class Pass:
             if tries:
                 walked = walk.Walk.of(tries, batch)
                 how = self.facts["settings"]["inside_k"], self.facts["settings"]["kd_temperature"]
-                said = walked.shortlists(tries, signal, self.pair.teacher.near.decode, *how)
+                said = walked.shortlists(tries, signal, self.pair.teacher.head.decode, *how)
                 parts += zip(said, walked.by_window(batch.rows_by_window), strict=True)
             by_window = zip(*(_by_window(part.to("cpu"), counts) for part, counts in parts), strict=True)
             for place, (signal, *said) in zip(places, by_window, strict=True):
@@ -238,6 +248,14 @@ class Pass:
         score = evaluate.evaluate_teacher(self.pair.teacher, held_out).to_dict()
         opening = samples.openings(held_out, self.pair.student_reader.tokenizer, 1)[0]
         return {"score": score, "says": samples.teacher_says(self.pair.teacher, opening)}
+
+
+def copy_whole(path, there, writer=0):
+    """Copy a file: it is there whole, or not at all."""
+    there.parent.mkdir(parents=True, exist_ok=True)
+    beside = there.with_name(f"{there.name}.{writer}.tmp")
+    shutil.copyfile(path, beside)
+    os.replace(beside, there)
 
 
 def _by_window(part, counts):

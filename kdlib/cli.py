@@ -123,19 +123,24 @@ def cache(positional, flags):
     for record in write(config, out, Clock(), others, writer):
         if record["kind"] == "plan":
             print(
-                f"{record['positions']:,} positions of text, {record['bytes_a_position']} bytes each: "
+                f"{record['positions']:,} positions of text, {record['bytes_a_position']:.0f} bytes each: "
                 f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} of them to write."
             )
         elif record["kind"] == "shard":
-            bar = bar or _bar(record["of"], "shards")
-            bar.n = record["done"]
-            bar.set_postfix_str(f"{spoken(record['left_s'])} left", refresh=False)
-            bar.update(0)
+            bar = _tell_shard(record, bar)
         else:
-            if bar is not None:
-                bar.close()
             _tell_cache(record, out)
     return 0
+
+
+def _tell_shard(record, bar):
+    bar = bar or _bar(record["of"], "teacher reads, shards")
+    bar.n = record["done"]
+    bar.set_postfix_str(f"{spoken(record['left_s'])} left", refresh=False)
+    bar.update(0)
+    if bar.n == bar.total:
+        bar.close()
+    return bar
 
 
 def _tell_cache(record, out):
@@ -213,12 +218,16 @@ def _drive(config, out, clock, wanted):
 def _show(run, config, out):
     from kdlib.env import is_main_process
 
-    bar, leg = None, None
+    bar, leg, shards = None, None, None
     for record in run:
         if not is_main_process():
             continue
         if record["kind"] == "start":
             _tell_start(record)
+        elif record["kind"] == "reading" and record["phase"] == "shard":
+            shards = _tell_shard(record, shards)
+        elif record["kind"] == "reading":
+            print(record["told"])
         elif record["kind"] == "train":
             if leg != (record["run"], record["repeat"]):
                 if bar is not None:

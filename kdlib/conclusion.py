@@ -10,9 +10,10 @@ def best_of(legs):
     return min(ready, key=lambda leg: leg.best, default=None)
 
 
-def conclude(config, inputs, folder, scores, pairs, start_weights):
+def conclude(config, inputs, folder, scores, pairs, start_weights, read_s=0.0):
     """The content of `verdict.json`, from the test `scores` before training and `pairs` of finished legs `(distilled,
-    control or None)`. `folder` (a `records.RunFolder`, or None for a process that does not write) gets student and report.
+    control or None)`. `folder` (a `records.RunFolder`, or None for a process that does not write) gets student and report;
+    `read_s`: seconds in which the teacher read first.
     """
     compared = [(control.at_compare, distilled.at_compare) for distilled, control in pairs if control]
     chosen = best_of(distilled for distilled, _ in pairs)
@@ -22,7 +23,7 @@ def conclude(config, inputs, folder, scores, pairs, start_weights):
         "distilled": verdict.mean_score([distilled.at_end for distilled, _ in pairs]),
     }
     answer = verdict.make_verdict(config.control, scores, compared)
-    answer["alignment"] = inputs.alignment
+    answer |= {"alignment": inputs.alignment, "read_s": read_s}
     answer["train_s"] = {leg.name: leg.compare_s for leg in pairs[0] if leg}
     answer["steps"] = {leg.name: leg.compare_step for leg in pairs[0] if leg}
     answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
@@ -32,7 +33,7 @@ def conclude(config, inputs, folder, scores, pairs, start_weights):
     answer["samples"] = _samples(inputs, students)
     if folder:
         (folder.path / "figures").mkdir(exist_ok=True)
-        records.write_json(folder.path / "figures" / "inside.json", inside.look(inputs, students))
+        records.write_json(folder.path / "figures" / "inside.json", inside.look(config, inputs, students))
         write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
         records.write_json(folder.path / "verdict.json", answer)
         report.write_report(folder.path)

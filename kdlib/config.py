@@ -34,9 +34,10 @@ class Config:
 
     teacher: str = ""
     """Hugging Face id or folder of the teacher: a causal language model with its own tokenizer."""
-    teacher_cache: str = ""
-    """Folders of a teacher cache (`kdlib cache`), separated by commas: the teacher is read from there and never loaded. Its
-    likeliest tokens and one tail stand for its distribution."""
+    teacher_cache: str = "auto"
+    """`auto`: where the plan goes over its text twice or more and a cache holds all it learns from, the teacher reads once
+    first and is let go (better in the same time, RESULTS.md). `live`: never. Else folders of teacher caches (`kdlib cache`),
+    by commas: the teacher is never loaded, its likeliest tokens and one tail stand for its distribution."""
     student: str = ""
     """Hugging Face id or folder of the student: a causal language model with its own tokenizer."""
     dataset: str = ""
@@ -171,12 +172,9 @@ class Config:
             value = getattr(self, name)
             if value != "auto" and not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.teacher_device):
-            raise ValueError(f"unknown teacher_device {self.teacher_device!r}; have auto, cpu, cuda:0, cuda:1, ...")
-        if not re.fullmatch(_COPIES, self.second_copy):
-            raise ValueError(
-                f"second_copy is {self.second_copy!r}; write kaggle:OWNER/NAME (NAME: 6-50 of a-z 0-9 -) or hub:OWNER/NAME"
-            )
+        for name, (pattern, known) in _PATTERNS.items():
+            if not re.fullmatch(pattern, getattr(self, name)):
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; have {known}")
         if not self.lm_weight + sum(getattr(self, f"{name}_weight") for name in self._teaching()) > 0:
             raise ValueError("the weights of all parts are 0; nothing would be learned")
         if self.kd_top_k and self.kd_method == "chunk_likelihood":
@@ -192,6 +190,11 @@ class Config:
     def needs_teacher(self):
         """Whether any part learns from the teacher."""
         return self.kd_method != "none" or any(getattr(self, f"{name}_weight") > 0 for name in self._teaching())
+
+    @property
+    def cached(self):
+        """Whether what the teacher says is to be taken from folders."""
+        return self.teacher_cache not in ("auto", "live")
 
     def plain(self):
         """This run without its teacher: next-token cross-entropy and nothing else. What the control trains on."""
@@ -225,7 +228,7 @@ class Config:
     def require_inputs(self):
         """Raise ValueError unless teacher, student and dataset are named."""
         for name in ("teacher", "student", "dataset"):
-            if not getattr(self, name) and not (name == "teacher" and self.teacher_cache):
+            if not getattr(self, name) and not (name == "teacher" and self.cached):
                 raise ValueError(f"{name} is missing; give --{name} (a Hugging Face id or a local path)")
 
     def replace(self, **changes):
@@ -237,31 +240,23 @@ class Config:
 
     @classmethod
     def from_dict(cls, values):
-        """Build from a mapping; names may use hyphens, and `preset` stands for the values of one of PRESETS, where the
-        mapping has no other. An unknown name raises with the nearest right one.
-        """
+        """Build from a mapping; names may use hyphens, `preset` stands for those values of one of PRESETS not in it."""
         known = [field.name for field in dataclasses.fields(cls)]
-        values = {str(key): value for key, value in values.items()}
+        values = {str(key).replace("-", "_"): value for key, value in values.items()}
         if "preset" in values:
             preset = values.pop("preset")
             if preset not in PRESETS:
                 raise ValueError(f"unknown preset {preset!r}; have {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
-            own = {key.replace("-", "_"): value for key, value in values.items()}
-            values = {**PRESETS[preset], **own}
-        named = {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            if name not in known:
-                raise ValueError(f"unknown key {key!r}{nearest(name, known) or '; have ' + ', '.join(known)}")
-            named[name] = value
-        return cls(**named)
+            values = {**PRESETS[preset], **values}
+        if unknown := next((name for name in values if name not in known), ""):
+            raise ValueError(f"unknown key {unknown!r}{nearest(unknown, known) or '; have ' + ', '.join(known)}")
+        return cls(**values)
 
     @classmethod
     def from_json(cls, path):
         """Read a file that holds one JSON object of config keys."""
-        path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"cannot read the config {path}: {error.strerror or error}") from None
         except ValueError as error:
@@ -280,6 +275,11 @@ _CHOICES = {
 AUTO, DURATION = int | str, float | str
 _HUGE = 10**12
 _COPIES = r"|kaggle:[\w-]+/(?!-)[a-z0-9-]{6,50}(?<!-)|hub:[\w.-]+/[\w.-]+"
+_PATTERNS = {
+    "teacher_cache": (r".+", "auto, live, or the folders of a teacher cache"),
+    "teacher_device": (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda:0, cuda:1, ..."),
+    "second_copy": (_COPIES, "kaggle:OWNER/NAME (NAME: 6-50 of a-z 0-9 -) or hub:OWNER/NAME"),
+}  # fmt: skip
 _RANGES = {
     "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
     "max_steps": (0, _HUGE), "learning_rate": (0.0, 10.0), "projector_learning_rate": (0.0, 10.0),
@@ -340,8 +340,8 @@ def _checked(field, value):
 
 
 def _noun(kind):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", DURATION: "a duration"}
-    return names[kind]
+    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return named.get(kind, "a duration")
 
 
 def nearest(name, choices, mark=""):

@@ -18,12 +18,13 @@ class Course:
     """The students of a run: `legs` so far, test `scores` before training, the `training` under way.
 
     `run()` is a generator of lists of records, each at a point where nothing is half-done: there `groups` and `facts` are
-    all that another `Course` needs to `restore`. `scorer` is a `leg.Scorer`, `budget` is told what everything takes.
+    all that another `Course` needs to `restore`. `scorer` is a `leg.Scorer`, `budget` is told what everything takes;
+    `read_s`: seconds in which the teacher read for the whole plan. They are part of the distilled student's wall-clock.
     """
 
-    def __init__(self, config, loaded, accelerator, clock, budget, scorer):
+    def __init__(self, config, loaded, accelerator, clock, budget, scorer, read_s=0.0):
         self.config, self.inputs, self.accelerator, self.clock = config, loaded, accelerator, clock
-        self.pair, self.budget, self.scorer = loaded.pair, budget, scorer
+        self.pair, self.budget, self.scorer, self.read_s = loaded.pair, budget, scorer, read_s
         self.start_weights = models.copy_of(self.pair.student)
         self.legs, self.scores, self.training, self.left_off = [], {}, None, None
         self.predicted_bytes = None
@@ -139,7 +140,8 @@ class Course:
                 seconds[kind] += block[1:]
         self._free()
         distilled, plain = map(statistics.median, seconds)
-        return accelerate.utils.broadcast_object_list([distilled / max(plain, 1e-9)])[0]
+        whole = distilled + self._read_s(self.legs[-1])
+        return accelerate.utils.broadcast_object_list([whole / max(plain, 1e-9)])[0]
 
     def _training(self, objective, config, num_steps):
         teacher = self.pair.teacher if config.needs_teacher else None
@@ -222,7 +224,7 @@ class Course:
         if 0 < self.config.early_stopping_patience <= leg.since_best and leg.step:
             leg.last_step, leg.compare_step = leg.step, min(leg.step, leg.compare_step)
         if leg.step >= leg.compare_step and leg.at_compare is None:
-            leg.at_compare, leg.compare_s = self._test(leg), leg.train_s
+            leg.at_compare, leg.compare_s = self._test(leg), self._wall_clock(leg)
             yield [self._test_record(leg, leg.at_compare)]
         if leg.step >= leg.last_step and leg.at_end is None:
             leg.at_end = leg.at_compare if leg.compare_step == leg.last_step else self._test(leg)
@@ -284,7 +286,14 @@ class Course:
         return [record, *leg.watch.see(record)]
 
     def _at(self, leg):
-        return {"run": leg.name, "repeat": leg.repeat, "step": leg.step, "elapsed_s": leg.train_s}
+        return {"run": leg.name, "repeat": leg.repeat, "step": leg.step, "elapsed_s": self._wall_clock(leg)}
+
+    def _wall_clock(self, leg):
+        """Seconds that a leg's steps took so far, each with its share of the teacher's reading."""
+        return leg.train_s + leg.step * self._read_s(leg)
+
+    def _read_s(self, leg):
+        return self.read_s / leg.last_step if leg.name == DISTILLED else 0.0
 
     def _train_record(self, leg, step):
         facts = {name: value for name, value in vars(step).items() if name not in ("step", "step_s")}

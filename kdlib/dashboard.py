@@ -289,6 +289,8 @@ def _headline(seen):
         return f"<div><b>Done.</b> {html.escape(end['sentence'])}</div>"
     if end["kind"] == "paused":
         return f"<div><b>Paused:</b> {html.escape(end['reason'])}. The same cell goes on with it.</div>"
+    if end["kind"] == "reading":
+        return f"<div>{html.escape(end['told'])}</div>"
     if "train" not in seen.last:
         return "<div>The models are there; scoring them before anything is learned …</div>"
     now = seen.last["train"]

@@ -3,14 +3,36 @@
 Nothing is written but the tokenized text, which `windows` keeps for the run to find.
 """
 
-from kdlib import budget, checkpoint, env, foretold, inputs, machine, memory, pairing, peak, plan, precision, seeds
+import contextlib
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+
+from kdlib import (
+    budget,
+    cache,
+    checkpoint,
+    env,
+    foretold,
+    inputs,
+    machine,
+    memory,
+    pairing,
+    peak,
+    plan,
+    precision,
+    reading,
+    seeds,
+    signals,
+)
 from kdlib.ahead import Ahead
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.findings import Finding, markdown, plain, sentence, text, worst
 from kdlib.leg import Scorer
 from kdlib.train import Training
-from kdlib.windows import lengths_of
+from kdlib.windows import Windows, lengths_of
 
 __all__ = ["Finding", "examine", "markdown", "plain", "sentence", "stages", "text", "worst"]
 
@@ -45,7 +67,7 @@ def stages(config=None, asked="", clock=None):
     for what `distill` would not begin with: something that is not there, or that is refused.
     """
     config, clock = config or Config(), clock or budget.Clock()
-    named = config.teacher or config.teacher_cache or config.student or config.dataset
+    named = config.teacher or config.cached or config.student or config.dataset
     if named:
         config.replace(dataset=config.dataset or "sentences").require_inputs()
     yield "looking at the machine", []
@@ -57,7 +79,8 @@ def stages(config=None, asked="", clock=None):
             look, refused = _look(config, accelerator, clock)
             found = found + refused
             if look:
-                yield from _stages_of(look, found)
+                with look.rest:
+                    yield from _stages_of(look, found)
                 return
     yield "", found
 
@@ -85,9 +108,7 @@ def _look(config, accelerator, clock):
     there = precision.teacher_device(config.teacher_device, accelerator)
     dtype, started = precision.teacher_dtype(accelerator, there), clock.now()
     documents = None if config.dataset else _sentences(config)
-    few = (
-        config.eval_tokens if config.teacher_cache else min(config.eval_tokens, READ_TOKENS)
-    )  # a cache is for one text
+    few = config.eval_tokens if config.cached else min(config.eval_tokens, READ_TOKENS)  # a cache is for one text
     try:
         changed = config.replace(check_teacher=False, eval_tokens=few)
         loaded = inputs.load(changed, accelerator.device, dtype, there, documents)
@@ -117,6 +138,7 @@ class Look:
 
     def __init__(self, config, loaded, accelerator, clock, load_s):
         self.loaded, self.accelerator, self.clock, self.load_s = loaded, accelerator, clock, load_s
+        self.windows, self.read_s, self.read_bytes, self.rest = loaded.train, 0.0, 0, contextlib.ExitStack()
         self.per_step = config.effective_batch * accelerator.num_processes
         self.sampled = not config.dataset
         self.planned = bool(config.dataset or config.max_steps)
@@ -152,6 +174,8 @@ class Look:
 
     def memory(self):
         """The height that training will reach, against what there is."""
+        if not self.sampled and reading.pays(self.config, len(self.loaded.train), self.per_step):
+            self._read_first()
         with seeds.untouched(self.accelerator.device):
             self.training = self._training()
         device = self.accelerator.device
@@ -168,13 +192,25 @@ class Look:
             made.append(foretold.apart_finding(teacher.model.device, **memory.usage(teacher.model.device)))
         return made
 
+    def _read_first(self):
+        """As a run does: the teacher reads, here the windows of the steps to come, and is let go."""
+        few, folder = self.loaded.train[: self.per_step * (NUM_STEPS + 2)], tempfile.TemporaryDirectory()
+        part, started = dataclasses.replace(self.loaded, train=few), self.clock.now()
+        passing = cache.Pass(self.config, part, Path(self.rest.enter_context(folder)), self.clock, [], (0, 1))
+        told, *_ = passing.run(math.inf, started)
+        positions = Windows.of(self.loaded.train).total("student_rows")
+        self.read_bytes = round(told["bytes_a_position"] * positions)
+        self.read_s = (self.clock.now() - started) * len(self.loaded.train) / len(few)
+        self.windows, self.loaded.pair.teacher = few, signals.CachedTeacher([folder.name])
+        memory.let_go()
+
     def _training(self):
         """The `Training` of the distilled student, with all its parts on from the first step."""
         config, pair = self.config.replace(use_curriculum=False), self.loaded.pair
         objective = inputs.make_objective(pair, config)
         teacher = pair.teacher if config.needs_teacher else None
         return Training(
-            objective, teacher, self.loaded.train, max(config.max_steps, NUM_STEPS + 2), config, self.accelerator,
+            objective, teacher, self.windows, max(config.max_steps, NUM_STEPS + 2), config, self.accelerator,
             self.clock, pair.pads, pair.widest,
         )  # fmt: skip
 
@@ -203,10 +239,11 @@ class Look:
             made.append(foretold.halved_finding(steps[-1].micro_batch, self.config))
         if self.planned:
             readings = self.config.max_steps * self.per_step / len(self.loaded.train) * self.config.repeats
-            made += [found for found in (foretold.readings_finding(self.config, readings),) if found]
-            made += foretold.plan_findings(self.config, step_s, per_step, self.budget)
+            made += [found for found in (foretold.readings_finding(self.config, readings, self.read_s),) if found]
+            made += foretold.plan_findings(self.config, step_s, per_step, self.budget, self.read_s)
         sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.tensors().items()}
-        return made + [foretold.disk_finding(sizes, self.config, env.free_bytes("."), env.disk_reserve_bytes())]
+        room = env.free_bytes("."), env.disk_reserve_bytes()
+        return made + [foretold.disk_finding(sizes, self.config, *room, self.read_bytes)]
 
     def _timed(self):
         steps, started = [], self.clock.now()

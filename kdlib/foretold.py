@@ -6,8 +6,9 @@ from kdlib import budget, checkpoint, env, plan
 from kdlib.findings import Finding
 from kdlib.leg import DISTILLED, Leg
 from kdlib.machine import gib
+from kdlib.reading import READINGS
 from kdlib.saving import SAVE_EVERY_S, SAVE_SHARE
-from kdlib.signals import NEED_TEACHER
+from kdlib.signals import holds_all
 
 SESSION = "11h"
 """Length of a session where `time_budget` is empty: what Kaggle's 12 hours leave."""
@@ -49,7 +50,7 @@ def remedies(micro_batch, config):
     if config.gradient_checkpointing == "off":
         wanted.append("gradient_checkpointing auto")
     wanted.append(f"max_length below {config.max_length}")
-    if not config.teacher_cache:
+    if not config.cached:
         wanted.append("a teacher cache (kdlib cache, then teacher_cache: no teacher in memory)")
         if config.teacher_quantization == "none":
             wanted.append("teacher_quantization 8bit or 4bit (needs bitsandbytes)")
@@ -91,7 +92,7 @@ def halved_finding(micro_batch, config):
     return Finding("memory", "windows in one pass", f"{micro_batch} of {config.batch_size}", "note", means, remedy)
 
 
-def plan_findings(config, step_s, per_step, known):
+def plan_findings(config, step_s, per_step, known, read_s=0.0):
     """Hours and sessions of a plan of `max_steps`, one taking `step_s`; `known`: a `Budget` that has seen what evaluations
     and the start cost.
     """
@@ -105,7 +106,7 @@ def plan_findings(config, step_s, per_step, known):
     session = budget.Budget(
         known.seconds, known.clock, known.clock.now() - known.expected("start"), costs, known.guesses
     )
-    left = plan.seconds_left(config, every, leg, session.expected, save / between)
+    left = read_s + plan.seconds_left(config, every, leg, session.expected, save / between)
     told = plan.outlook(left, session, 1, 1 / step_s, round(steps * per_step))
     control = {"full": "the control as long again", "short": "a tenth more for the control", "off": "no control"}
     more = f", {config.repeats} times" if config.repeats > 1 else ""
@@ -114,20 +115,23 @@ def plan_findings(config, step_s, per_step, known):
     return made + [sessions_finding(told["sessions_needed"], config.time_budget, session.seconds, env.on_kaggle())]
 
 
-def readings_finding(config, readings):
-    """How often the live teacher reads each training text in a plan; None where none does."""
-    if not config.needs_teacher or config.teacher_cache:
+def readings_finding(config, readings, read_s=0.0):
+    """How often the teacher reads each training text in a plan; None where none is asked. `read_s`: the seconds of its
+    reading first, where it does.
+    """
+    if not config.needs_teacher or config.cached:
         return None
-    said, has_it_all = f"{readings:.1f} times", not any(getattr(config, f"{name}_weight") for name in NEED_TEACHER)
-    if readings < 2 or not has_it_all:
+    said = f"{readings:.1f} times"
+    if readings < READINGS or not holds_all(config):
         return Finding("sessions", "teacher reads a text", said, number=readings)
+    if read_s:
+        said, means = f"once, for {said}", f"about {budget.spoken(read_s)} before training; then it is let go"
+        return Finding("sessions", "teacher reads a text", said, "ok", means, number=readings)
     means = (
         "from a cache it does so once: 0.005 to 0.016 bits per byte better in the same time, the cache's own counted, where "
         "it was measured, and 0.08 with a student from scratch (RESULTS.md)"
     )
-    return Finding(
-        "sessions", "teacher reads a text", said, "note", means, "kdlib cache, then --teacher-cache", readings
-    )
+    return Finding("sessions", "teacher reads a text", said, "note", means, "--teacher-cache auto", readings)
 
 
 def sessions_finding(needed, given, seconds, on_kaggle):
@@ -147,16 +151,18 @@ def sessions_finding(needed, given, seconds, on_kaggle):
     return Finding("sessions", "sessions", f"1 of {each}", number=1)
 
 
-def disk_finding(sizes, config, free, reserve):
+def disk_finding(sizes, config, free, reserve, read=0):
     """Room for checkpoints: `sizes` are the bytes of what is in one, by group. The best weights of the students that are
-    compared are in it too, and a new one is whole before the last of the old ones goes.
+    compared are in it too, and a new one is whole before the last of the old ones goes. `read`: bytes of what the teacher
+    says, where the run keeps that.
     """
     student = sizes["student"]
     best = (1 if config.control == "off" else 2) * (2 if config.repeats > 1 else 1)
     one = sum(sizes.values()) + best * student + checkpoint.OVERHEAD_BYTES
-    least, whole = (count * one + 2 * student + reserve for count in (2, config.keep_checkpoints + 1))
+    least, whole = (count * one + 2 * student + reserve + read for count in (2, config.keep_checkpoints + 1))
     said = f"{gib(whole)} at most, {gib(free)} free in this folder"
     means = f"{config.keep_checkpoints} checkpoints of {gib(one)}, one being written, the student twice, a reserve"
+    means += f", {gib(read)} of what the teacher says" if read else ""
     if least > free:
         remedy = "give --out a folder on a larger disk"
         return Finding(

@@ -92,10 +92,10 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
             "these two tokenizers can't be aligned on this text",
             "take a student or a teacher with another tokenizer",
         )
-    teacher = pair.teacher.identity if config.teacher_cache else identity.of_teacher(pair.teacher.model)
+    teacher = pair.teacher.identity if config.cached else identity.of_teacher(pair.teacher.model)
     readers = pair.teacher.reader, pair.student_reader
     known = identity.of_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
-    if config.teacher_cache:
+    if config.cached:
         pair.teacher.refuse_other(known)
     samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
     seen = None, torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, train))  # the test tells more
@@ -112,7 +112,7 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
 def load_for_evaluation(config, device="cpu"):
     """`(pair, HeldOut, alignment)`: all of `dataset` as held-out text, nothing to train on."""
     config.require_inputs()
-    if config.teacher_cache:
+    if config.cached:
         raise ValueError("evaluate reads the teacher itself; give --teacher, not --teacher-cache")
     documents = corpus.read_documents(config.dataset, config.text_field)
     pair = load_pair(config, device, torch.float32)
@@ -143,7 +143,7 @@ def load_pair(config, device, teacher_dtype, teacher_device=None):
 
 def _load_teacher(config, device, dtype, away):
     """The live teacher, or the one that a cache stands for: then nothing but its tokenizer is loaded."""
-    if not config.teacher_cache:
+    if not config.cached:
         model = models.load_model(config.teacher, "teacher", dtype, away, config.teacher_quantization)
         reader = models.load_reader(config.teacher, "teacher", model.config)
         return Teacher(model, reader) if away == device else Ahead(model, reader, device)

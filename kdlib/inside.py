@@ -20,9 +20,9 @@ MANY = 4
 COVERAGE_BINS = 20
 
 
-def look(inputs, students):
-    """What is told of a run's `inputs.Inputs`; `students`: weights by name. Where a model can't be watched, or
-    the memory has no room, `without` says why.
+def look(config, inputs, students):
+    """What is told of a run's `inputs.Inputs`; `students`: weights by name. A teacher that was let go is loaded again. Where
+    a model can't be watched, or the memory has no room, `without` says why.
     """
     pair = inputs.pair
     window = _shown(inputs.test.windows)
@@ -32,12 +32,13 @@ def look(inputs, students):
         "sizes": sizes(pair.sample),
         "coverage": coverage(inputs.train),
     }
-    if pair.teacher.model is None:
+    if pair.teacher.model is None and config.cached:
         return {**told, "without": "the teacher came from its cache, which keeps none of its layers"}
     windows = [window for group in inputs.test.windows for window in group]
     try:
-        told |= {"attention": {"teacher": attention_map(pair.teacher.model, window, "teacher")}, "similarity": {}}
-        theirs = layer_states(pair.teacher.model, windows, "teacher")
+        teacher = pair.teacher.model or _loaded_again(config, pair)
+        told |= {"attention": {"teacher": attention_map(teacher, window, "teacher")}, "similarity": {}}
+        theirs = layer_states(teacher, windows, "teacher")
         for name, weights in students.items():
             models.put_back(pair.student, weights)
             told["attention"][name] = attention_map(pair.student, window, "student")
@@ -50,10 +51,15 @@ def look(inputs, students):
     return told
 
 
+def _loaded_again(config, pair):
+    dtype = getattr(torch, pair.teacher.identity["teacher_dtype"].removeprefix("torch."))
+    return models.load_model(config.teacher, "teacher", dtype, pair.student.device, config.teacher_quantization)
+
+
 def sentence(config):
     """The spans of the beginning of a config's text, both tokenizers having read it: nothing but tokenizers is loaded."""
     student = models.load_reader(config.student, "student")
-    if config.teacher_cache:
+    if config.cached:
         teacher = signals.CachedTeacher(signals.folders_of(config.teacher_cache)).reader
     else:
         teacher = models.load_reader(config.teacher, "teacher")

@@ -97,11 +97,7 @@ def previous(out, wanted="auto"):
     if wanted != "auto" or records.RunFolder(out).holds_run() or not root.is_dir():
         return wanted
     runs = [records.RunFolder(path.parent) for path in root.rglob("status.json")]
-    found = sorted(
-        str(run.path)
-        for run in runs
-        if run.holds_run() and (any(run.checkpoints.glob("step-*")) or (run.path / "verdict.json").exists())
-    )
+    found = sorted(str(run.path) for run in runs if run.has_begun())
     if len(found) > 1:
         raise ValueError(f"{len(found)} runs are mounted: {', '.join(found)}; set resume to one of them, or to never")
     return found[0] if found else wanted

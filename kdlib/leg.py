@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kdlib import alerts, evaluate, memory, models
+from kdlib import alerts, evaluate, fused, memory, models
 
 DISTILLED, CONTROL = "distilled", "ce_only"
 TASKS = {"validation": "evaluate", "test": "test"}
@@ -78,6 +78,15 @@ class Scorer:
         self.batch_at, self.halvings = None, 0
         for _ in range(halvings):
             self._halve()
+
+    @classmethod
+    def of(cls, loaded, config, device, facts, budget, tick):
+        """The scorer of a run, as the `facts` of its checkpoint (or none) have it."""
+        if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
+            facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
+        columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
+        chunk = facts.get("chunk") or fused.rows_at_once(columns, device, config.loss_chunk_size)[0]
+        return cls(loaded, chunk, budget, facts.get("halvings", 0), tick)
 
     def teacher(self, split):
         return self._fitting(

@@ -90,7 +90,7 @@ class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
         self.records = Records(self.path / "records.jsonl")
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.cache = self.path / "checkpoints", self.path / "teacher_cache"
         self.lock = None
 
     def holds_run(self):
@@ -99,6 +99,11 @@ class RunFolder:
             return "kd_method" in read_json(self.path / "config.json")
         except (OSError, ValueError, TypeError):
             return False
+
+    def has_begun(self):
+        """Whether anything can be gone on with: a checkpoint, a verdict, or a part of a teacher cache of its own."""
+        whole = (self.path / "verdict.json", self.cache / "cache.json")
+        return self.holds_run() and (any(self.checkpoints.glob("step-*")) or any(path.exists() for path in whole))
 
     def refuse_foreign(self, may_hold_run=False):
         """Raise ValueError where this folder can't take a run: it holds one, holds other files, or can't be written."""

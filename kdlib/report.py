@@ -249,6 +249,11 @@ def _trust(verdict, found, inside):
             f"{steps['distilled']} in {spoken(seconds['distilled'])} (of the first pair; the number was fixed "
             "beforehand by timing both kinds of step in turn)."
         )
+    if verdict.get("read_s"):
+        lines.append(
+            f"The teacher read the text once, before training, in {spoken(verdict['read_s'])}; each distilled step is "
+            "counted with its share of that."
+        )
     for side in ("student", "teacher"):
         if told[f"faithful_{side}"] < 1.0:
             lines.append(

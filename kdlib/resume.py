@@ -52,7 +52,7 @@ def find(folder, wanted):
             raise ValueError(f"--resume {wanted} is not whole: {error}") from None
     else:
         found.path, found.groups, found.facts, found.broken = checkpoint.newest(source.checkpoints)
-    if found.path is None and (found.broken or named):
+    if found.path is None and (found.broken or (named and not source.has_begun())):
         why = "; ".join(f"{path.name}: {what}" for path, what in found.broken.items()) or "there is none"
         raise ValueError(f"{source.path} has no whole checkpoint to go on with ({why}); start a new --out")
     return found
@@ -85,7 +85,8 @@ def take_over(found, folder):
     if folder.path.resolve() != found.source.path.resolve():
         if found.source.records.path.exists():
             shutil.copyfile(found.source.records.path, folder.records.path)
-        checkpoint.bring(found.path, folder.checkpoints)
+        if found.path:
+            checkpoint.bring(found.path, folder.checkpoints)
     else:
         for path in found.broken:
             checkpoint.set_aside(path)

@@ -1,6 +1,6 @@
 """The checkpoints of a session: when one is due, and what writing them takes of its time."""
 
-from kdlib import env
+from kdlib import checkpoint, env
 
 SAVE_EVERY_S, SAVE_SHARE = 120.0, 0.02
 """Seconds between checkpoints where `save_steps` is 0, and the share of the time they may take."""
@@ -54,7 +54,7 @@ class Saving:
         self.took_s += self.saved_at - started
 
     def whole(self):
-        """A checkpoint of now, and nothing being written any more. Whether there is one."""
+        """A checkpoint of now, and nothing being written any more. Its folder's name, empty where there is none."""
         self.begin()
         self.writer.wait()
-        return self.step == self.course.step
+        return checkpoint.folder_name(self.step) if self.step == self.course.step else ""

@@ -8,9 +8,10 @@ import weakref
 
 import torch
 
-from kdlib import budget, checkpoint, conclusion, copies, env, fused, inputs, plan, precision, records, resume, saving
+from kdlib import budget, checkpoint, conclusion, copies, env, plan, precision, records, resume, saving
 from kdlib.course import Course
 from kdlib.leg import DISTILLED, Scorer
+from kdlib.reading import Reading
 from kdlib.wishes import Unknown, Wishes
 
 PLAN_AFTER_S = 60.0
@@ -31,8 +32,8 @@ class Paused(Exception):
 
 def distill(config, out, clock=None, resume="auto", wishes=None):
     """Run `config` in the folder `out`, or go on with the run that it holds: a generator of records (dicts, as in
-    `records.jsonl`; besides, one of kind `start` with what was loaded, one of kind `plan` after the first minute, and at
-    the end one of kind `verdict` or `paused`).
+    `records.jsonl`; besides, of kind `reading` while the teacher reads first, as `cache.write` has them by `phase`; one of
+    kind `start` with what was loaded, `plan` after the first minute, and at the end `verdict` or `paused`).
 
     `resume`: `auto` goes on where `out` holds this run; `never` wants a new folder; a run folder or checkpoint elsewhere is
     gone on with in `out`. Raises ValueError before anything is written where the config, the models, the text or the folder
@@ -61,7 +62,7 @@ class Session:
         self.folder.refuse_foreign(may_hold_run=wanted == "auto")
         self.accelerator = precision.accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
-        self.course, self.over = None, False
+        self.course, self.saving, self.over = None, None, False
         try:
             if self.writes and self.folder.holds_run():
                 self.folder.acquire()
@@ -77,32 +78,33 @@ class Session:
     def _load(self, config):
         """The inputs, and what an earlier session left."""
         self.writer = checkpoint.Writer(self.clock, copies.of_run(config, self.folder) if self.writes else None)
-        there = precision.teacher_device(config.teacher_device, self.accelerator)
-        loaded = inputs.load(config, self.accelerator.device, precision.teacher_dtype(self.accelerator, there), there)
-        per_step = config.effective_batch * self.accelerator.num_processes
+        self.reading = Reading(config, self.found, self.folder, self.accelerator, self.clock)
+        loaded, per_step = self.reading.inputs(config), config.effective_batch * self.accelerator.num_processes
         self.config = config.replace(max_steps=plan.num_steps(config, len(loaded.train), per_step))
         self.who = {
             "config": self.config.to_dict(),
-            "identity": loaded.identity,
+            "identity": self.reading.plan(self.config, loaded, per_step),
             "windows_per_step": per_step,
             "versions": env.describe()["versions"],
         }
         self.notes = resume.refuse_another_run(self.found, self.who) if self.found else []
-        facts = (self.found and self.found.facts) or {}
         status = self.found.status if self.found else {}
         self.num_sessions, self.elapsed_before_s = status.get("sessions", 0) + 1, status.get("elapsed_s", 0.0)
-        if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
-            facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
-        columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
-        chunk = facts.get("chunk") or fused.rows_at_once(columns, self.accelerator.device, config.loss_chunk_size)[0]
         seconds = budget.seconds_of(config.time_budget)
         guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
         self.budget = budget.Budget(seconds, self.clock, self.started, status.get("costs", {}), guesses)
-        scorer = Scorer(loaded, chunk, self.budget, facts.get("halvings", 0), self._tick)
-        self.course = Course(self.config, loaded, self.accelerator, self.clock, self.budget, scorer)
+        self.trained_from, self.outlook = None, None
+        if not self.reading.work:
+            self._prepare(loaded)
+
+    def _prepare(self, loaded):
+        """All that trains."""
+        facts = (self.found and self.found.facts) or {}
+        scorer = Scorer.of(loaded, self.config, self.accelerator.device, facts, self.budget, self._tick)
+        machine = self.accelerator, self.clock, self.budget
+        self.course = Course(self.config, loaded, *machine, scorer, self.reading.seconds)
         folder = self.folder if self.writes else None
         self.saving = saving.Saving(self.course, self.who, folder, self.writer, bool(facts))
-        self.trained_from, self.outlook = None, None
 
     def run(self):
         """All that is left of the run, or of the session's time. Keeps `status.json` true whatever happens."""
@@ -112,6 +114,7 @@ class Session:
             return
         self._open()
         try:
+            yield from self._read()
             yield from self._run()
         except Paused as pause:
             yield from self._pause(str(pause))
@@ -151,7 +154,20 @@ class Session:
             self.folder.open(self.config.to_dict(), env.describe(devices))
             if self.found:
                 resume.take_over(self.found, self.folder)
+            self.reading.bring()
             LIVE[str(self.folder.path.resolve())] = self
+
+    def _read(self):
+        """Where it is due, the teacher reads all text and is let go; the run then learns from what it said."""
+        for record in self.reading.run(self.budget):
+            self._status("running", "the teacher reads the text")
+            if record["phase"] == "paused":
+                raise Paused(record["reason"])
+            yield {**record, "session": self.num_sessions}
+            if "pause" in self.wishes:
+                self._pause_as_wished()
+        if not self.course:
+            self._prepare(self.reading.inputs(self.config))
 
     def _run(self):
         course, facts = self.course, (self.found and self.found.facts) or None
@@ -173,11 +189,11 @@ class Session:
             raise Paused("no time is left for the verdict in this session")
         started = self.clock.now()
         folder = self.folder if self.writes else None
-        answer = conclusion.conclude(
-            self.config, course.inputs, folder, course.scores, course.pairs(), course.start_weights
-        )
+        known = course.scores, course.pairs(), course.start_weights, round(course.read_s, 3)
+        answer = conclusion.conclude(self.config, course.inputs, folder, *known)
         self.budget.took("conclude", self.clock.now() - started)
         self._end("complete", "")
+        self.reading.clear()
         yield {"kind": "verdict", **answer}
 
     def _written(self, found):
@@ -196,7 +212,7 @@ class Session:
         if leg is None or self.course.training is None:
             return
         if self.trained_from is None:
-            self.budget.took("start", self.budget.used())
+            self.budget.took("start", self.budget.used() - self.reading.now_s)
             self.trained_from = self.clock.now()
         ahead = ["step"] + ["evaluate"] * self.course.evaluation_due(leg, leg.step + 1)
         fits = leg.done or self.budget.allows(*ahead, "save", "evaluate", "export")
@@ -215,27 +231,17 @@ class Session:
             yield {"kind": "plan", "session": self.num_sessions, **self.outlook}
 
     def _grant(self, leg, pause, save, look, unknown, in_vain):
-        """Fulfil wishes, save and look only where nothing is half-done; tell what became of them."""
+        """Fulfil wishes; tell what became of them."""
         if unknown:
             self.wishes.refuse_unknown()
             raise Unknown("another process was given an unknown wish")
         if pause:
             self._pause_as_wished()
-        settled = self.course.settled(leg)
-        if save and settled:
-            name = checkpoint.folder_name(self.course.step)
-            saved = self.saving.whole()
-            yield self._fulfilled("save", f"saved as {name}" if saved else "not saved: the weights are no numbers")
-        if look and settled and (in_vain or leg.evaluated == leg.step):
-            answer = "no time is left for it in this session" if in_vain else "it was evaluated at this very step"
-            yield self._fulfilled("evaluate", answer)
-        elif look and settled:
-            yield from self._written(self.course.look(leg))
-            yield self._fulfilled("evaluate", "evaluated for a look")
-
-    def _fulfilled(self, wish, answer):
-        self.wishes.fulfil(wish)
-        return {"kind": "wish", "wish": wish, "answer": answer, **self.course.place(), "session": self.num_sessions}
+        for found, wish, answer in self.wishes.grant(self.course, self.saving, leg, save, look, in_vain):
+            yield from self._written(found)
+            self.wishes.fulfil(wish)
+            place = {**self.course.place(), "session": self.num_sessions}
+            yield {"kind": "wish", "wish": wish, "answer": answer, **place}
 
     def _pause_as_wished(self):
         self.wishes.fulfil("pause")
@@ -247,7 +253,7 @@ class Session:
         self.outlook = self.course.outlook(self.num_sessions, self.budget.expected("save") / max(between, 1e-9))
 
     def _time_is_up(self):
-        used, whole = budget.spoken(self.budget.used()), budget.spoken(self.budget.seconds)
+        used, whole = map(budget.spoken, (self.budget.used(), self.budget.seconds))
         return f"{used} of the time budget of {whole} are used, and the rest is for saving"
 
     def _tick(self):
@@ -265,12 +271,9 @@ class Session:
         """Save; then, where there is time, score and export what there is, so that a session ends with something to look at.
         What is told of it goes with the next session: that begins where the checkpoint stands.
         """
-        try:
-            self.saving.whole()
-        except OSError as error:
-            reason += f", and the disk did not take it ({error.strerror})"
+        reason = self._save(reason)
         self._status("paused", f"{reason}; {self._kept()}")
-        if not self.interrupts.asked:
+        if self.course and not self.interrupts.asked:
             with contextlib.suppress(Paused):
                 leg = self.course.legs[-1] if self.course.training else None
                 if leg and leg.evaluated < leg.step and self.budget.allows("evaluate", "export"):
@@ -284,7 +287,7 @@ class Session:
         """The state on disk, and the last record of the session."""
         reason = f"{reason}; {self._kept()}"
         self._end("paused", reason)
-        known = {"step": self.course.step, "session": self.num_sessions, "plan": self.outlook}
+        known = {"step": self.course.step if self.course else 0, "session": self.num_sessions, "plan": self.outlook}
         return {"kind": "paused", "reason": reason, **known}
 
     def _fail(self, error):
@@ -293,8 +296,7 @@ class Session:
             yield self._paused(f"the disk is full ({error.strerror})")
             return
         if isinstance(error, FloatingPointError):
-            with contextlib.suppress(OSError):
-                self.saving.whole()
+            self._save("")
         self._end("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         if isinstance(error, ValueError):  # the caller's mistakes were all found before: this one is ours
             raise RuntimeError(f"the run failed: {error}") from error
@@ -304,16 +306,22 @@ class Session:
         """End the session from outside, between two records: all is saved. Does nothing where it is over."""
         if self.over or (self.folder.lock is None and self.writes):
             return
+        self._end("paused", f"{self._save(reason)}; {self._kept()}")
+        self._close()
+
+    def _save(self, reason):
+        """Save what there is; the reason of an end, with what the disk did not take."""
         try:
-            self.saving.whole()
+            if self.saving:
+                self.saving.whole()
         except OSError as error:
             reason += f", and not saved ({error.strerror})"
-        self._end("paused", f"{reason}; {self._kept()}")
-        self._close()
+        return reason
 
     def _kept(self):
         path = checkpoint.newest_name(self.folder.checkpoints)
-        return f"goes on from {path}" if path else "nothing was saved yet, it begins anew"
+        read = "what the teacher has read is kept" if self.reading.num_read else "nothing was saved yet, it begins anew"
+        return f"goes on from {path}" if path else read
 
     def _end(self, state, reason):
         self.over = True
@@ -332,11 +340,11 @@ class Session:
             return
         if self.outlook is not None and self.course.legs[-1].step:
             self._make_plan()  # a student that has not begun yet can't tell
-        used = self.budget.used()
+        used, legs = self.budget.used(), self.course.legs if self.course else ()
         self.folder.status(
-            state, reason=reason, step=sum(leg.step for leg in self.course.legs if leg.name == DISTILLED),
+            state, reason=reason, step=sum(leg.step for leg in legs if leg.name == DISTILLED),
             max_steps=self.config.max_steps * self.config.repeats, sessions=self.num_sessions,
             elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3),
-            saving_s=round(self.saving.took_s, 3), costs=self.budget.costs,
-            plan=None if state == "complete" else self.outlook,
+            saving_s=round(self.saving.took_s if self.saving else 0.0, 3), costs=self.budget.costs,
+            plan=None if state == "complete" else self.outlook, **self.reading.facts(),
         )  # fmt: skip

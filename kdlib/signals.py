@@ -45,6 +45,11 @@ def needs_hidden(config):
     return config.kd_method == "projector" or config.contrastive_weight > 0
 
 
+def holds_all(config):
+    """Whether a cache can hold all that a run learns from."""
+    return not any(getattr(config, f"{name}_weight") > 0 for name in NEED_TEACHER)
+
+
 def settings_of(config, num_shared):
     """What of a `Config` decides what is in a cache. `num_shared`: tokens in both vocabularies."""
     method = config.kd_method if config.kd_method in ("shared_vocab", "inside_tokens") else "shared_prefix"

@@ -33,7 +33,7 @@ KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
 RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
-WITHIN = "test_inside_tokens.py"
+WITHIN, READING = "test_inside_tokens.py", "test_reading.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -127,7 +127,7 @@ MUTANTS = {
     "the verdict on the validation text": ("leg.py", '"test": loaded.test}', '"test": loaded.validation}', [SESSION]),
     "copies of a document on both sides": ("corpus.py", "1 + held[document.key] % 2 if", "1 + len(parts[1]) % 2 if",
                                            ["test_corpus.py"]),
-    "unknown keys swallowed": ("config.py", "if name not in known:\n                raise", "if name not in known:\n                continue\n                raise",
+    "unknown keys swallowed": ("config.py", "            raise ValueError(f\"unknown key", "            values.pop(unknown) or ValueError(f\"unknown key",
                                ["test_config.py"]),
     "top-k: duplicates counted twice": ("losses.py", ".masked_fill(again_NK, math.log(EMPTY))", "", [LOSSES]),
     "top-k: the tail forgotten": ("losses.py", "return torch.cat([kept, (rest + EMPTY).log()], dim=-1)", "return kept", [LOSSES]),
@@ -330,7 +330,7 @@ MUTANTS = {
     "the test text as long as the validation text": ("doctor.py", '"test": test * one}', '"test": longer * one}', [f"{DOCTOR}::test_the_cost_of_reading_more_than_was_read_here"]),
     "what a run reads more is forgotten": ("doctor.py", '{"evaluate": longer * one', '{"evaluate": one', [f"{DOCTOR}::test_the_cost_of_reading_more_than_was_read_here"]),
     "the start without the scores": ("doctor.py", "loading + longer * teacher_s + test * both_s", "loading", [f"{DOCTOR}::test_the_cost_of_reading_more_than_was_read_here"]),
-    "a cache for other held-out text": ("doctor.py", "config.eval_tokens if config.teacher_cache else min", "min", [f"{DOCTOR}::test_the_cost_of_reading_more_than_was_read_here"]),
+    "a cache for other held-out text": ("doctor.py", "config.eval_tokens if config.cached else min", "min", [f"{DOCTOR}::test_the_cost_of_reading_more_than_was_read_here"]),
     "no end on Kaggle": ("foretold.py", "if not given and on_kaggle:", "if False:", [f"{DOCTOR}::test_a_session_without_an_end_is_told_on_kaggle"]),
     "no session at all is fine": ("foretold.py", "    if needed is None:\n", "    if False:\n", [f"{DOCTOR}::test_a_session_without_an_end_is_told_on_kaggle"]),
     "a peak above the memory is fine": ("foretold.py", "    if predicted > total:\n        means", "    if False:\n        means", [f"{DOCTOR}::test_the_height_against_what_there_is"]),
@@ -379,7 +379,7 @@ MUTANTS = {
     "its own output not mounted": ("kaggle/relay.py", "[self.ref] if left else []", "[]", [RELAY]),
     "its own output mounted before there is any": ("kaggle/relay.py", "[self.ref] if left else []", "[self.ref]", [RELAY]),
     "lost sessions without end": ("kaggle/relay.py", "if len(lost) == LOSSES and all(lost):", "if False:", [RELAY]),
-    "sessions that get nowhere without end": ("kaggle/relay.py", "if len(steps) == LOSSES and len(set(steps)) == 1:", "if False:", [RELAY]),
+    "sessions that get nowhere without end": ("kaggle/relay.py", "if len(places) == LOSSES and len(set(places)) == 1:", "if False:", [RELAY]),
     "hours beyond the budget": ("kaggle/relay.py", "usable if usable < whole else None", "None", [RELAY]),
     "an outage ends the relay": ("kaggle/relay.py", "            except Unreachable as problem:", "            except ZeroDivisionError as problem:", [RELAY]),
     "a changed package runs": ("kaggle/kernel.py", "hexdigest() != CHECKSUM", 'hexdigest() == ""', [KAGGLE]),
@@ -389,7 +389,7 @@ MUTANTS = {
     "of two mounted runs the first": ("kernel.py", "    if len(found) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "a failed batch kernel loses its files": ("kernel.py", "        if not env.in_batch_kernel():\n", "        if True:\n", [IN_KERNEL]),
     "a session's own last words lost": ("kernel.py", 'if folder.last_status().get("state") != "failed":', "if True:", [IN_KERNEL]),
-    "a run with nothing to go on with is gone on with": ("kernel.py", 'if run.holds_run() and (any(run.checkpoints.glob("step-*")) or (run.path / "verdict.json").exists())', "if run.holds_run()", [IN_KERNEL]),
+    "a run with nothing to go on with is gone on with": ("kernel.py", "if run.has_begun())", "if run.holds_run())", [IN_KERNEL]),
     "a complete run stays where it is mounted": ("resume.py", "if writes and folder.path.resolve() != found.source.path.resolve():", "if False:", [IN_KERNEL]),
     "more bytes than Kaggle keeps": ("env.py", "        free = min(free, KEPT_BYTES", "        free = max(free, KEPT_BYTES", [IN_KERNEL]),
     "a shard for every 65,536 positions": ("signals.py", "if count >= least and", "if count >= SHARD_POSITIONS and", [CACHE]),
@@ -425,8 +425,8 @@ MUTANTS = {
     "a wish is never used up": ("wishes.py", "self.words.discard(wish)", "pass", [WISHES]),
     "unknown wishes pass": ("wishes.py", "if unknown := self._unknown():", "if (unknown := self._unknown()) and False:", [WISHES]),
     "an unknown wish costs all steps": ("session.py", "            self.leave(str(wish))\n", "", [f"{WISHES}::test_an_unknown_wish_later_costs_no_step"]),
-    "said to be saved in any case": ("session.py", "saved = self.saving.whole()", "saved = [self.saving.whole()]", [f"{WISHES}::test_weights_that_are_no_numbers_are_not_said_to_be_saved"]),
-    "a look where an evaluation is due": ("session.py", "settled = self.course.settled(leg)", "settled = True", [f"{WISHES}::test_a_look_scores_the_weights_of_now"]),
+    "said to be saved in any case": ("wishes.py", "name = saving.whole()", 'name = saving.whole() or "it"', [f"{WISHES}::test_weights_that_are_no_numbers_are_not_said_to_be_saved"]),
+    "a look where an evaluation is due": ("wishes.py", "if look and course.settled(leg):", "if look:", [f"{WISHES}::test_a_look_scores_the_weights_of_now"]),
     "a look whatever the time": ("session.py", 'in_vain = "evaluate" in self.wishes and', "in_vain = False and", [f"{WISHES}::test_a_look_takes_no_time_that_the_end_needs"]),
     "a pause waits for an evaluation": ("session.py", '        if "pause" in self.wishes:\n            self._pause_as_wished()\n', "", [f"{WISHES}::test_a_pause_does_not_wait_for_an_evaluations_end"]),
     "text as often as it comes": ("dashboard.py", "if self.text.allows():", "if True:", [PANEL]),
@@ -509,8 +509,27 @@ MUTANTS = {
     "to be gained by new weights": ("pairing.py", "if math.log(student.perplexity) >", "if 0.0 >", [DOCTOR]),
     "any weights as advised": ("pairing.py", "    if chosen == (BEST,", "    if chosen[:1] == (BEST,) or chosen == (BEST,", [DOCTOR]),
     "readings of one student": ("doctor.py", "/ len(self.loaded.train) * self.config.repeats", "/ len(self.loaded.train)", [DOCTOR]),
-    "a cache for layers": ("foretold.py", "    if readings < 2 or not has_it_all:", "    if readings < 2:", [DOCTOR]),
+    "a cache for layers": ("foretold.py", "    if readings < READINGS or not holds_all(config):", "    if readings < READINGS:", [DOCTOR]),
     "spelled at the start of a text": ("data.py", 'b"".join(said[:start]).strip(b" ") == b"\\n":\n                found[index] = tuple', 'b"".join(said[:start]).strip(b" ") == b"\\n" or True:\n                found[index] = tuple', [WITHIN]),
+    "a cache that is read once": ("reading.py", "/ num_windows >= READINGS", "/ num_windows > 0", [READING]),
+    "a cache for the layers too": ("reading.py", "config.needs_teacher and signals.holds_all(config)", "config.needs_teacher", [READING]),
+    "repeats read anew": ("reading.py", " * config.repeats / num_windows", " / num_windows", [READING]),
+    "another teacher's words": ("reading.py", ' and then["teacher"] == config.teacher and', " and", [READING]),
+    "a run that is begun read again": ("reading.py", "if self.read_in or lives or not pays", "if lives or not pays", [READING]),
+    "a live run read first": ("reading.py", "if self.read_in or lives or not pays", "if self.read_in or not pays", [READING]),
+    "what was read elsewhere is lost": ("reading.py", "[elsewhere] if elsewhere != self.folder.cache and", "[elsewhere] if False and", [READING]),
+    "a session elsewhere without its cache": ("reading.py", "if self.read_in and self.read_in != self.folder.cache:", "if False:", [READING]),
+    "a cache of another plan stays": ("reading.py", "shutil.rmtree(folder)\n", "pass\n", [READING]),
+    "the cache outlives the run": ("reading.py", "shutil.rmtree(self.folder.cache, ignore_errors=True)", "pass", [READING]),
+    "reading is for nothing": ("course.py", "whole = distilled + self._read_s(self.legs[-1])", "whole = distilled", [READING]),
+    "the control pays for the reading": ("course.py", "self.read_s / leg.last_step if leg.name == DISTILLED else 0.0", "self.read_s / leg.last_step", [READING]),
+    "a full disk ends a run that reads": ("reading.py", "            if not begun:\n                self.work, self.skipped = None", "            raise\n            if not begun:\n                self.work, self.skipped = None", [READING]),
+    "a session without a wish to pause": ("session.py", 'yield {**record, "session": self.num_sessions}\n            if "pause" in self.wishes:', 'yield {**record, "session": self.num_sessions}\n            if False:', [READING]),
+    "a mounted cache is no run": ("records.py", 'self.path / "verdict.json", self.cache / "cache.json")', 'self.path / "verdict.json",)', [READING]),
+    "the doctor keeps the teacher": ("doctor.py", "self.windows, self.loaded.pair.teacher = few, signals", "self.windows, self.other = few, signals", [DOCTOR]),
+    "time without the reading": ("foretold.py", "left = read_s + plan", "left = plan", [DOCTOR]),
+    "means from the first token on": ("benchmarks/variants.py", "before = torch.where(first, rows - 1, before)", "before = torch.where(first, -1, before)", [QUALITY]),
+    "the projector's smallest values": ("benchmarks/variants.py", "values[:rank, None].sqrt() * right[:rank]", "values[-rank:, None].sqrt() * right[-rank:]", [QUALITY]),
 }  # fmt: skip
 
 

@@ -313,7 +313,7 @@ def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_
     next(record for record in run if record["kind"] == "train" and record["step"] == 2)
     run.close()
     with pytest.raises(ValueError, match="what is known of the teacher"):
-        list(session.distill(config.replace(teacher_cache=""), tmp_path / "cut"))
+        list(session.distill(config.replace(teacher_cache="live"), tmp_path / "cut"))
     list(session.distill(config.replace(teacher_cache=str(moved)), tmp_path / "cut"))
     ends = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert ends[0] == ends[1]

@@ -124,7 +124,7 @@ def test_the_end_waits_for_what_is_being_sent(kaggle, run):
     "where", ["kaggle:ann/run", "kaggle:run-copy", "s3:ann/run-copy", "hub:ann", "kaggle:ann/Run_Copy"]
 )
 def test_a_wrong_place_is_named(where):
-    with pytest.raises(ValueError, match=r"write kaggle:OWNER/NAME .* or hub:OWNER/NAME"):
+    with pytest.raises(ValueError, match=r"have kaggle:OWNER/NAME .* or hub:OWNER/NAME"):
         Config(second_copy=where)
     with pytest.raises(ValueError, match="second_copy_saves is 0"):
         Config(second_copy_saves=0)

@@ -21,6 +21,7 @@ from test_time import World
 
 from kdlib import (
     budget,
+    cache,
     cli,
     data,
     doctor,
@@ -355,15 +356,50 @@ def test_what_may_be_gained_is_a_share_of_what_lies_between(settings):
 
 
 def test_a_teacher_that_reads_a_text_again_is_better_read_from_a_cache(settings):
-    settings = {**settings, "max_steps": 200}
+    settings = {**settings, "max_steps": 200, "teacher_cache": "live"}
     config, told = Config.from_dict(settings), examined({**settings, "repeats": 2})["teacher reads a text"]
     steps = config.max_steps * config.batch_size
     assert told.number == pytest.approx(2 * steps / len(inputs.load(config).train))
-    assert told.remedy.startswith("kdlib cache")
+    assert told.remedy == "--teacher-cache auto"
     assert foretold.readings_finding(config, 1.9).state == "ok"
     assert foretold.readings_finding(config.replace(attention_weight=0.1), 5.0).state == "ok"
     for changes in ({"teacher_cache": "cache"}, {"kd_method": "none"}):
         assert foretold.readings_finding(config.replace(**changes), 5.0) is None
+
+
+def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monkeypatch, tmp_path):
+    """Memory and time are those of steps from a cache; the reading itself is part of the plan's time."""
+    settings, seen, told = {**settings, "max_steps": 200, "teacher_cache": "auto"}, [], {}
+    monkeypatch.setattr(doctor, "Training", noting(doctor.Training, seen))
+    plan_findings = foretold.plan_findings
+    monkeypatch.setattr(
+        foretold, "plan_findings", lambda *given: told.update(read_s=given[-1]) or plan_findings(*given)
+    )
+    found = examined(settings)
+    assert [teacher.model for teacher in seen] == [None]
+    assert found["teacher reads a text"].value.startswith("once, for ")
+    assert found["steps a second"].state == "ok"
+    assert told["read_s"] > 0
+    assert "of what the teacher says" in found["disk for checkpoints"].meaning
+    live = examined(settings, teacher_cache="live")
+    assert seen[-1].model is not None
+    assert live["the whole plan"].number > 0
+    more = found["disk for checkpoints"].number - live["disk for checkpoints"].number
+    list(cache.write(Config.from_dict(settings), tmp_path / "cache"))
+    assert more == pytest.approx(sum(p.stat().st_size for p in (tmp_path / "cache").glob("train-*")), rel=0.1)
+    with_reading, without = (
+        plan_findings(Config.from_dict(settings), 1.0, 8, budget.Budget(1e6, budget.Clock(), 0.0), read_s)[0].number
+        for read_s in (50.0, 0.0)
+    )
+    assert with_reading == pytest.approx(without + 50.0)
+
+
+def noting(kind, seen):
+    def made(objective, teacher, *rest):
+        seen.append(teacher)
+        return kind(objective, teacher, *rest)
+
+    return made
 
 
 def test_rows_without_a_token_are_counted():
