@@ -6,6 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 from clocks import Ticks
+from processes import together
 
 from kdlib import cache, cli, course, env, inputs, kernel, models, reading, records, session, signals
 from kdlib.config import Config
@@ -268,3 +269,22 @@ def test_people_are_told(config, tmp_path, capsys):
     told = capsys.readouterr()
     assert "the teacher reads it first (1.4 MB in" in told.out
     assert "shards" in told.err
+
+
+def drive(values, out):
+    signals.SHARD_POSITIONS = 300
+    for _ in session.distill(Config.from_dict(values), out):
+        pass
+
+
+def test_two_processes_read_a_half_each_and_learn_what_one_does(config, tmp_path):
+    values = {**config.to_dict(), "batch_size": 2}
+    together(2, drive, values, tmp_path / "two")
+    drive(config.to_dict(), tmp_path / "one")
+    losses = {}
+    for name in ("one", "two"):
+        found = records.read_records(tmp_path / name / "records.jsonl")
+        losses[name] = [r["loss"] for r in found if r["kind"] == "train"]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert status(tmp_path / "two")["shards_read"] > 3
+    assert not (tmp_path / "two" / "teacher_cache").exists()
