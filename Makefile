@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 OUT ?= demo
 
-.PHONY: demo test test-slow lint notebooks bench bench-quality clean
+.PHONY: demo test test-slow lint notebooks bench-quality clean
 
 demo: $(VENV)/ready
 	rm -rf -- "$(OUT)"
@@ -23,9 +23,6 @@ lint: $(VENV)/ready
 notebooks: $(VENV)/ready
 	$(RUN) ruff format notebooks
 	$(VENV)/bin/python tests/refresh.py
-
-bench: $(VENV)/ready
-	$(RUN) benchmarks.equal_steps
 
 # hours on one core; a run that is in benchmarks/results/quality.jsonl is not made again
 bench-quality: $(VENV)/ready

@@ -130,6 +130,8 @@ METHODS = {
     "temperature": tried(ours, {"kd_temperature": 0.8}, {"kd_temperature": 1.5}),
     "documents, all at once": changed("preset documents", ours, preset="documents", kd_method=DEFAULT, use_curriculum=False),
     "+ layerwise, over spans": changed("+ layerwise", variants.span_averages, kd_method=DEFAULT),
+    "from a cache of 16": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=16),
+    "from a cache of 256": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=256),
     "shared_prefix, half shared": changed(UNIT, variants.half_shared, kd_method=UNIT),
     "projector, its own rate": changed(
         "projector", ours, *({"projector_learning_rate": rate} for rate in (0.0, 1e-3, 2e-2)), kd_method="projector",

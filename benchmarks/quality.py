@@ -25,7 +25,6 @@ import accelerate
 import torch
 
 from benchmarks import quality_table, settings, variants
-from benchmarks.equal_steps import by_index
 from benchmarks.methods import AVERAGED, CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
 from kdlib import budget, cli, evaluate, models, records
 from kdlib.config import PRESETS, Config
@@ -237,7 +236,7 @@ def started(setting, kind, name, cell, seed, num_steps):
     loaded, student = setting.inputs, setting.student(kind, seed)
     torch.manual_seed(seed)
     objective, teacher = method.make(setting, config, student)
-    windows = [by_index(window) for window in loaded.train] if method.by_index else loaded.train
+    windows = [variants.by_index(window) for window in loaded.train] if method.by_index else loaded.train
     layout = loaded.pair.pads, loaded.pair.widest
     machine = accelerate.Accelerator(cpu=True)
     return Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), *layout), objective
@@ -300,7 +299,8 @@ def cost(setting, name):
     middle = statistics.median(seconds[name][WARM:])
     found = {"ratio": round(whole[name] / whole[PLAIN], 3), "step_s": round(middle, 4)}
     if METHODS[name].make is variants.from_cache:
-        _, spent = setting.kept[METHODS[name].changes["kd_method"]]
+        changes = METHODS[name].changes
+        _, spent = setting.kept[changes["kd_method"], changes.get("kd_top_k", 0)]
         found["before"] = round(spent * (TIMED - WARM) / whole[PLAIN], 1)
     return found
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -100,8 +101,10 @@ def _label_probabilities(log_probs, labels):
 
 
 def from_cache(setting, config, student):
-    """kdlib's own teacher cache. `setting.kept` says what writing the training text's part took, in processor seconds."""
-    pair, name = setting.inputs.pair, config.kd_method
+    """kdlib's own teacher cache. `setting.kept` says by `(kd_method, kd_top_k)` what writing the training text took, in
+    processor seconds.
+    """
+    pair, name = setting.inputs.pair, (config.kd_method, config.kd_top_k)
     if name not in setting.kept:
         folder = Path(tempfile.mkdtemp(prefix="kdlib-cache-"))
         passing = cache.write(config, folder / "cache")
@@ -118,6 +121,12 @@ def from_cache(setting, config, student):
         )
     cached, _ = setting.kept[name]
     return inputs.make_objective(cached, config, student), cached.teacher
+
+
+def by_index(window):
+    """The window with student position i paired with teacher position i, as if the tokens were the same."""
+    rows = np.arange(min(len(window.student_ids), len(window.teacher_ids)) - 1)
+    return dataclasses.replace(window, student_rows=rows, teacher_rows=rows, student_stops=rows, teacher_stops=rows)
 
 
 def with_projector(setting, config, student):
