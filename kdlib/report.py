@@ -109,7 +109,7 @@ SECTIONS = {
 }
 """The page's parts after the verdict, with their figures."""
 CAPTIONS = {
-    "learning_curves": "Both students start from the same weights. Time counts training only.",
+    "learning_curves": "Both students start from the same weights. Time counts training, with the teacher's part in it.",
     "averaging": "Above 0 the running average of the weights knows more than the weights themselves.",
     "loss_shares": "Above: what each part adds to the loss. Below: its share of the whole.",
     "gradient_shares": "What really competes: how hard each part pulls where it touches the student.",
@@ -252,7 +252,7 @@ def _trust(verdict, found, inside):
     if verdict.get("read_s"):
         lines.append(
             f"The teacher read the text once, before training, in {spoken(verdict['read_s'])}; each distilled step is "
-            "counted with its share of that."
+            "counted with its share of that. KL to the teacher is over its likeliest tokens and a tail: a lower bound."
         )
     for side in ("student", "teacher"):
         if told[f"faithful_{side}"] < 1.0:
