@@ -86,8 +86,8 @@ def shared_tokens(objective, rows):
 
     Helps where the vocabularies share much (84 % for GPT-2 and Qwen); `shared_prefix` also uses the rest. Cost: the
     teacher's own head, `N Vt Dt` multiplications, the dearest way; no memory that stays. Start: 0.6 for `shared_prefix`,
-    0.1 for `shared_vocab`, which gained nothing over plain training in the same time (RESULTS.md). With `kd_top_k`
-    the buckets are cut to the likeliest of either side and a tail; a teacher cache knows its own likeliest only, so there the
+    0.1 for `shared_vocab`, which gained nothing over plain training in the same time (RESULTS.md). With `kd_top_k` the
+    buckets are cut to the likeliest of either side and a tail; a teacher cache knows its own likeliest only, so there the
     cut is to the teacher's.
     """
     if rows.top is not None:
