@@ -74,6 +74,7 @@ class Reading:
         begun, folder = self.clock.now(), self.folder.cache
         if self.accelerator.is_main_process and folder.exists() and not self._is_ours(folder):
             shutil.rmtree(folder)
+            self.before_s = 0.0
         self.accelerator.wait_for_everyone()
         stopped = False
         for record in self.work.run(session.seconds, session.started):

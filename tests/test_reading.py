@@ -145,11 +145,12 @@ def test_a_budget_that_is_over_ends_it_between_two_shards(config, tmp_path):
 
 def test_what_was_read_for_another_plan_makes_room(config, tmp_path):
     """Nothing was learned yet, so the run begins anew, and its own cache with it."""
-    stopped(session.distill(config, tmp_path / "run"), ("reading", "shard", 2))
+    stopped(session.distill(config, tmp_path / "run", Ticks()), ("reading", "shard", 12))
     other = config.replace(kd_top_k=7)
-    list(session.distill(other, tmp_path / "run"))
-    list(session.distill(other, tmp_path / "fresh"))
+    list(session.distill(other, tmp_path / "run", Ticks()))
+    list(session.distill(other, tmp_path / "fresh", Ticks()))
     assert weights(tmp_path / "run") == weights(tmp_path / "fresh")
+    assert status(tmp_path / "run")["read_s"] == pytest.approx(status(tmp_path / "fresh")["read_s"], rel=0.1)
 
 
 def test_a_cache_that_was_lost_is_read_again(config, tmp_path):
