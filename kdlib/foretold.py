@@ -129,7 +129,7 @@ def readings_finding(config, readings, read_s=0.0):
         return Finding("sessions", "teacher reads a text", said, "ok", means, number=readings)
     means = (
         "from a cache it does so once: 0.005 to 0.016 bits per byte better in the same time, the cache's own counted, where "
-        "it was measured, and 0.08 with a student from scratch (RESULTS.md)"
+        "it was measured, and 0.03 to 0.08 with a student from scratch (RESULTS.md)"
     )
     return Finding("sessions", "teacher reads a text", said, "note", means, "--teacher-cache auto", readings)
 
