@@ -1,7 +1,5 @@
 """The records of the quality study as a table and as a figure."""
 
-import math
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -88,15 +86,19 @@ def draw(known, path):
     cells = {key: cell for key, cell in cells_of(known).items() if PLAIN in cell[1] and len(cell[1]) > 1}
     if not cells:
         return
-    shown = [m for m in METHODS if m != PLAIN and any(m in methods for _, methods in cells.values())]
     columns = min(3, len(cells))
-    rows = math.ceil(len(cells) / columns)
-    figure = Figure(figsize=(2.2 + 3.1 * columns, 1.2 + rows * (0.7 + 0.2 * len(shown))), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    every = list(cells.values())
+    rows = [every[i : i + columns] for i in range(0, len(every), columns)]
+    shown = [[m for m in METHODS if m != PLAIN and any(m in methods for _, methods in row)] for row in rows]
+    height = sum(0.7 + 0.2 * len(row) for row in shown)
+    figure = Figure(figsize=(2.2 + 3.1 * columns, 1.2 + height), layout="constrained")
+    ratios = [2 + len(row) for row in shown]
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row", height_ratios=ratios)
     for axes in grid.flat[len(cells) :]:
         axes.set_visible(False)
-    for axes, ((name, kind), (setting, methods)) in zip(grid.flat, cells.items(), strict=False):
-        for place, method in enumerate(shown):
+    for number, (axes, ((name, kind), (setting, methods))) in enumerate(zip(grid.flat, cells.items(), strict=False)):
+        here = shown[number // columns]
+        for place, method in enumerate(here):
             found = gain(methods.get(method, {}), methods[PLAIN], setting["num_bytes"])
             group = METHODS[method].group
             if found:
@@ -105,13 +107,13 @@ def draw(known, path):
                 axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], ms=5, lw=1.4, capsize=2, ls="", **style)
         axes.axvline(0.0, color="#1a1a1a", lw=0.8)
         axes.set_title(f"{name}, {'trained before' if kind == 'pretrained' else 'from scratch'}", fontsize=9)
-        axes.set_yticks(range(len(shown)), shown, fontsize=8)
-        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_yticks(range(len(here)), here, fontsize=8)
+        axes.set_ylim(len(here) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=8)
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", color="#d9d9d9", lw=0.6)
         axes.set_axisbelow(True)
-    groups = [group for group in NAMES if any(METHODS[m].group == group for m in shown)]
+    groups = [group for group in NAMES if any(METHODS[m].group == group for row in shown for m in row)]
     handles = [axes.plot([], [], ls="", ms=5, color=COLOURS[g], marker=MARKERS[g], label=NAMES[g])[0] for g in groups]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(groups), frameon=False, fontsize=8)
     figure.supxlabel(
