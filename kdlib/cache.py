@@ -149,7 +149,9 @@ class Pass:
                     self.out / HEAD, self.key, self.pair.teacher.shared_rows(self.pair.shared).cpu(), self.mine
                 )
             if not (self.out / INDEX).exists():
-                records.write_json(self.out / INDEX, self.facts)
+                beside = self.out / f"{INDEX}.{self.mine}.tmp"  # another writer may be at the same place
+                records.write_json(beside, self.facts)
+                os.replace(beside, self.out / INDEX)
             self._take_over()
         except OSError as error:
             raise ValueError(f"--out {self.out} can't be written: {error.strerror or error}") from None

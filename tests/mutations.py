@@ -521,6 +521,7 @@ MUTANTS = {
     "a session elsewhere without its cache": ("reading.py", "if self.read_in and self.read_in != self.folder.cache:", "if False:", [READING]),
     "a cache of another plan stays": ("reading.py", "shutil.rmtree(folder)\n", "pass\n", [READING]),
     "time of a reading that was given up": ("reading.py", "            self.before_s = 0.0\n", "", [READING]),
+    "two writers of one index": ("cache.py", 'beside = self.out / f"{INDEX}.{self.mine}.tmp"', 'beside = self.out / f"{INDEX}.tmp"', [CACHE]),
     "the cache outlives the run": ("reading.py", "shutil.rmtree(self.folder.cache, ignore_errors=True)", "pass", [READING]),
     "reading is for nothing": ("course.py", "whole = distilled + self._read_s(self.legs[-1])", "whole = distilled", [READING]),
     "the control pays for the reading": ("course.py", "self.read_s / leg.last_step if leg.name == DISTILLED else 0.0", "self.read_s / leg.last_step", [READING]),

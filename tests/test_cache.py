@@ -14,6 +14,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from clocks import Ticks
 from families import byte_level, tiny_model
 from processes import CONTEXT
 
@@ -613,3 +614,21 @@ def test_the_command_writes_and_the_run_reads(caches, tmp_path, capsys):
     )
     assert cli.main(["evaluate", *words[:6], "--teacher-cache", str(tmp_path / "merged")]) == 2
     assert records.read_json(tmp_path / "run" / "verdict.json")["bits_per_byte"]["teacher"] > 0
+
+
+def test_two_writers_may_begin_at_the_same_instant(settings, tmp_path, monkeypatch):
+    """The second one opens the folder while the first is about to put its index there."""
+    config, replace, begun = Config.from_dict(settings), os.replace, []
+    loaded = inputs.load(config)
+    first, second = (cache.Pass(config, loaded, tmp_path / "cache", Ticks(), [], (i, 2)) for i in range(2))
+
+    def meanwhile(path, there):
+        if str(there).endswith(signals.INDEX) and not begun:
+            begun.append(True)
+            second._open(second.plan())
+        replace(path, there)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    first._open(first.plan())
+    assert begun
+    assert signals.read_facts(tmp_path / "cache") == first.facts
