@@ -41,10 +41,10 @@ EVALUATIONS = 8
 TIMED, WARM = 24, 2
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 EVERY = "default pretrained, stories pretrained, peps pretrained"
+SCRATCH = EVERY.replace("pretrained", "scratch")
 ORDER = [
-    (EVERY, "core"), (EVERY, "rivals"), (EVERY.replace("pretrained", "scratch"), "core"),
-    ("default pretrained", "parts"), ("default pretrained", "search"), ("default pretrained", "ours mixed"),
-    ("stories pretrained, peps pretrained", "ours"), ("default scratch", "rivals"),
+    (EVERY, "core"), (EVERY, "rivals"), (SCRATCH, "core"), (EVERY, "ours parts mixed"), (SCRATCH, "rivals"),
+    ("default pretrained", "search"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
 CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "+ contrastive")

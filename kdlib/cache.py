@@ -204,15 +204,8 @@ class Pass:
             )
             asked = {**settings, "kd_temperature": 1.0}
         wanted = signals.shortlist(self.pair, buckets, asked)
-        while True:
-            try:
-                found = self._ask(windows, wanted, self.tries if split == "train" else None)
-                break
-            except Exception as error:
-                if not memory.ran_out(error) or self.batch_size == 1:
-                    raise
-            self.batch_size = (self.batch_size + 1) // 2
-            memory.let_go()
+        tries = self.tries if split == "train" else None
+        found, self.batch_size = memory.fitting(lambda size: self._ask(windows, wanted, tries, size), self.batch_size)
         if found is None:
             return False
         more = None if split == "train" else self._judged(split)
@@ -221,16 +214,16 @@ class Pass:
         signals.write_shard(path, self.key, found, rows, settings["hidden"] and split == "train", more, self.mine)
         return True
 
-    def _ask(self, windows, wanted, tries):
-        """The teacher's signals by window, in order, with what it says inside tokens where there are `tries`; None where
-        someone asked to stop.
+    def _ask(self, windows, wanted, tries, size):
+        """The teacher's signals by window, in order, with what it says inside tokens where there are `tries`, from batches
+        of `size`; None where someone asked to stop.
         """
         order = sorted(range(len(windows)), key=lambda place: len(windows[place].teacher_ids))
         found = {}
-        for i in range(0, len(order), self.batch_size):
+        for i in range(0, len(order), size):
             if self.interrupts.asked:
                 return None
-            places = order[i : i + self.batch_size]
+            places = order[i : i + size]
             batch = batching.collate([windows[place] for place in places], *self.pair.pads).to(self.device)
             signal = self.pair.teacher(batch, spans=True, shortlist=wanted, inner=tries is not None)
             parts = [(signal, batch.rows_by_window)]

@@ -1,5 +1,6 @@
 """The command line: `kdlib demo | doctor | distill | cache | evaluate | report`."""
 
+import functools
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ cache: --resume A,B takes over parts that others wrote, --writer 2/3 makes this 
 doctor looks at the machine alone where no models are named; --accelerator NvidiaTeslaT4 tells it what was asked for.
 Keys of distill, demo, cache and doctor, with their defaults:
 """
+SHOWN = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 PLAIN = ("out", "json", "help", "resume", "writer", "accelerator")
 
 
@@ -78,9 +80,7 @@ def demo(positional, flags):
         print("The first time, a small teacher is trained and kept in the cache folder (two minutes or so).")
         with _bar(1, "preparing") as bar:
             for what, done, total in tiny.prepare(cache, clock):
-                bar.total, bar.n = total, done
-                bar.set_description(what)
-                bar.update(0)
+                _follow(bar, what, done, total)
     return _drive(config, out, clock, wanted)
 
 
@@ -134,10 +134,10 @@ def cache(positional, flags):
 
 
 def _tell_shard(record, bar):
-    bar = bar or _bar(record["of"], "teacher reads, shards")
-    bar.n = record["done"]
+    what = "teacher reads, shards"
+    bar = bar or _bar(record["of"], what)
     bar.set_postfix_str(f"{spoken(record['left_s'])} left", refresh=False)
-    bar.update(0)
+    _follow(bar, what, record["done"], record["of"])
     if bar.n == bar.total:
         bar.close()
     return bar
@@ -168,7 +168,8 @@ def evaluate(positional, flags):
         raise ValueError(f"evaluate takes --teacher, --student and --dataset; got {positional[0]!r}")
     config = Config.from_dict(flags)
     quiet()
-    found = comparison.compare(config)
+    with _bar(1, "loading", delay=0.01) as bar:  # what is refused while it loads is told in one line
+        found = comparison.compare(config, functools.partial(_follow, bar))
     print(json.dumps(found, indent=2) if as_json else "\n".join(comparison.told(found)))
     return 0
 
@@ -182,14 +183,7 @@ def report(positional, flags):
     return 0
 
 
-COMMANDS = {
-    "demo": demo,
-    "doctor": doctor,
-    "distill": distill,
-    "cache": cache,
-    "evaluate": evaluate,
-    "report": report,
-}
+COMMANDS = {each.__name__: each for each in (demo, doctor, distill, cache, evaluate, report)}
 
 
 def quiet():
@@ -287,10 +281,17 @@ def _tell(verdict, out):
     print(f"Student: {out / 'student'}   Report: {out / 'report.html'}")
 
 
-def _bar(total, name, shown="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"):
+def _bar(total, name, shown=SHOWN, delay=0):
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=name, bar_format=shown, mininterval=0.3 if sys.stderr.isatty() else 5.0)
+    every = 0.3 if sys.stderr.isatty() else 5.0
+    return tqdm(total=total, desc=name, bar_format=shown, mininterval=every, delay=delay)
+
+
+def _follow(bar, what, done, of):
+    bar.total, bar.n = of, done
+    bar.set_description(what, refresh=False)
+    bar.update(0)
 
 
 def _parse(words):

@@ -1,8 +1,11 @@
 """Any two models on a text: what each knows, and how much the one kept of the other."""
 
+import itertools
+import math
 import statistics
 
-from kdlib import evaluate, inputs, retention, samples
+from kdlib import budget, inputs, precision, retention, samples
+from kdlib.leg import Scorer
 
 NUM_SAMPLES = 8
 TITLES = {
@@ -13,18 +16,28 @@ TITLES = {
 WIDE = 12
 
 
-def compare(config, device="cpu"):
-    """What the config's teacher and student make of its data set, all of it held-out text: plain values.
+def compare(config, tell=lambda what, done, of: None):
+    """What the config's teacher and student make of its data set, all of it held-out text, on the machine's card where it
+    has one: plain values. `tell` hears what is about to be done, as so many of so many pieces of work.
 
     `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Retention`, whose
     `frequency` counts in this very text; `documents`: bits per byte of each, with its size; `samples`: what both write after
     the same beginnings, with the share of repeated 4-grams and distinct-2; `alignment`. ValueError for a wrong input.
     """
-    pair, held_out, alignment = inputs.load_for_evaluation(config, device)
-    scores = {
-        "teacher": evaluate.evaluate_teacher(pair.teacher, held_out),
-        "student": evaluate.evaluate_student(pair.student, pair.head, held_out),
-    }
+
+    def read(done, of):
+        tell("the teacher reads", done, 3 * of + 2 * NUM_SAMPLES)
+
+    def score():
+        tell("both are scored", min(next(count), whole - 2 * NUM_SAMPLES), whole)
+
+    machine, clock = precision.accelerator(config.amp_dtype), budget.Clock()
+    there = precision.teacher_device(config.teacher_device, machine)
+    loaded = inputs.load_for_evaluation(config, machine.device, precision.teacher_dtype(machine, there), there, read)
+    known = budget.Budget(math.inf, clock, clock.now())
+    scorer = Scorer.of(loaded, config, machine.device, {}, known, score)
+    count, whole = itertools.count(len(loaded.test.batches)), 3 * len(loaded.test.batches) + 2 * NUM_SAMPLES
+    scores = {"teacher": scorer.teacher("test"), "student": scorer.student("test")}
     told = {
         name: {**score.summary(), "calibration_error": retention.calibration_error(score.retention)}
         for name, score in scores.items()
@@ -36,22 +49,27 @@ def compare(config, device="cpu"):
     kept = {name: score.retention for name, score in scores.items()}
     return {
         **told,
-        "alignment": alignment,
+        "alignment": loaded.alignment,
         "retention": kept,
         "documents": documents,
-        "samples": _samples(pair, held_out),
+        "samples": _samples(loaded, lambda done: tell("both go on with texts", whole - 2 * NUM_SAMPLES + done, whole)),
     }
 
 
-def _samples(pair, held_out):
-    beginnings = samples.openings(held_out, pair.student_reader.tokenizer, NUM_SAMPLES)
+def _samples(loaded, tell):
+    """What both go on with; `tell` hears how many are done."""
+    pair, done = loaded.pair, itertools.count()
+    beginnings = samples.openings(loaded.test, pair.student_reader.tokenizer, NUM_SAMPLES)
     models = {
         "teacher": (pair.teacher.model, pair.teacher.reader.tokenizer),
         "student": (pair.student, pair.student_reader.tokenizer),
     }
     told = {"openings": beginnings}
     for name, (model, tokenizer) in models.items():
-        texts = [samples.continue_text(model, tokenizer, text) for text in beginnings]
+        texts = []
+        for text in beginnings:
+            tell(next(done))
+            texts.append(samples.continue_text(model, tokenizer, text))
         told[name] = {"texts": texts, "repeated": samples.repeated(texts), "distinct_2": samples.distinct(texts)}
     return told
 

@@ -34,6 +34,11 @@ class Course:
         """Optimizer steps taken by all students."""
         return sum(leg.step for leg in self.legs)
 
+    @property
+    def num_distilled(self):
+        """Those of the distilled ones."""
+        return sum(leg.step for leg in self.legs if leg.name == DISTILLED)
+
     def summary(self):
         """What there is to do, and where it is."""
         plan_of = {"num_windows": len(self.inputs.train), "max_steps": self.config.max_steps}

@@ -197,10 +197,12 @@ class Look:
         few, folder = self.loaded.train[: self.per_step * (NUM_STEPS + 2)], tempfile.TemporaryDirectory()
         part, started = dataclasses.replace(self.loaded, train=few), self.clock.now()
         passing = cache.Pass(self.config, part, Path(self.rest.enter_context(folder)), self.clock, [], (0, 1))
-        told, *_ = passing.run(math.inf, started)
+        running = passing.run(math.inf, started)
+        told, seconds = next(running), [self.clock.now() - started for _ in running]  # after each shard, and all
         positions = Windows.of(self.loaded.train).total("student_rows")
         self.read_bytes = round(told["bytes_a_position"] * positions)
-        self.read_s = (self.clock.now() - started) * len(self.loaded.train) / len(few)
+        learned, more = seconds[len(passing.facts["shards"]["train"]) - 1], len(self.loaded.train) / len(few) - 1.0
+        self.read_s = seconds[-1] + more * learned
         self.windows, self.loaded.pair.teacher = few, signals.CachedTeacher([folder.name])
         memory.let_go()
 

@@ -84,13 +84,21 @@ class HeldOut:
         return dataclasses.replace(self, batches=batches, windows=groups, signals=signals)
 
 
-def hold_out(windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0), times_seen=None):
-    """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them."""
+def hold_out(
+    windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0), times_seen=None,
+    tell=lambda done, of: None,
+):  # fmt: skip
+    """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them. `tell` hears before every batch how
+    many of how many are done.
+    """
     ordered = sorted(windows, key=lambda window: len(window.student_ids))
     groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     batches = [batching.collate(group, *pads, widest) for group in groups]
     groups = [[group[i] for i in batch.order] for group, batch in zip(groups, batches, strict=True)]
-    signals = [teacher(batch).to("cpu") for batch in batches]
+    signals = []
+    for done, batch in enumerate(batches):
+        tell(done, len(batches))
+        signals.append(teacher(batch).to("cpu"))
     buckets = vocab.tail_buckets(student_head.vocabulary, teacher.reader.vocabulary, shared)
     ours, theirs, same = student_head.by_column(buckets.student), None, None
     if teacher.head is not None:

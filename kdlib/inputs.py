@@ -109,18 +109,23 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
     return Inputs(pair, train, *held_out, alignment, known, sizes)
 
 
-def load_for_evaluation(config, device="cpu"):
-    """`(pair, HeldOut, alignment)`: all of `dataset` as held-out text, nothing to train on."""
+def load_for_evaluation(
+    config, device="cpu", teacher_dtype=torch.float32, teacher_device=None, tell=lambda done, of: None
+):
+    """The `Inputs` of no run: all of `dataset` is held-out text, `validation` and `test` alike. Devices as in `load_pair`;
+    `tell` as in `evaluate.hold_out`.
+    """
     config.require_inputs()
     if config.cached:
         raise ValueError("evaluate reads the teacher itself; give --teacher, not --teacher-cache")
     documents = corpus.read_documents(config.dataset, config.text_field)
-    pair = load_pair(config, device, torch.float32)
+    pair = load_pair(config, device, teacher_dtype, teacher_device)
     windows = _windows(documents, pair, config)
     _check_scored({"given": windows})
     pair.widest = _widest(pair, config, [windows])
     seen = torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, windows))
-    return pair, _hold_out(windows, pair, config, times=seen), _report(windows, pair)
+    held_out = _hold_out(windows, pair, config, times=seen, tell=tell)
+    return Inputs(pair, windows, held_out, held_out, _report(windows, pair), {})
 
 
 def load_pair(config, device, teacher_dtype, teacher_device=None):
@@ -277,10 +282,13 @@ def _numbered(windows):
     return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
 
 
-def _hold_out(windows, pair, config, split=None, times=None):
+def _hold_out(windows, pair, config, split=None, times=None, tell=lambda done, of: None):
     """The `evaluate.HeldOut` of some windows; `split`: what a teacher cache knows them as; `times`: its `times_seen`."""
-    teacher, layout = pair.teacher.of(split), (pair.pads, pair.widest)
-    return evaluate.hold_out(windows, teacher, pair.head, pair.shared, config.batch_size, *layout, times)
+    teacher, layout = pair.teacher.of(split), (pair.pads, pair.widest, times, tell)
+    made, _ = memory.fitting(
+        lambda size: evaluate.hold_out(windows, teacher, pair.head, pair.shared, size, *layout), config.batch_size
+    )
+    return made
 
 
 def _widest(pair, config, splits):

@@ -121,6 +121,18 @@ def ran_out(error):
     return known or accelerate.utils.memory.should_reduce_batch_size(error)
 
 
+def fitting(work, size):
+    """`(work(size), size)`, where memory runs out with a half of `size`, and so on down to 1."""
+    while True:
+        try:
+            return work(size), size
+        except Exception as error:
+            if not ran_out(error) or size == 1:
+                raise
+        size = (size + 1) // 2
+        let_go()
+
+
 def let_go():
     """Give back what nothing refers to any more."""
     gc.collect()

@@ -89,11 +89,12 @@ class Reading:
             yield {"kind": "paused", "reason": "another process was asked to stop"}
 
     def bring(self):
-        """Have what was read for a run that lies elsewhere: files that are there are whole."""
+        """Have what was read for a run that lies elsewhere: files that are there are whole, but those of a broken write."""
         if self.read_in and self.read_in != self.folder.cache:
-            for path in sorted(path for path in self.read_in.rglob("*") if path.is_file()):
-                there = self.folder.cache / path.relative_to(self.read_in)
-                if not there.exists():
+            for path in sorted(self.read_in.rglob("*")):
+                part = path.relative_to(self.read_in)
+                there, whole = self.folder.cache / part, not any(name.endswith(".tmp") for name in part.parts)
+                if whole and path.is_file() and not there.exists():
                     cache.copy_whole(path, there)
 
     def clear(self):

@@ -10,7 +10,7 @@ import torch
 
 from kdlib import budget, checkpoint, conclusion, copies, env, plan, precision, records, resume, saving
 from kdlib.course import Course
-from kdlib.leg import DISTILLED, Scorer
+from kdlib.leg import Scorer
 from kdlib.reading import Reading
 from kdlib.wishes import Unknown, Wishes
 
@@ -88,11 +88,11 @@ class Session:
             "versions": env.describe()["versions"],
         }
         self.notes = resume.refuse_another_run(self.found, self.who) if self.found else []
-        status = self.found.status if self.found else {}
-        self.num_sessions, self.elapsed_before_s = status.get("sessions", 0) + 1, status.get("elapsed_s", 0.0)
+        self.before = self.found.status if self.found else {}
+        self.num_sessions, self.elapsed_before_s = self.before.get("sessions", 0) + 1, self.before.get("elapsed_s", 0.0)
         seconds = budget.seconds_of(config.time_budget)
         guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
-        self.budget = budget.Budget(seconds, self.clock, self.started, status.get("costs", {}), guesses)
+        self.budget = budget.Budget(seconds, self.clock, self.started, self.before.get("costs", {}), guesses)
         self.trained_from, self.outlook = None, None
         if not self.reading.work:
             self._prepare(loaded)
@@ -340,9 +340,9 @@ class Session:
             return
         if self.outlook is not None and self.course.legs[-1].step:
             self._make_plan()  # a student that has not begun yet can't tell
-        used, legs = self.budget.used(), self.course.legs if self.course else ()
+        used, step = self.budget.used(), (self.course and self.course.num_distilled) or self.before.get("step", 0)
         self.folder.status(
-            state, reason=reason, step=sum(leg.step for leg in legs if leg.name == DISTILLED),
+            state, reason=reason, step=step,
             max_steps=self.config.max_steps * self.config.repeats, sessions=self.num_sessions,
             elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3),
             saving_s=round(self.saving.took_s if self.saving else 0.0, 3), costs=self.budget.costs,

@@ -586,10 +586,10 @@ def test_where_memory_runs_out_the_batch_is_halved(caches, tmp_path, monkeypatch
     settings, folder = caches["prefix"]
     ask = cache.Pass._ask
 
-    def short_of_memory(self, *asked):
-        if self.batch_size > 1:
+    def short_of_memory(self, windows, wanted, tries, size):
+        if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return ask(self, *asked)
+        return ask(self, windows, wanted, tries, size)
 
     monkeypatch.setattr(cache.Pass, "_ask", short_of_memory)
     assert written(settings, tmp_path / "out")[-1]["missing"] == 0

@@ -192,14 +192,20 @@ def test_a_tokenizer_that_changes_the_text_is_told(capsys, settings, tmp_path):
     assert "changes the text: only" in (tmp_path / "run" / "report.html").read_text().replace("&#x27;", "'")
 
 
-def test_evaluate_compares_two_models_on_a_text(capsys, settings):
+def test_evaluate_compares_two_models_on_a_text(capsys, settings, monkeypatch):
     words = flags({k: settings[k] for k in ("teacher", "student", "dataset", "max_length")})
     assert cli.main(["evaluate", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["teacher"]["kl_to_teacher"] == 0.0
     assert found["student"]["bits_per_byte"] > 1.0
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main(["evaluate", *words]) == 0
-    assert f"{found['student']['bits_per_byte']:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{found['student']['bits_per_byte']:.4f}" in said.out
+    assert "both go on with texts" in said.err
+    assert cli.main(["evaluate", *words[:5], "nowhere.jsonl"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_failure_of_the_doctor_points_at_no_run(capsys, settings, monkeypatch):

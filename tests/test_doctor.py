@@ -394,6 +394,27 @@ def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monke
     assert with_reading == pytest.approx(without + 50.0)
 
 
+def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkeypatch):
+    """A shard of 20 windows in 7 s and held-out text in 2 and 3 s: the rest of the windows at the same pace."""
+    config = Config.from_dict({**settings, "max_steps": 200, "teacher_cache": "auto", "batch_size": 4})
+    loaded, clock = inputs.load(config), types.SimpleNamespace(time=0.0)
+    clock.now = lambda: clock.time
+
+    def run(self, seconds, started):
+        yield {"bytes_a_position": 1.0}
+        for kind, took in (("shard", 7.0), ("shard", 2.0), ("shard", 3.0), ("complete", 0.0)):
+            clock.time += took
+            yield {"kind": kind}
+
+    monkeypatch.setattr(cache.Pass, "run", run)
+    monkeypatch.setattr(doctor.signals, "CachedTeacher", lambda folders: None)
+    look = doctor.Look(config, loaded, precision.accelerator("fp32"), clock, 5.0)
+    with look.rest:
+        look._read_first()
+    few = 4 * (doctor.NUM_STEPS + 2)
+    assert look.read_s == pytest.approx(7.0 * len(loaded.train) / few + 2.0 + 3.0)
+
+
 def noting(kind, seen):
     def made(objective, teacher, *rest):
         seen.append(teacher)

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import types
 
 import pytest
 import tokenizers
@@ -8,7 +9,7 @@ import torch
 import transformers
 from families import byte_level, reader, tiny_model
 
-from kdlib import comparison, data, evaluate, inputs, models, samples, vocab
+from kdlib import comparison, data, evaluate, inputs, models, precision, samples, vocab
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.teacher import Teacher
@@ -168,15 +169,22 @@ def test_openings_are_of_different_documents(small):
 
 
 def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
-    config = Config.from_dict({**settings, "control": "off"})
-    found = comparison.compare(config)
-    pair, held_out, alignment = inputs.load_for_evaluation(config)
-    score = evaluate.evaluate_student(pair.student, pair.head, held_out)
+    config, heard = Config.from_dict({**settings, "control": "off"}), []
+    found = comparison.compare(config, lambda *told: heard.append(told))
+    loaded = inputs.load_for_evaluation(config)
+    score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
+    pieces = 3 * len(loaded.test.batches) + 2 * 8
+    assert [told[1:] for told in heard] == [(done, pieces) for done in range(pieces)]
+    assert list(dict.fromkeys(told[0] for told in heard)) == [
+        "the teacher reads",
+        "both are scored",
+        "both go on with texts",
+    ]
     assert found["student"] == {
         **score.summary(),
         "calibration_error": pytest.approx(found["student"]["calibration_error"]),
     }
-    assert found["alignment"] == alignment
+    assert found["alignment"] == loaded.alignment
     whole = sum(document["student"] * document["num_bytes"] for document in found["documents"])
     assert whole / sum(document["num_bytes"] for document in found["documents"]) == pytest.approx(score.bits_per_byte)
     assert found["retention"]["student"] == score.retention
@@ -192,3 +200,40 @@ def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
         f"{score.top1_agreement:.1%}",
     ):
         assert words in page
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "dtype"), [("auto", "cuda:1", torch.float16), ("cpu", "cpu", torch.float32)]
+)
+def test_a_comparison_is_made_on_the_cards_that_are_there(settings, monkeypatch, wanted, there, dtype):
+    machine = types.SimpleNamespace(device=torch.device("cuda"), mixed_precision="fp16", num_processes=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(precision, "accelerator", lambda amp_dtype: machine)
+    asked = []
+
+    def load_for_evaluation(config, *devices):
+        asked.extend(devices[:3])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inputs, "load_for_evaluation", load_for_evaluation)
+    with pytest.raises(ZeroDivisionError):
+        comparison.compare(Config.from_dict({**settings, "teacher_device": wanted}))
+    assert asked == [torch.device("cuda"), dtype, torch.device(there)]
+
+
+def test_a_comparison_that_runs_out_of_memory_takes_smaller_batches(settings, monkeypatch):
+    """First the teacher where it is asked, then the student where it is scored."""
+    config = Config.from_dict({**settings, "batch_size": 8, "packing": "off"})
+    wanted, real, sizes = comparison.compare(config), models.last_hidden, []
+
+    def last_hidden(model, ids, *rest, **more):
+        sizes.append(len(ids))
+        if len(ids) > (4 if model.config.hidden_size == 24 else 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, ids, *rest, **more)
+
+    monkeypatch.setattr(models, "last_hidden", last_hidden)
+    found = comparison.compare(config)
+    assert {8, 4, 2} <= set(sizes)
+    for name in ("teacher", "student"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5)

@@ -91,8 +91,10 @@ def test_cut_anywhere_it_goes_on_and_ends_the_same(config, tmp_path, after, else
     out, resume = (tmp_path / "next", str(tmp_path / "cut")) if elsewhere else (tmp_path / "cut", "auto")
     asked = []
     monkeypatch.setattr(models, "load_model", noting(models.load_model, asked))
+    (tmp_path / "cut" / "teacher_cache" / "train-00009.safetensors.0.tmp").touch()  # as a kill leaves it
     run = session.distill(config, out, resume=resume)
     first = next(run)
+    assert elsewhere != bool(list((out / "teacher_cache").glob("*.tmp")))
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "teacher_cache").glob("*.safetensors")}
     assert held.items() <= kept.items()  # nothing was read again
     if after[0] == "train":
@@ -157,7 +159,10 @@ def test_a_cache_that_was_lost_is_read_again(config, tmp_path):
     list(session.distill(config, tmp_path / "whole"))
     stopped(session.distill(config, tmp_path / "cut"), ("train", None, 25))
     next((tmp_path / "cut" / "teacher_cache").glob("train-*.safetensors")).unlink()
-    found = list(session.distill(config, tmp_path / "cut"))
+    before, run = status(tmp_path / "cut"), session.distill(config, tmp_path / "cut")
+    found = [next(run)]
+    assert status(tmp_path / "cut")["step"] == before["step"] == 25  # where its checkpoint stands
+    found += run
     assert kinds(found)[:2] == [("reading", "plan"), ("reading", "shard")]
     assert next(r for r in found if r["kind"] == "start")["resumed"]
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")

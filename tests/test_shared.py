@@ -84,8 +84,9 @@ def test_a_real_teacher_scores_what_plain_transformers_says(tmp_path):
     config = Config(
         teacher=str(source), student=str(tmp_path / "student"), dataset=str(tmp_path / "stories.jsonl"), max_length=384
     )
-    pair, held_out, alignment = inputs.load_for_evaluation(config)
+    loaded = inputs.load_for_evaluation(config)
+    pair, held_out = loaded.pair, loaded.test
     # the first word of a story is in the one and not in the other
     assert evaluate.evaluate_teacher(pair.teacher, held_out).bits_per_byte == pytest.approx(expected, rel=0.02)
-    assert alignment["coverage"] > 0.9
+    assert loaded.alignment["coverage"] > 0.9
     assert np.isfinite(evaluate.evaluate_student(pair.student, pair.head, held_out).bits_per_byte)
