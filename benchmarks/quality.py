@@ -47,7 +47,7 @@ ORDER = [
     ("default pretrained", "search"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
-CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "+ contrastive")
+CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "averaged weights", "+ contrastive")
 
 
 def main():

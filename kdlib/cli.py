@@ -290,7 +290,7 @@ def _bar(total, name, shown=SHOWN, delay=0):
 
 def _follow(bar, what, done, of):
     bar.total, bar.n = of, done
-    bar.set_description(what, refresh=False)
+    bar.set_description_str(what, refresh=False)
     bar.update(0)
 
 

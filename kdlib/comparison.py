@@ -47,12 +47,14 @@ def compare(config, tell=lambda what, done, of: None):
         {"num_bytes": size, **{name: bits[name][i] / size for name in bits}} for i, size in enumerate(sizes) if size
     ]
     kept = {name: score.retention for name, score in scores.items()}
+    written = _samples(loaded, lambda done: tell("both go on with texts", whole - 2 * NUM_SAMPLES + done, whole))
+    tell("done", whole, whole)
     return {
         **told,
         "alignment": loaded.alignment,
         "retention": kept,
         "documents": documents,
-        "samples": _samples(loaded, lambda done: tell("both go on with texts", whole - 2 * NUM_SAMPLES + done, whole)),
+        "samples": written,
     }
 
 

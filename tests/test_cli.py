@@ -203,7 +203,7 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings, monkeypatch):
     assert cli.main(["evaluate", *words]) == 0
     said = capsys.readouterr()
     assert f"{found['student']['bits_per_byte']:.4f}" in said.out
-    assert "both go on with texts" in said.err
+    assert "done: 100%" in said.err
     assert cli.main(["evaluate", *words[:5], "nowhere.jsonl"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -174,11 +174,12 @@ def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
     loaded = inputs.load_for_evaluation(config)
     score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
     pieces = 3 * len(loaded.test.batches) + 2 * 8
-    assert [told[1:] for told in heard] == [(done, pieces) for done in range(pieces)]
+    assert [told[1:] for told in heard] == [(done, pieces) for done in range(pieces + 1)]
     assert list(dict.fromkeys(told[0] for told in heard)) == [
         "the teacher reads",
         "both are scored",
         "both go on with texts",
+        "done",
     ]
     assert found["student"] == {
         **score.summary(),
