@@ -9,6 +9,7 @@ from kdlib import hooks, inputs
 PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
 """Two controls, the method whose steps are the unit of time, and kdlib's default."""
 CACHED, AVERAGED = "inside_tokens from a cache", "CE only, averaged weights"
+AVERAGED_CACHED = "from a cache, averaged weights"
 PLAIN_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2)
 """Plain training has no weight to choose; it is tried with the middle five, as many as any other method has cells."""
 RATES, WEIGHTS = (2.5e-3, 5e-3, 1e-2, 1.6e-2, 2.5e-2), (0.03, 0.1, 0.3, 0.6, 0.9)
@@ -120,7 +121,7 @@ METHODS = {
         tuple({"learning_rate": rate, "kd_temperature": t} for rate in (5e-3, 1e-2) for t in (1.0, 4.0)),
     ),
     "averaged weights": tried(use_ema=True),
-    AVERAGED: Method("search", {**CONTROL, "use_ema": True}, PLAIN),
+    AVERAGED: Method("control", {**CONTROL, "use_ema": True}, PLAIN),
     "unsure student": tried(variants.weighted_by(variants.unsure_student)),
     "right teacher": tried(variants.weighted_by(variants.right_teacher)),
     "sure teacher": tried(variants.weighted_by(variants.sure_teacher)),
@@ -130,6 +131,7 @@ METHODS = {
     "temperature": tried(ours, {"kd_temperature": 0.8}, {"kd_temperature": 1.5}),
     "documents, all at once": changed("preset documents", ours, preset="documents", kd_method=DEFAULT, use_curriculum=False),
     "+ layerwise, over spans": changed("+ layerwise", variants.span_averages, kd_method=DEFAULT),
+    AVERAGED_CACHED: changed(CACHED, variants.from_cache, kd_method=DEFAULT, use_ema=True),
     "from a cache of 16": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=16),
     "from a cache of 256": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=256),
     "shared_prefix, half shared": changed(UNIT, variants.half_shared, kd_method=UNIT),

@@ -25,7 +25,7 @@ import accelerate
 import torch
 
 from benchmarks import quality_table, settings, variants
-from benchmarks.methods import AVERAGED, CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
+from benchmarks.methods import AVERAGED, AVERAGED_CACHED, CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
 from kdlib import budget, cli, evaluate, models, records
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
@@ -47,7 +47,7 @@ ORDER = [
     ("default pretrained", "search"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
-CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, "averaged weights", "+ contrastive")
+CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, AVERAGED_CACHED, "+ contrastive")
 
 
 def main():
