@@ -28,14 +28,14 @@ def compare(config, tell=lambda what, done, of: None):
     def read(done, of):
         tell("the teacher reads", done, 3 * of + 2 * NUM_SAMPLES)
 
-    def score():
+    def scored():
         tell("both are scored", min(next(count), whole - 2 * NUM_SAMPLES), whole)
 
     machine, clock = precision.accelerator(config.amp_dtype), budget.Clock()
     there = precision.teacher_device(config.teacher_device, machine)
     loaded = inputs.load_for_evaluation(config, machine.device, precision.teacher_dtype(machine, there), there, read)
     known = budget.Budget(math.inf, clock, clock.now())
-    scorer = Scorer.of(loaded, config, machine.device, {}, known, score)
+    scorer = Scorer.of(loaded, config, machine.device, {}, known, scored)
     count, whole = itertools.count(len(loaded.test.batches)), 3 * len(loaded.test.batches) + 2 * NUM_SAMPLES
     scores = {"teacher": scorer.teacher("test"), "student": scorer.student("test")}
     told = {

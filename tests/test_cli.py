@@ -198,7 +198,6 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["teacher"]["kl_to_teacher"] == 0.0
     assert found["student"]["bits_per_byte"] > 1.0
-    capsys.readouterr()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main(["evaluate", *words]) == 0
     said = capsys.readouterr()

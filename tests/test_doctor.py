@@ -395,7 +395,7 @@ def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monke
 
 
 def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkeypatch):
-    """A shard of 20 windows in 7 s and held-out text in 2 and 3 s: the rest of the windows at the same pace."""
+    """A few windows in 7 s and held-out text in 2 and 3 s: the rest of the windows at the same pace."""
     config = Config.from_dict({**settings, "max_steps": 200, "teacher_cache": "auto", "batch_size": 4})
     loaded, clock = inputs.load(config), types.SimpleNamespace(time=0.0)
     clock.now = lambda: clock.time
