@@ -98,8 +98,9 @@ class Reading:
                     cache.copy_whole(path, there)
 
     def clear(self):
-        """The run is over: what the teacher said goes."""
-        if self.read_in:
+        """The run is over, in every process: what the teacher said goes."""
+        self.accelerator.wait_for_everyone()
+        if self.read_in and self.accelerator.is_main_process:
             shutil.rmtree(self.folder.cache, ignore_errors=True)
 
     def _is_ours(self, folder):

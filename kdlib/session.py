@@ -62,6 +62,7 @@ class Session:
         self.folder.refuse_foreign(may_hold_run=wanted == "auto")
         self.accelerator = precision.accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
+        self.own_folder = self.folder if self.writes else None
         self.course, self.saving, self.over = None, None, False
         try:
             if self.writes and self.folder.holds_run():
@@ -103,8 +104,7 @@ class Session:
         scorer = Scorer.of(loaded, self.config, self.accelerator.device, facts, self.budget, self._tick)
         machine = self.accelerator, self.clock, self.budget
         self.course = Course(self.config, loaded, *machine, scorer, self.reading.seconds)
-        folder = self.folder if self.writes else None
-        self.saving = saving.Saving(self.course, self.who, folder, self.writer, bool(facts))
+        self.saving = saving.Saving(self.course, self.who, self.own_folder, self.writer, bool(facts))
 
     def run(self):
         """All that is left of the run, or of the session's time. Keeps `status.json` true whatever happens."""
@@ -188,9 +188,8 @@ class Session:
         if not self.budget.allows("conclude") and self.trained_from is not None:
             raise Paused("no time is left for the verdict in this session")
         started = self.clock.now()
-        folder = self.folder if self.writes else None
         known = course.scores, course.pairs(), course.start_weights, round(course.read_s, 3)
-        answer = conclusion.conclude(self.config, course.inputs, folder, *known)
+        answer = conclusion.conclude(self.config, course.inputs, self.own_folder, *known)
         self.budget.took("conclude", self.clock.now() - started)
         self._end("complete", "")
         self.reading.clear()

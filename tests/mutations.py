@@ -512,6 +512,10 @@ MUTANTS = {
     "a cache for layers": ("foretold.py", "    if readings < READINGS or not holds_all(config):", "    if readings < READINGS:", [DOCTOR]),
     "spelled at the start of a text": ("data.py", 'b"".join(said[:start]).strip(b" ") == b"\\n":\n                found[index] = tuple', 'b"".join(said[:start]).strip(b" ") == b"\\n" or True:\n                found[index] = tuple', [WITHIN]),
     "held-out text read again and again": ("doctor.py", "seconds[-1] + more * learned", "seconds[-1] * (1.0 + more)", [f"{DOCTOR}::test_only_the_reading_of_training_text_is_longer_in_the_run"]),
+    "what is still read is cleared": (
+        "reading.py", "wait_for_everyone()\n        if self.read_in and self", "is_main_process\n        if self.read_in and self",
+        [f"{READING}::test_two_processes_read_a_half_each_and_learn_what_one_does"],
+    ),
     "a broken write is brought": ("reading.py", "whole and path.is_file()", "path.is_file()", [READING]),
     "no step while a lost cache is read": ("session.py", ' or self.before.get("step", 0)', " or 0", [READING]),
     "a comparison on the processor": ("comparison.py", "inputs.load_for_evaluation(config, machine.device,", 'inputs.load_for_evaluation(config, "cpu",', [EVALUATE]),
