@@ -8,7 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-PACKAGES = ("kdlib", "torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers", "numpy")
+from kdlib import __version__
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
 def cache_folder():
@@ -100,7 +102,7 @@ def single_tokenizer_thread():
 
 def describe(devices=()):
     """Versions and machine of this run, for `env.json`. `devices` are the names of the accelerators in use."""
-    versions = {}
+    versions = {"kdlib": __version__}  # a notebook may carry it, with nothing installed
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

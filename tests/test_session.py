@@ -1,6 +1,7 @@
 """A whole run, small: its records, its verdict, its student, its report."""
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import transformers
 from clocks import Ticks
 from processes import together
 
-from kdlib import checkpoint, course, evaluate, inputs, parts, plan, records, report, session
+from kdlib import checkpoint, course, env, evaluate, inputs, parts, plan, records, report, session
 from kdlib.config import Config
 
 
@@ -134,10 +135,19 @@ def test_the_newest_checkpoint_holds_the_best_weights_of_the_run(run):
 
 
 def test_env_names_versions_and_machine(run):
-    env = records.read_json(run[0] / "env.json")
-    assert env["versions"]["torch"].startswith(("2.", "3."))
-    assert env["versions"]["kdlib"] == "0.1.0"
-    assert env["processors"] >= 1
+    told = records.read_json(run[0] / "env.json")
+    assert told["versions"]["torch"].startswith(("2.", "3."))
+    assert told["versions"]["kdlib"] == "0.1.0"
+    assert told["processors"] >= 1
+
+
+def test_env_names_the_version_of_a_kdlib_that_is_not_installed(monkeypatch):
+    def not_installed(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    told = env.describe()["versions"]
+    assert (told["kdlib"], told["torch"]) == ("0.1.0", None)
 
 
 def test_the_report_stands_alone_and_tells_the_verdict(run):
