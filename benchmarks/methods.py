@@ -9,7 +9,9 @@ from kdlib import hooks, inputs
 PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
 """Two controls, the method whose steps are the unit of time, and kdlib's default."""
 CACHED, AVERAGED = "inside_tokens from a cache", "CE only, averaged weights"
-AVERAGED_CACHED = "from a cache, averaged weights"
+AVERAGED_CACHED, PART_CACHED = "from a cache, averaged weights", "+ contrastive, from a cache"
+CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, AVERAGED_CACHED, "+ contrastive", PART_CACHED)
+"""What is measured on every setting first."""
 PLAIN_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2, 1.6e-2, 2.5e-2)
 """Plain training has no weight to choose; it is tried with the middle five, as many as any other method has cells."""
 RATES, WEIGHTS = (2.5e-3, 5e-3, 1e-2, 1.6e-2, 2.5e-2), (0.03, 0.1, 0.3, 0.6, 0.9)
@@ -132,6 +134,9 @@ METHODS = {
     "documents, all at once": changed("preset documents", ours, preset="documents", kd_method=DEFAULT, use_curriculum=False),
     "+ layerwise, over spans": changed("+ layerwise", variants.span_averages, kd_method=DEFAULT),
     AVERAGED_CACHED: changed(CACHED, variants.from_cache, kd_method=DEFAULT, use_ema=True),
+    PART_CACHED: changed(
+        CACHED, variants.from_cache, {"contrastive_weight": 0.05}, {"contrastive_weight": 0.15}, kd_method=DEFAULT
+    ),
     "from a cache of 16": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=16),
     "from a cache of 256": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=256),
     "shared_prefix, half shared": changed(UNIT, variants.half_shared, kd_method=UNIT),

@@ -25,7 +25,7 @@ import accelerate
 import torch
 
 from benchmarks import quality_table, settings, variants
-from benchmarks.methods import AVERAGED, AVERAGED_CACHED, CACHED, DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
+from benchmarks.methods import CORE, EQUAL_STEPS, METHODS, PLAIN, UNIT
 from kdlib import budget, cli, evaluate, models, records
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
@@ -47,7 +47,6 @@ ORDER = [
     ("default pretrained", "search"),
 ]  # fmt: skip
 """Settings and beginnings of the student with groups of methods, the most telling ones first."""
-CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, AVERAGED_CACHED, "+ contrastive")
 
 
 def main():
@@ -299,8 +298,7 @@ def cost(setting, name):
     middle = statistics.median(seconds[name][WARM:])
     found = {"ratio": round(whole[name] / whole[PLAIN], 3), "step_s": round(middle, 4)}
     if METHODS[name].make is variants.from_cache:
-        changes = METHODS[name].changes
-        _, spent = setting.kept[changes["kd_method"], changes.get("kd_top_k", 0)]
+        _, spent = setting.kept[variants.kept_as({**METHODS[name].changes, **cell})]
         found["before"] = round(spent * (TIMED - WARM) / whole[PLAIN], 1)
     return found
 

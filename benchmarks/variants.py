@@ -101,10 +101,10 @@ def _label_probabilities(log_probs, labels):
 
 
 def from_cache(setting, config, student):
-    """kdlib's own teacher cache. `setting.kept` says by `(kd_method, kd_top_k)` what writing the training text took, in
-    processor seconds.
+    """kdlib's own teacher cache. `setting.kept` says by `kept_as` what writing the training text took, in processor
+    seconds.
     """
-    pair, name = setting.inputs.pair, (config.kd_method, config.kd_top_k)
+    pair, name = setting.inputs.pair, kept_as(config.to_dict())
     if name not in setting.kept:
         folder = Path(tempfile.mkdtemp(prefix="kdlib-cache-"))
         passing = cache.write(config, folder / "cache")
@@ -121,6 +121,11 @@ def from_cache(setting, config, student):
         )
     cached, _ = setting.kept[name]
     return inputs.make_objective(cached, config, student), cached.teacher
+
+
+def kept_as(changes):
+    """What a cache is known by among those of its setting: what it must hold for a config with these changes."""
+    return changes["kd_method"], changes.get("kd_top_k", 0), changes.get("contrastive_weight", 0.0) > 0
 
 
 def by_index(window):

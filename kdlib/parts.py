@@ -105,12 +105,12 @@ def inside_tokens(objective, rows):
     distribution to what was read is also how Phan et al. 2024, arXiv 2410.09303, get next-byte probabilities.
 
     The default: on three pairs with students trained before 0.03 to 0.09 bits per byte better than `shared_prefix` in the
-    same time, and than any rival (RESULTS.md). Helps most where tokens of the two differ much. Cost: as `shared_prefix`, and
-    the teacher's head once more at its own positions inside the student's tokens: 1.06 to 1.13 of its step. Start: 0.6
-    beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it softens buckets; `kd_top_k` cuts the buckets.
-    Only tokens of whole characters, in text that is learned and that no normaliser changed; others give and take no signal.
-    A teacher cache holds the likeliest outcomes of each position inside a token and a tail. Recorded: `kd_positions`, the
-    share of the learned positions with a signal.
+    same time (0.00 to 0.08 from a teacher cache), and better than any rival (RESULTS.md). Helps most where tokens of the
+    two differ much. Cost: as `shared_prefix`, and the teacher's head once more at its own positions inside the student's
+    tokens: 1.06 to 1.13 of its step. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it
+    softens buckets; `kd_top_k` cuts the buckets. Only tokens of whole characters, in text that is learned and that no
+    normaliser changed; others give and take no signal. A teacher cache holds the likeliest outcomes of each position inside
+    a token and a tail. Recorded: `kd_positions`, the share of the learned positions with a signal.
     """
     inside, ours = rows.inside, rows.log_probs()
     if rows.top is not None:
@@ -229,8 +229,8 @@ def contrastive(objective, match):
     1807.03748). Negatives stay within the window so that splitting a step into micro-batches changes nothing.
 
     Tells positions apart instead of matching directions; about ln K for K spans at the start. Cost: `K^2 Dt` a window.
-    Start: 0.05; in the same time 0.002 to 0.010 bits per byte worse than the default without it (RESULTS.md), in a short run
-    from scratch better. 0.007 in the preset.
+    Start: 0.15 with a student from scratch, which gained 0.02 to 0.03 bits per byte over the default without it in the same
+    time, from a teacher cache; with one that was trained before nothing, or 0.01 worse (RESULTS.md). 0.007 in the preset.
     """
     mapped, target = objective.beside["contrastive"](match.state, match.teacher.hidden)
     windows = zip(mapped.split(match.by_window), target.split(match.by_window), strict=True)

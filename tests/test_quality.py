@@ -221,6 +221,13 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
 # variants
 
 
+def test_caches_that_hold_other_things_are_told_apart():
+    names = (methods.CACHED, "shared_prefix from a cache", "from a cache of 16", methods.PART_CACHED)
+    keys = [variants.kept_as({**METHODS[name].changes, **METHODS[name].cells()[0]}) for name in names]
+    assert len(set(keys)) == len(names)
+    assert variants.kept_as(Config(**METHODS[methods.CACHED].changes).to_dict()) == keys[0]
+
+
 def test_half_the_shared_tokens_leaves_fewer_buckets(loaded):
     setting = types.SimpleNamespace(inputs=loaded, kept={})
     config = Config(kd_method=UNIT)
