@@ -19,9 +19,12 @@ QUANTISED_TOLERANCE = 0.1
 def load_tokenizer(source, role):
     """The fast tokenizer of a Hugging Face id or folder; ValueError says what is missing. `role` names it in errors."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:  # noqa: BLE001 - whatever the loader raises is the user's folder or id
         raise ValueError(f"{role} {source!r} has no tokenizer that loads: {_first_line(error)}") from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):  # transformers 5.0 makes one up where none is
+        raise ValueError(f"{role} {source!r} has no tokenizer that loads: all it knows are special tokens")
+    return tokenizer
 
 
 def load_config(source, role):

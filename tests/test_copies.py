@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("kaggle", reason="the client needs Python 3.11")
+pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 
 from copy_servers import KEY
 from kaggle_server import files_of, wait_until

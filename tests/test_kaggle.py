@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 HOUSE = Path(__file__).parent.parent
 sys.path.append(str(HOUSE / "kaggle"))
 BOTH = pytest.mark.parametrize("version", ["2.2.4", "2.2.5"])
-pytest.importorskip("kaggle", reason="the client needs Python 3.11")
+pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 
 import kaggle_server  # noqa: E402
 import kernel  # noqa: E402

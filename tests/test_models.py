@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from families import byte_level, tiny_model, unigram, word_piece
@@ -99,6 +100,14 @@ def test_folders_without_a_model_or_tokenizer_are_refused(tmp_path):
     tiny_model(byte_level()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"student .* has no tokenizer that loads"):
         models.load_reader(str(tmp_path), "student")
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    made_up = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    made_up.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="student .* has no tokenizer that loads: all it knows are special tokens"):
+        models.load_tokenizer(str(tmp_path), "student")
 
 
 def test_broken_weights_are_refused(tmp_path):

@@ -22,6 +22,9 @@ replace: PIECES
 [their number]
 regex: \\d+ pieces here, \\d+ of them
 replace: N pieces here, M of them
+[its documents]
+regex: ': \\d+(?=[,}])
+replace: ': N
 """
 OTHERWISE = {
     "teacher_cache": {"out": "other", "settings": {"kd_top_k": 16}, "compared_steps": 0},

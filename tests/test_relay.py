@@ -13,7 +13,7 @@ from kaggle_server import CLIENTS, KaggleServer, command, files_of, pushes
 
 from kdlib import records, tiny
 
-pytest.importorskip("kaggle", reason="the client needs Python 3.11")
+pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 
 REF = "ann/kdlib-distill"
 DIES = """

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-pytest.importorskip("kaggle", reason="the client needs Python 3.11")
+pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 
 from copy_servers import KEY, Run
 from kaggle_server import CLIENTS
