@@ -106,7 +106,7 @@ def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     made_up = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
     made_up.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="student .* has no tokenizer that loads: all it knows are special tokens"):
+    with pytest.raises(ValueError, match=r"student .* has no tokenizer that loads: all it knows are special tokens"):
         models.load_tokenizer(str(tmp_path), "student")
 
 
