@@ -32,7 +32,7 @@ def drive(page, address, look):
     page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click(timeout=90_000)
     page.keyboard.press("Shift+Enter")
     panel = page.locator(".jp-OutputArea-output .widget-vbox").first
-    panel.get_by_text("tokens/s").wait_for(timeout=40_000)
+    panel.get_by_text("tokens/s").wait_for(timeout=120_000)
     for wish, name in BUTTONS.items():
         button = panel.get_by_role("button", name=name)
         expect(button).to_be_enabled(timeout=60_000)
