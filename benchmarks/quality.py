@@ -217,7 +217,7 @@ def mildest(scored):
 def described(setting):
     """The record of a setting: what the table says of it."""
     pair, test = setting.inputs.pair, setting.inputs.test
-    teacher = evaluate.evaluate_teacher(pair.teacher, test)
+    teacher = test.teacher_score
     before = evaluate_text(setting.trained(), pair, test)
     return {
         "what": "setting", "setting": setting.name, "text": setting.text, "about": setting.about,

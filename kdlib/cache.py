@@ -1,20 +1,15 @@
 """One pass of the teacher over a run's text, kept as a teacher cache (`kdlib.signals`) that runs then learn from."""
 
 import dataclasses
-import os
-import shutil
 from itertools import accumulate
 from pathlib import Path
 
-from kdlib import batching, budget, env, evaluate, inputs, memory, precision, records, samples, signals, vocab, walk
+from kdlib import batching, budget, env, files, inputs, memory, precision, records, samples, signals, vocab, walk
 from kdlib.signals import HEAD, INDEX, READER
 from kdlib.windows import Windows
 
-SAFETY = 1.25
-"""Times what the slowest shard took must be left for the next one."""
 
-
-def write(config, out, clock=None, others=(), writer=(0, 1)):
+def write(config, out, clock=None, others=(), writer=(0, 1), on_progress=lambda phase, done, total: None):
     """Write the teacher cache of `config` into the folder `out`, or go on with it: a generator of records.
 
     The first is of kind `plan` (`windows positions shards missing bytes bytes_a_position`), made before anything is written;
@@ -33,8 +28,10 @@ def write(config, out, clock=None, others=(), writer=(0, 1)):
     seconds, out = budget.seconds_of(config.time_budget), Path(out)
     accelerator = precision.accelerator(config.amp_dtype)
     _refuse_folder(out)
-    loaded = inputs.load(config, accelerator.device, precision.teacher_dtype(accelerator))
-    yield from Pass(config, loaded, out, clock, others, shares(accelerator, *writer)).run(seconds, started)
+    dtype = precision.teacher_dtype(accelerator)
+    loaded = inputs.load(config, accelerator.device, dtype, on_progress=on_progress)
+    writing = Pass(config, loaded, out, clock, others, shares(accelerator, *writer), on_progress)
+    yield from writing.run(seconds, started)
 
 
 def shares(accelerator, index=0, count=1):
@@ -45,7 +42,8 @@ def shares(accelerator, index=0, count=1):
 class Pass:
     """The state of `write`: the live teacher of `loaded` (`inputs.Inputs`) reads where it is."""
 
-    def __init__(self, config, loaded, out, clock, others, writer):
+    def __init__(self, config, loaded, out, clock, others, writer, on_progress=lambda phase, done, total: None):
+        self.on_progress, self.num_done, self.num_planned = on_progress, 0, 0
         self.config, self.out, self.clock, self.others = config, out, clock, [Path(folder) for folder in others]
         self.mine, self.writers = writer
         self.loaded, self.pair = loaded, loaded.pair
@@ -65,42 +63,52 @@ class Pass:
 
     def _facts(self):
         settings = signals.settings_of(self.config, len(self.pair.shared))
-        shards = {split: [[0, len(windows)]] for split, windows in self.windows.items()}
         return {
             "format": signals.FORMAT,
             "settings": {**settings, "batch_size": self.config.batch_size},
             "identity": {
                 name: told for name, told in self.loaded.identity.items() if name not in ("student", "signal")
             },
-            "shards": {**shards, "train": signals.plan(self.windows["train"])},
+            "shards": {split: signals.plan(windows) for split, windows in self.windows.items()},
         }
 
     def run(self, seconds, started):
-        told = self.plan()
-        yield told
-        self._open(told)
-        lacking = signals.missing([self.out], self.facts)
-        whole, slowest = self.num_shards, 0.0
-        mine = [
-            which for place, which in enumerate(self._every()) if place % self.writers == self.mine and which in lacking
-        ]
+        """The records of `write`, in a session of so many `seconds` since `started`."""
+        self.ends = started + seconds
+        first = self.plan()
+        yield first
+        self._open(first)
+        lacking = set(signals.missing([self.out], self.facts))
+        own = [which for place, which in enumerate(self._every()) if place % self.writers == self.mine]
+        own = [which for which in own if which in lacking]
+        positions = [self._num_positions(*which) for which in own]
+        self.num_done, self.num_planned = 0, sum(positions)
         self.interrupts.listen()
         try:
-            for place, which in enumerate(mine):
-                before = self.clock.now()
-                if before - started + SAFETY * slowest > seconds:
-                    yield self._paused("the time budget is used up")
+            begun = self.clock.now()
+            for place, which in enumerate(own):
+                ahead = (self.clock.now() - begun) / max(1, self.num_done) * positions[place]
+                late = place and self.clock.now() + ahead > self.ends  # one of them may always try
+                if reason := "the time budget has no room for another shard" if late else self._write(*which):
+                    yield self._paused(reason)
                     return
-                if not self._write(*which):
-                    yield self._paused(self.interrupts.asked)
-                    return
-                slowest = max(slowest, self.clock.now() - before)
-                left = slowest * (len(mine) - place - 1)
-                yield {"kind": "shard", "done": place + 1, "of": len(mine), "shards": whole, "left_s": left}
+                self.num_done = sum(positions[: place + 1])
+                left = (self.clock.now() - begun) * (self.num_planned / max(1, self.num_done) - 1.0)
+                yield {"kind": "shard", "done": place + 1, "of": len(own), "shards": self.num_shards, "left_s": left}
         finally:
             self.interrupts.ignore()
         left = len(signals.missing([self.out], self.facts))
         yield {"kind": "complete", "missing": left}
+
+    def _num_positions(self, split, number):
+        first, last = self.facts["shards"][split][number]
+        return sum(len(window.student_rows) for window in self.windows[split][first:last])
+
+    def _stop_reason(self):
+        """Why nothing further may begin; empty if it may."""
+        if self.interrupts.asked:
+            return self.interrupts.asked
+        return "the time budget is used up" if self.clock.now() > self.ends else ""
 
     def _every(self):
         return [(split, number) for split in signals.SPLITS for number in range(len(self.facts["shards"][split]))]
@@ -149,9 +157,7 @@ class Pass:
                     self.out / HEAD, self.key, self.pair.teacher.shared_rows(self.pair.shared).cpu(), self.mine
                 )
             if not (self.out / INDEX).exists():
-                beside = self.out / f"{INDEX}.{self.mine}.tmp"  # another writer may be at the same place
-                records.write_json(beside, self.facts)
-                os.replace(beside, self.out / INDEX)
+                records.write_json(self.out / INDEX, self.facts, self.mine)
             self._take_over()
         except OSError as error:
             raise ValueError(f"--out {self.out} can't be written: {error.strerror or error}") from None
@@ -171,16 +177,13 @@ class Pass:
         """The teacher's tokenizer and configuration: all that a run needs to load of it."""
         if (self.out / READER).exists():
             return
-        beside = self.out / f"{READER}.{self.mine}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        self.pair.teacher.reader.tokenizer.save_pretrained(beside)
-        self.pair.teacher.config.save_pretrained(beside)
         try:
-            os.replace(beside, self.out / READER)
+            with files.atomic(self.out / READER, self.mine, replace=False) as beside:
+                self.pair.teacher.reader.tokenizer.save_pretrained(beside)
+                self.pair.teacher.config.save_pretrained(beside)
         except OSError:
             if not (self.out / READER).exists():
-                raise
-            shutil.rmtree(beside)  # another writer was faster
+                raise  # else another writer was faster
 
     def _take_over(self):
         for which in signals.missing([self.out], self.facts):
@@ -188,44 +191,47 @@ class Pass:
             for folder in self.others:
                 if (folder / path.name).exists():
                     signals.refuse_shard(folder / path.name, self.key)
-                    copy_whole(folder / path.name, path, self.mine)
+                    files.copy(folder / path.name, path, self.mine)
                     break
 
     def _write(self, split, number):
-        """Write one shard; whether it was, or someone asked to stop."""
+        """Writes one shard; the reason if the session ended before that, else empty."""
         first, last = self.facts["shards"][split][number]
         windows = self.windows[split][first:last]
         settings = self.facts["settings"]
         if split == "train":
-            buckets, asked = inputs.buckets_of(self.pair, settings["kd_method"]), settings
+            buckets, wanted = inputs.buckets_of(self.pair, settings["kd_method"]), settings
         else:  # judged by the same buckets whatever was learned from
             buckets = vocab.tail_buckets(
                 self.pair.student_reader.vocabulary, self.pair.teacher.reader.vocabulary, self.pair.shared
             )
-            asked = {**settings, "kd_temperature": 1.0}
-        wanted = signals.shortlist(self.pair, buckets, asked)
+            wanted = {**settings, "kd_temperature": 1.0}
+        spec = signals.shortlist(self.pair, buckets, wanted)
         tries = self.tries if split == "train" else None
-        found, self.batch_size = memory.fitting(lambda size: self._ask(windows, wanted, tries, size), self.batch_size)
-        if found is None:
-            return False
-        more = None if split == "train" else self._judged(split)
+        found, self.batch_size = memory.fitting(lambda size: self._ask(windows, spec, tries, size), self.batch_size)
+        if isinstance(found, str):
+            return found
+        more = None
+        if split != "train":  # the first shard of a split keeps what a verdict needs
+            more = {} if number else self._judged(split)
         path = self.out / signals.shard_name(split, number)
         rows = self.pair.student_reader.vocabulary.num_rows
         signals.write_shard(path, self.key, found, rows, settings["hidden"] and split == "train", more, self.mine)
-        return True
+        return ""
 
-    def _ask(self, windows, wanted, tries, size):
-        """The teacher's signals by window, in order, with what it says inside tokens where there are `tries`, from batches
-        of `size`; None where someone asked to stop.
+    def _ask(self, windows, spec, tries, size):
+        """The teacher's signals by window, in order, with its outcomes inside tokens if there are `tries`, from batches of
+        `size`; the reason instead if the session ends before that.
         """
         order = sorted(range(len(windows)), key=lambda place: len(windows[place].teacher_ids))
-        found = {}
+        found, num_done = {}, self.num_done
         for i in range(0, len(order), size):
-            if self.interrupts.asked:
-                return None
+            if reason := self._stop_reason():
+                return reason
+            self.on_progress("the teacher reads the text, positions", num_done, self.num_planned)
             places = order[i : i + size]
             batch = batching.collate([windows[place] for place in places], *self.pair.pads).to(self.device)
-            signal = self.pair.teacher(batch, spans=True, shortlist=wanted, inner=tries is not None)
+            signal = self.pair.teacher(batch, spans=True, shortlist=spec, inner=tries is not None)
             parts = [(signal, batch.rows_by_window)]
             if tries:
                 walked = walk.Walk.of(tries, batch)
@@ -235,22 +241,15 @@ class Pass:
             by_window = zip(*(_by_window(part.to("cpu"), counts) for part, counts in parts), strict=True)
             for place, (signal, *said) in zip(places, by_window, strict=True):
                 found[place] = dataclasses.replace(signal, said=tuple(said) or None)
+            num_done += batch.num_aligned
         return [found[place] for place in range(len(windows))]
 
     def _judged(self, split):
         """What a verdict wants of the teacher itself: its score, and how it goes on with a text."""
         held_out = getattr(self.loaded, split)
-        score = evaluate.evaluate_teacher(self.pair.teacher, held_out).to_dict()
+        score = held_out.teacher_score.to_dict()
         opening = samples.openings(held_out, self.pair.student_reader.tokenizer, 1)[0]
         return {"score": score, "says": samples.teacher_says(self.pair.teacher, opening)}
-
-
-def copy_whole(path, there, writer=0):
-    """Copy a file: it is there whole, or not at all."""
-    there.parent.mkdir(parents=True, exist_ok=True)
-    beside = there.with_name(f"{there.name}.{writer}.tmp")
-    shutil.copyfile(path, beside)
-    os.replace(beside, there)
 
 
 def _by_window(part, counts):

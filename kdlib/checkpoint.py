@@ -5,6 +5,7 @@ size and SHA-256 of each. A folder is made beside, flushed to the disk and renam
 manifest is broken. Nothing here can run code while it is read.
 """
 
+import collections.abc
 import concurrent.futures
 import errno
 import hashlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from kdlib import env, memory, records
+from kdlib import env, files, memory, records
 
 FORMAT = 1
 """Goes up when a checkpoint of before can no longer be gone on with."""
@@ -42,46 +43,62 @@ def write(folder, step, groups, facts, keep=1, reserve_bytes=0):
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / folder_name(step)).exists():
         return folder / folder_name(step)
-    beside = folder / (folder_name(step) + ".tmp")
     clean(folder)
     _make_room(folder, sum(size_of(tensors) for tensors in groups.values()) + OVERHEAD_BYTES, reserve_bytes)
     try:
-        beside.mkdir()
-        for name, tensors in groups.items():
-            safetensors.torch.save_file(tensors, beside / f"{name}.safetensors")
-            _flush(beside / f"{name}.safetensors")
-        records.write_text(beside / STATE, json.dumps(facts))
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(beside.iterdir())}
-        listed = {"format": FORMAT, "step": step, "files": files}
-        records.write_json(beside / MANIFEST, {**listed, "sha256": _hash_of(listed)})
-        _flush(beside)
-        os.replace(beside, folder / folder_name(step))
-        _flush(folder)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError) and _is_full(folder):
+        with files.atomic(folder / folder_name(step)) as beside:
+            beside.mkdir()
+            for name, tensors in groups.items():
+                safetensors.torch.save_file(tensors, beside / f"{name}.safetensors")
+            (beside / STATE).write_text(json.dumps(facts), encoding="utf-8")
+            written = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(beside.iterdir())
+            }
+            listed = {"format": FORMAT, "step": step, "files": written}
+            records.write_json(beside / MANIFEST, {**listed, "sha256": _hash_of(listed)})
+    except safetensors.SafetensorError as error:
+        if _is_full(folder):
             raise OSError(errno.ENOSPC, f"no room for checkpoint {folder_name(step)}", str(folder)) from error
         raise
     keep_last(folder, keep)
     return folder / folder_name(step)
 
 
+class Groups(collections.abc.Mapping):
+    """The groups of tensors of a checkpoint by name, `{name: tensor}` each, loaded when asked for: all at once may take more
+    memory than the run.
+    """
+
+    def __init__(self, files):
+        self.files = files
+
+    def __getitem__(self, name):
+        return safetensors.torch.load_file(self.files[name])
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
+
 def read(path):
-    """`(groups, facts)` of a checkpoint; `Broken` where any file is not as it was written."""
+    """`(Groups, facts)` of a checkpoint; `Broken` where any file is not as it was written."""
     path = Path(path)
     listed = _checked_manifest(path)
     groups = {}
-    for name, told in listed["files"].items():
+    for name, written in listed["files"].items():
         file = path / name
         if not file.is_file():
             raise Broken(f"{name} is missing")
-        if file.stat().st_size != told["bytes"]:
-            raise Broken(f"{name} has {file.stat().st_size} bytes, not {told['bytes']}")
-        if _hash(file) != told["sha256"]:
+        if file.stat().st_size != written["bytes"]:
+            raise Broken(f"{name} has {file.stat().st_size} bytes, not {written['bytes']}")
+        if _hash(file) != written["sha256"]:
             raise Broken(f"{name} was changed after it was written")
         if file.suffix == ".safetensors":
             try:
-                groups[file.stem] = safetensors.torch.load_file(file)
+                with safetensors.safe_open(file, framework="pt"):
+                    groups[file.stem] = file
             except (safetensors.SafetensorError, OSError) as error:
                 raise Broken(f"{name} can't be read: {error}") from None
     if listed["format"] != FORMAT:
@@ -90,7 +107,7 @@ def read(path):
             "wrote it, or start a new --out"
         )
     try:
-        return groups, records.read_json(path / STATE)
+        return Groups(groups), records.read_json(path / STATE)
     except (OSError, ValueError) as error:
         raise Broken(f"{STATE} can't be read: {error}") from None
 
@@ -115,17 +132,14 @@ def newest_name(folder):
 
 def set_aside(path):
     """Rename a broken checkpoint, so that it is not taken for one again; it goes with the next one that is written."""
-    shutil.rmtree(path.with_name(path.name + ".broken"), ignore_errors=True)
-    os.replace(path, path.with_name(path.name + ".broken"))
+    aside = path.with_name(path.name + ".broken")
+    files.remove(aside)
+    os.replace(path, aside)
 
 
 def bring(path, folder):
     """Copy a checkpoint into another folder of checkpoints, whole or not at all."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    beside = Path(folder) / (path.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(path, beside)
-    os.replace(beside, Path(folder) / path.name)
+    files.copy(path, Path(folder) / path.name)
 
 
 def keep_last(folder, count):
@@ -139,7 +153,7 @@ def keep_last(folder, count):
 def clean(folder):
     """Remove what a kill left half-written."""
     for beside in Path(folder).glob("step-????????.tmp"):
-        shutil.rmtree(beside)
+        files.remove(beside)
 
 
 def size_of(tensors):
@@ -236,14 +250,6 @@ def _hash(path):
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_full(folder):

@@ -1,11 +1,14 @@
 """The command line: `kdlib demo | doctor | distill | cache | evaluate | report`."""
 
-import functools
+import io
 import json
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
+
+import tqdm
 
 import kdlib.config
 from kdlib import keys
@@ -29,6 +32,8 @@ doctor looks at the machine alone where no models are named; --accelerator Nvidi
 Keys of distill, demo, cache and doctor, with their defaults:
 """
 SHOWN = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+FIRST_LINE_S, LINE_EVERY_S = 2.0, 5.0
+"""Outside a terminal: seconds to the first line of progress, longer than a refusal takes, and between lines."""
 PLAIN = ("out", "json", "help", "resume", "writer", "accelerator")
 
 
@@ -65,38 +70,34 @@ def main(arguments=None):
 
 
 def demo(positional, flags):
-    import torch
-
-    from kdlib import env, tiny
-
     out, wanted = _out(positional, flags)
-    torch.set_num_threads(1)  # at this size more threads only wait for each other, badly where a core is busy
-    cache = env.cache_folder()
-    config = tiny.config(cache, **flags)
-    _check_out(out, wanted)
-    quiet()
-    clock = Clock()
-    if not tiny.is_ready(cache):
-        print("The first time, a small teacher is trained and kept in the cache folder (two minutes or so).")
-        with _bar(1, "preparing") as bar:
-            for what, done, total in tiny.prepare(cache, clock):
-                _follow(bar, what, done, total)
-    return _drive(config, out, clock, wanted)
+    with Progress("loading libraries") as progress:
+        import torch
+
+        from kdlib import env, tiny
+
+        torch.set_num_threads(1)  # at this size more threads only wait for each other, badly where a core is busy
+        cache = env.cache_folder()
+        config = tiny.config(cache, **flags)
+        _check_out(out, wanted)
+        quiet()
+        clock = Clock()
+        if not tiny.is_ready(cache):
+            progress.say("The first time, a small teacher is trained and kept in the cache folder (two minutes or so).")
+            for phase, done, total in tiny.prepare(cache, clock):
+                progress(phase, done, total)
+        return _drive(config, out, clock, wanted, progress)
 
 
 def doctor(positional, flags):
-    from kdlib import doctor
-
     as_json, asked = flags.pop("json", False), flags.pop("accelerator", "")
     config = _config("doctor", positional, flags)
-    quiet()
-    bar = None
-    for number, (coming, found) in enumerate(doctor.stages(config, asked)):  # noqa: B007 - the last ones are all
-        if coming and (number > 1 or sys.stderr.isatty()):  # what is refused while it loads is told in one line
-            bar = _bar(None, coming, "{desc} [{elapsed}]") if bar is None else bar
-            bar.set_description_str(coming)
-    if bar is not None:
-        bar.close()
+    with Progress("loading libraries") as progress:
+        from kdlib import doctor
+
+        quiet()
+        for coming, found in doctor.stages(config, asked, on_progress=progress):  # noqa: B007 - the last ones are all
+            progress(coming, 0, 0)
     print(json.dumps(doctor.plain(found), indent=2) if as_json else doctor.text(found))
     return 1 if doctor.worst(found) == "wrong" else 0
 
@@ -105,51 +106,39 @@ def distill(positional, flags):
     out, wanted = _out([], flags)
     config = _config("distill", positional, flags)
     config.require_inputs()
-    _check_out(out, wanted)
-    quiet()
-    return _drive(config, out, Clock(), wanted)
+    with Progress("loading libraries") as progress:
+        _check_out(out, wanted)
+        quiet()
+        return _drive(config, out, Clock(), wanted, progress)
 
 
 def cache(positional, flags):
-    from kdlib.cache import write
-
     others = [part for part in flags.pop("resume", "auto").split(",") if part not in ("", "auto")]
     writer = _writer(flags.pop("writer", "1/1"))
     out, _ = _out([], flags)
     config = _config("cache", positional, flags)
     config.require_inputs()
-    quiet()
-    bar = None
-    for record in write(config, out, Clock(), others, writer):
-        if record["kind"] == "plan":
-            print(
-                f"{record['positions']:,} positions of text, {record['bytes_a_position']:.0f} bytes each: "
-                f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} of them to write."
-            )
-        elif record["kind"] == "shard":
-            bar = _tell_shard(record, bar)
-        else:
-            _tell_cache(record, out)
+    with Progress("loading libraries") as progress:
+        from kdlib.cache import write
+
+        quiet()
+        for record in write(config, out, Clock(), others, writer, progress):
+            if record["kind"] == "plan":
+                progress.say(
+                    f"{record['positions']:,} positions of text, {record['bytes_a_position']:.0f} bytes each: "
+                    f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} of them to write."
+                )
+            elif record["kind"] != "shard":
+                progress.say(_cache_end(record, out))
     return 0
 
 
-def _tell_shard(record, bar):
-    what = "teacher reads, shards"
-    bar = bar or _bar(record["of"], what)
-    bar.set_postfix_str(f"{spoken(record['left_s'])} left", refresh=False)
-    _follow(bar, what, record["done"], record["of"])
-    if bar.n == bar.total:
-        bar.close()
-    return bar
-
-
-def _tell_cache(record, out):
+def _cache_end(record, out):
     if record["kind"] == "paused":
-        print(f"\nPaused: {record['reason']}; {record['missing']} shards are missing. The same command goes on.")
-    elif record["missing"]:
-        print(f"\nThis writer is done; {record['missing']} shards are for others to write.")
-    else:
-        print(f"\nThe cache is complete. Learn from it: kdlib distill ... --teacher-cache {out}")
+        return f"Paused: {record['reason']}; {record['missing']} shards are missing. The same command goes on."
+    if record["missing"]:
+        return f"This writer is done; {record['missing']} shards are for others to write."
+    return f"The cache is complete. Learn from it: kdlib distill ... --teacher-cache {out}"
 
 
 def _writer(text):
@@ -161,15 +150,15 @@ def _writer(text):
 
 
 def evaluate(positional, flags):
-    from kdlib import comparison
-
     as_json = flags.pop("json", None) is not None
     if positional:
         raise ValueError(f"evaluate takes --teacher, --student and --dataset; got {positional[0]!r}")
     config = Config.from_dict(flags)
-    quiet()
-    with _bar(1, "loading", delay=0.01) as bar:  # what is refused while it loads is told in one line
-        found = comparison.compare(config, functools.partial(_follow, bar))
+    with Progress("loading libraries") as progress:
+        from kdlib import comparison
+
+        quiet()
+        found = comparison.compare(config, progress)
     print(json.dumps(found, indent=2) if as_json else "\n".join(comparison.told(found)))
     return 0
 
@@ -194,104 +183,168 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
-def _drive(config, out, clock, wanted):
-    """Run the session and show it: a bar a leg with the time left of the whole run, then the verdict."""
+def _drive(config, out, clock, wanted, progress):
+    """Run the session and show it: a bar for everything that takes long, then the verdict."""
     from kdlib.records import RunFolder
     from kdlib.session import distill
 
     try:
-        _show(distill(config, out, clock, wanted), config, out)
+        for record in distill(config, out, clock, wanted, on_progress=progress):
+            _show(record, config, out, progress)
     except KeyboardInterrupt:
         status = RunFolder(out).last_status()
         if status.get("state") != "paused":
             raise
-        print(f"\nPaused: {status['reason']}.")
+        progress.say(f"Paused: {status['reason']}.")
     return 0
 
 
-def _show(run, config, out):
+def _show(record, config, out, progress):
     from kdlib.env import is_main_process
 
-    bar, leg, shards = None, None, None
-    for record in run:
-        if not is_main_process():
-            continue
-        if record["kind"] == "start":
-            _tell_start(record)
-        elif record["kind"] == "reading" and record["phase"] == "shard":
-            shards = _tell_shard(record, shards)
-        elif record["kind"] == "reading":
-            print(record["told"])
-        elif record["kind"] == "train":
-            if leg != (record["run"], record["repeat"]):
-                if bar is not None:
-                    bar.close()
-                leg = (record["run"], record["repeat"])
-                name = "control" if record["run"] == "ce_only" else record["run"]
-                bar = _bar(record["last_step"], f"{name} {record['repeat'] + 1}/{config.repeats}")
-            bar.n = record["step"]
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, whole run {spoken(record['left_s'])} left", refresh=False)
-            bar.update(0)
-        elif record["kind"] == "alert":
-            print(f"\n{record['run']}, step {record['step']}: {record['meaning']}. Try: {record['advice']}.")
-        elif record["kind"] == "plan":
-            _tell_plan(record)
-        elif record["kind"] in ("verdict", "paused"):
-            if bar is not None:
-                bar.close()
-            _tell(record, out) if record["kind"] == "verdict" else print(f"\nPaused: {record['reason']}.")
+    if not is_main_process():
+        return
+    if record["kind"] == "start":
+        progress.say("\n".join(_start_lines(record)))
+    elif record["kind"] == "reading" and record["phase"] != "shard" and record["told"]:
+        progress.say(record["told"])
+    elif record["kind"] == "train":
+        name = "control" if record["run"] == "ce_only" else record["run"]
+        more = f"loss {record['loss']:.3f}, whole run {spoken(record['left_s'])} left"
+        progress.train(f"{name} {record['repeat'] + 1}/{config.repeats}", record["step"], record["last_step"], more)
+    elif record["kind"] == "alert":
+        progress.say(f"{record['run']}, step {record['step']}: {record['meaning']}. Try: {record['advice']}.")
+    elif record["kind"] == "plan":
+        progress.say(_plan_line(record))
+    elif record["kind"] == "verdict":
+        progress.say("\n".join(_verdict_lines(record, out)))
+    elif record["kind"] == "paused":
+        progress.say(f"Paused: {record['reason']}.")
 
 
-def _tell_start(start):
+class Progress:
+    """Shows on stderr what is being done now and how far the training is: as bars in a terminal, as a line every few seconds
+    elsewhere. A thread keeps the clocks moving, so that a long piece of work is never silent.
+    """
+
+    def __init__(self, phase):
+        self.is_terminal = sys.stderr.isatty()
+        self.phase_bar, self.training_bar, self.phase, self.training = None, None, "", ""
+        self.ended, self.lock = threading.Event(), threading.RLock()
+        self(phase, 0, 0)
+        threading.Thread(target=self._keep_moving, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        with self.lock:
+            self._end_phase()
+            self._end_training()
+
+    def __call__(self, phase, done, total):
+        """Says that `done` of `total` pieces of a phase are done; a total of 0 is unknown, an empty phase is none."""
+        with self.lock:
+            if phase != self.phase:
+                self._end_phase()
+                self.phase, self.phase_bar = phase, self._bar(phase, total, leave=False) if phase else None
+            if self.phase_bar is not None:
+                _set(self.phase_bar, done, total)
+
+    def train(self, name, step, last_step, more):
+        """The same of a training, whose bar stays between phases; `more` is shown behind it."""
+        with self.lock:
+            self._end_phase()
+            if name != self.training:
+                self._end_training()
+                self.training, self.training_bar = name, self._bar(name, last_step)
+            self.training_bar.set_postfix_str(more, refresh=False)
+            _set(self.training_bar, step, last_step)
+            if step == last_step:
+                self._end_training()
+
+    def say(self, text):
+        """Prints lines on stdout, between the bars."""
+        with self.lock:
+            self._end_phase()
+            tqdm.tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def _bar(self, name, total, leave=True):
+        shown = SHOWN if total else "{desc} [{elapsed}]"
+        file = sys.stderr if self.is_terminal else io.StringIO()
+        return tqdm.tqdm(total=total or None, desc=name, bar_format=shown, mininterval=0.3, leave=leave, file=file)
+
+    def _show(self, bar):
+        if self.is_terminal:
+            bar.refresh()
+        else:
+            print(bar, file=sys.stderr, flush=True)
+
+    def _end_phase(self):
+        if self.phase_bar is not None:
+            self.phase_bar.close()
+        self.phase, self.phase_bar = "", None
+
+    def _end_training(self):
+        if self.training_bar is not None:
+            self._show(self.training_bar)
+            self.training_bar.close()
+        self.training, self.training_bar = "", None
+
+    def _keep_moving(self):
+        wait_s = 1.0 if self.is_terminal else FIRST_LINE_S
+        while not self.ended.wait(wait_s):
+            wait_s = wait_s if self.is_terminal else LINE_EVERY_S
+            with self.lock:
+                for bar in (self.training_bar, self.phase_bar):
+                    if bar is not None and not self.ended.is_set():
+                        self._show(bar)
+
+
+def _set(bar, done, total):
+    bar.total, bar.n = total or None, done
+    bar.update(0)
+
+
+def _start_lines(start):
     told = start["alignment"]
     if start["resumed"]:
-        print(f"Session {start['session']} goes on from {start['resumed']}.")
+        yield f"Session {start['session']} goes on from {start['resumed']}."
     for note in start["notes"]:
-        print(f"Not as before: {note}. The run goes on, but not to the last bit as it would have.")
-    print(
+        yield f"Not as before: {note}. The run goes on, but not to the last bit as it would have."
+    yield (
         f"{start['num_windows']} windows of text, {start['max_steps']} steps. {told['coverage']:.0%} of the student's "
         f"tokens get signal from the teacher; {told['shared_student']:.0%} of its vocabulary is the teacher's too."
     )
     for side in ("student", "teacher"):
         if told[f"faithful_{side}"] < 1.0:
-            print(
+            yield (
                 f"The {side}'s tokenizer changes the text: {told[f'faithful_{side}']:.1%} of its tokens are the bytes that "
                 "stand there, and only those give and take signal."
             )
 
 
-def _tell_plan(plan):
+def _plan_line(plan):
     sessions = plan["sessions_needed"]
     over = "this session" if sessions == plan["session"] else f"{sessions} sessions in all"
     over = "more sessions than can be told: one is over before anything is done" if sessions is None else over
-    print(
-        f"\nPlan: {plan['steps_per_s']:.2f} steps a second, {plan['tokens_left']:,} tokens and "
+    return (
+        f"Plan: {plan['steps_per_s']:.2f} steps a second, {plan['tokens_left']:,} tokens and "
         f"{spoken(plan['left_s'])} to go, {over}; done on {plan['finish']} at the earliest."
     )
 
 
-def _tell(verdict, out):
+def _verdict_lines(verdict, out):
     names = {"teacher": "teacher", "student_before": "student before", "ce_only": "control", "distilled": "distilled"}
-    print()
+    yield ""
     for key, name in names.items():
         value = verdict["bits_per_byte"][key]
         if value is not None:
-            print(f"  {name:16}{value:8.4f} bits per byte")
-    print(f"\n{verdict['sentence']}\n")
-    print(f"Student: {out / 'student'}   Report: {out / 'report.html'}")
-
-
-def _bar(total, name, shown=SHOWN, delay=0):
-    from tqdm import tqdm
-
-    every = 0.3 if sys.stderr.isatty() else 5.0
-    return tqdm(total=total, desc=name, bar_format=shown, mininterval=every, delay=delay)
-
-
-def _follow(bar, what, done, of):
-    bar.total, bar.n = of, done
-    bar.set_description_str(what, refresh=False)
-    bar.update(0)
+            yield f"  {name:16}{value:8.4f} bits per byte"
+    yield f"\n{verdict['sentence']}\n"
+    yield f"Student: {out / 'student'}   Report: {out / 'report.html'}"
 
 
 def _parse(words):

@@ -16,27 +16,19 @@ TITLES = {
 WIDE = 12
 
 
-def compare(config, tell=lambda what, done, of: None):
+def compare(config, on_progress=lambda phase, done, total: None):
     """What the config's teacher and student make of its data set, all of it held-out text, on the machine's card where it
-    has one: plain values. `tell` hears what is about to be done, as so many of so many pieces of work.
+    has one: plain values. `on_progress(phase, done, total)` is called before every piece of work.
 
     `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Retention`, whose
     `frequency` counts in this very text; `documents`: bits per byte of each, with its size; `samples`: what both write after
     the same beginnings, with the share of repeated 4-grams and distinct-2; `alignment`. ValueError for a wrong input.
     """
-
-    def read(done, of):
-        tell("the teacher reads", done, 3 * of + 2 * NUM_SAMPLES)
-
-    def scored():
-        tell("both are scored", min(next(count), whole - 2 * NUM_SAMPLES), whole)
-
     machine, clock = precision.accelerator(config.amp_dtype), budget.Clock()
-    there = precision.teacher_device(config.teacher_device, machine)
-    loaded = inputs.load_for_evaluation(config, machine.device, precision.teacher_dtype(machine, there), there, read)
-    known = budget.Budget(math.inf, clock, clock.now())
-    scorer = Scorer.of(loaded, config, machine.device, {}, known, scored)
-    count, whole = itertools.count(len(loaded.test.batches)), 3 * len(loaded.test.batches) + 2 * NUM_SAMPLES
+    away = precision.teacher_device(config.teacher_device, machine)
+    dtype = precision.teacher_dtype(machine, away)
+    loaded = inputs.load_for_evaluation(config, machine.device, dtype, away, on_progress)
+    scorer = Scorer.of(loaded, config, machine.device, {}, budget.Budget(math.inf, clock, clock.now()), on_progress)
     scores = {"teacher": scorer.teacher("test"), "student": scorer.student("test")}
     told = {
         name: {**score.summary(), "calibration_error": retention.calibration_error(score.retention)}
@@ -47,8 +39,7 @@ def compare(config, tell=lambda what, done, of: None):
         {"num_bytes": size, **{name: bits[name][i] / size for name in bits}} for i, size in enumerate(sizes) if size
     ]
     kept = {name: score.retention for name, score in scores.items()}
-    written = _samples(loaded, lambda done: tell("both go on with texts", whole - 2 * NUM_SAMPLES + done, whole))
-    tell("done", whole, whole)
+    written = _samples(loaded, on_progress)
     return {
         **told,
         "alignment": loaded.alignment,
@@ -58,22 +49,22 @@ def compare(config, tell=lambda what, done, of: None):
     }
 
 
-def _samples(loaded, tell):
-    """What both go on with; `tell` hears how many are done."""
+def _samples(loaded, on_progress):
+    """What both models write after the same beginnings."""
     pair, done = loaded.pair, itertools.count()
     beginnings = samples.openings(loaded.test, pair.student_reader.tokenizer, NUM_SAMPLES)
     models = {
         "teacher": (pair.teacher.model, pair.teacher.reader.tokenizer),
         "student": (pair.student, pair.student_reader.tokenizer),
     }
-    told = {"openings": beginnings}
+    written = {"openings": beginnings}
     for name, (model, tokenizer) in models.items():
         texts = []
         for text in beginnings:
-            tell(next(done))
+            on_progress("both write samples", next(done), 2 * len(beginnings))
             texts.append(samples.continue_text(model, tokenizer, text))
-        told[name] = {"texts": texts, "repeated": samples.repeated(texts), "distinct_2": samples.distinct(texts)}
-    return told
+        written[name] = {"texts": texts, "repeated": samples.repeated(texts), "distinct_2": samples.distinct(texts)}
+    return written
 
 
 def told(found):

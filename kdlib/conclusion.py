@@ -10,10 +10,10 @@ def best_of(legs):
     return min(ready, key=lambda leg: leg.best, default=None)
 
 
-def conclude(config, inputs, folder, scores, pairs, start_weights, read_s=0.0):
-    """The content of `verdict.json`, from the test `scores` before training and `pairs` of finished legs `(distilled,
-    control or None)`. `folder` (a `records.RunFolder`, or None for a process that does not write) gets student and report;
-    `read_s`: seconds in which the teacher read first.
+def conclude(config, inputs, folder, scores, pairs, read_s=0.0):
+    """Makes the content of `verdict.json`, from the test `scores` before training and `pairs` of finished legs `(distilled,
+    control or None)`, and writes student and verdict into `folder` (a `records.RunFolder`, or None for a process that does
+    not write). `read_s`: seconds in which the teacher read first. The `samples` stay empty: `extras` adds them.
     """
     compared = [(control.at_compare, distilled.at_compare) for distilled, control in pairs if control]
     chosen = best_of(distilled for distilled, _ in pairs)
@@ -27,27 +27,49 @@ def conclude(config, inputs, folder, scores, pairs, start_weights, read_s=0.0):
     answer["train_s"] = {leg.name: leg.compare_s for leg in pairs[0] if leg}
     answer["steps"] = {leg.name: leg.compare_step for leg in pairs[0] if leg}
     answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
-    control = pairs[chosen.repeat][1]
-    students = {"student_before": start_weights, "distilled": chosen.best_weights}
-    students |= {"ce_only": control.best_weights} if control else {}
-    answer["samples"] = _samples(inputs, students)
+    answer["samples"] = {}
     if folder:
-        (folder.path / "figures").mkdir(exist_ok=True)
-        records.write_json(folder.path / "figures" / "inside.json", inside.look(config, inputs, students))
         write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
         records.write_json(folder.path / "verdict.json", answer)
-        report.write_report(folder.path)
     return answer
 
 
-def export_so_far(config, course, folder, clock):
+def weights_of(pairs, start_weights):
+    """The weights of all students that a verdict shows, by name."""
+    chosen = best_of(distilled for distilled, _ in pairs)
+    control = pairs[chosen.repeat][1]
+    students = {"student_before": start_weights, "distilled": chosen.best_weights}
+    return students | ({"ce_only": control.best_weights} if control else {})
+
+
+def extras(config, inputs, students, folder, answer):
+    """`(name, work)` of what shows a finished run: any of it may fail without harm. `answer`: as from `conclude`, which gets
+    its `samples`.
+    """
+
+    def write_samples():
+        answer["samples"] = _samples(inputs, students)
+        records.write_json(folder.path / "verdict.json", answer)
+
+    def look_inside():
+        records.write_json(folder.path / "figures" / "inside.json", inside.look(config, inputs, students))
+
+    yield "the samples", write_samples
+    yield "the look inside", look_inside
+    yield "the report", lambda: draw(folder)
+
+
+def draw(folder):
+    """Draws the report and the figures of a run."""
+    report.write_report(folder.path)
+
+
+def export_so_far(config, course, folder):
     """Student and report of a run that is not over."""
-    started = clock.now()
     best = best_of(course.legs)
     if best:
         write_student(course.pair, best, folder, export.model_card(config, None))
         report.write_report(folder.path)
-        course.budget.took("export", clock.now() - started)
 
 
 def write_student(pair, leg, folder, card):

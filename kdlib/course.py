@@ -1,17 +1,18 @@
 """Every student of a run in its turn: evaluations, training, tests. Left at any of its pauses, it can be gone on with."""
 
-import copy
 import itertools
 import math
 import statistics
 
 import accelerate
 
-from kdlib import evaluate, inputs, memory, models, peak, plan
+from kdlib import evaluate, inputs, memory, models, peak, plan, precision
 from kdlib.leg import CONTROL, DISTILLED, Leg
 from kdlib.train import Training
 
-CALIBRATION_BLOCKS, CALIBRATION_STEPS = 6, 5
+CALIBRATION_BLOCKS, CALIBRATION_STEPS = 6, 3
+CALIBRATION_SHARE = 0.05
+"""Of the distilled student's training time, what timing steps for its control may take; one block is always timed."""
 
 
 class Course:
@@ -27,7 +28,6 @@ class Course:
         self.pair, self.budget, self.scorer, self.read_s = loaded.pair, budget, scorer, read_s
         self.start_weights = models.copy_of(self.pair.student)
         self.legs, self.scores, self.training, self.left_off = [], {}, None, None
-        self.predicted_bytes = None
 
     @property
     def step(self):
@@ -113,40 +113,45 @@ class Course:
             return Leg(name, repeat, max(1, round(steps * ratio)), compare, compare)
         return Leg(name, repeat, steps, steps, compare)
 
-    def _control_recomputes(self):
-        """What `gradient_checkpointing auto` says of the control: what the distilled student fits in has room for it."""
-        known, config = self.legs[-1].recomputes, self.config.plain()
-        if not known:
-            return known
-        training = self._training(inputs.make_objective(self.pair, config), config, 1)
-        self._make_fit(training)
-        return training.recomputes
-
     def _step_cost_ratio(self):
-        """Seconds of a distilled step over seconds of a plain one, on copies that are thrown away: short blocks of both
-        kinds in turn, so that a machine whose speed drifts favours neither; the first step of a block, whose caches the
-        other kind has filled, does not count. The ratio of the medians. With a curriculum all parts are on: the
-        control rather gets a little more time than it is due.
+        """Seconds of a distilled step over seconds of a plain one, by short blocks of both kinds in turn, so that a machine
+        whose speed drifts favours neither; the first step of a block, which finds the other kind's caches, does not count.
+        The ratio of the medians. With a curriculum all parts are on: the control rather gets a little more time than it is
+        due. No more blocks are begun once they took CALIBRATION_SHARE of the distilled student's own training.
+
+        The pair's own student takes these steps, with one optimizer at a time: no more memory than training takes. Its
+        weights are set back afterwards.
         """
-        streams, recomputes = [], (self.legs[-1].recomputes, self._control_recomputes())
-        for config, known in zip(
-            (self.config.replace(use_curriculum=False), self.config.plain()), recomputes, strict=True
-        ):
-            student = copy.deepcopy(self.pair.student)
-            models.put_back(student, self.start_weights)
-            training = self._training(inputs.make_objective(self.pair, config, student), config, 10**6)
-            training.recomputes = training.recomputes or bool(known)
-            streams.append(iter(training))
-        seconds = [[], []]
-        for _ in range(CALIBRATION_BLOCKS):
-            for kind, stream in enumerate(streams):
-                self.scorer.tick()
-                block = [step.step_s for step in itertools.islice(stream, CALIBRATION_STEPS)]
-                seconds[kind] += block[1:]
-        self._free()
-        distilled, plain = map(statistics.median, seconds)
-        whole = distilled + self._read_s(self.legs[-1])
-        return accelerate.utils.broadcast_object_list([whole / max(plain, 1e-9)])[0]
+        begun, seconds, distilled = self.clock.now(), [[], []], self.legs[-1]
+        recomputes = [distilled.recomputes, distilled.recomputes and None]  # the control may fit without
+        kinds = [self.config.replace(use_curriculum=False), self.config.plain()]
+        objectives = [inputs.make_objective(self.pair, config) for config in kinds]
+        for block in range(CALIBRATION_BLOCKS):
+            spent = self.clock.now() - begun
+            if self._any_process(block and spent * (block + 1) / block > CALIBRATION_SHARE * distilled.train_s):
+                break
+            for kind, (objective, config) in enumerate(zip(objectives, kinds, strict=True)):
+                self.scorer.on_progress("timing steps for the control, blocks", block, CALIBRATION_BLOCKS)
+                inputs.watch_attention(self.pair, config)
+                training = self._training(objective, config, 10**6)
+                training.step = block * CALIBRATION_STEPS
+                if distilled.recomputes and recomputes[kind] is None:
+                    self._make_fit(training)
+                    recomputes[kind] = training.recomputes
+                training.recomputes = training.recomputes or bool(recomputes[kind])
+                seconds[kind] += [step.step_s for step in itertools.islice(training, CALIBRATION_STEPS)][1:]
+                self.accelerator.unwrap_model(
+                    training.prepared, keep_fp32_wrapper=False
+                )  # else it is wrapped again and again
+                training = None
+                self._free()
+        models.put_back(self.pair.student, self.start_weights)
+        distilled_s, plain_s = map(statistics.median, seconds)
+        ratio = (distilled_s + self._read_s(distilled)) / max(plain_s, 1e-9)
+        return accelerate.utils.broadcast_object_list([ratio])[0]
+
+    def _any_process(self, flag):
+        return precision.agreed(self.accelerator, (bool(flag),))[0]
 
     def _training(self, objective, config, num_steps):
         teacher = self.pair.teacher if config.needs_teacher else None
@@ -185,13 +190,16 @@ class Course:
         """Predict the memory that training will take, and make it fit where that was left open; the alerts of a leg that
         begins.
         """
+        if leg.step and leg.predicted_bytes:  # an earlier session predicted it
+            self.training.recomputes = self.training.recomputes or bool(leg.recomputes)
+            return []
         predicted = self._make_fit(self.training, leg.recomputes)
-        self.predicted_bytes = predicted if math.isfinite(predicted) else None
+        leg.predicted_bytes = predicted if math.isfinite(predicted) else None
         if self.config.gradient_checkpointing == "auto":
             leg.recomputes = self.training.recomputes
         total = memory.usage(self.accelerator.device)["total_bytes"]
         wanted, there = (f"{size / 2**30:.1f} GiB" for size in (predicted, total))
-        wanted = f"about {wanted}" if self.predicted_bytes else "more than that"
+        wanted = f"about {wanted}" if leg.predicted_bytes else "more than that"
         if leg.step:
             return []
         if predicted > total:
@@ -217,8 +225,9 @@ class Course:
         """
         if self.config.gradient_checkpointing != "auto" or recomputes is not None:
             training.recomputes = training.recomputes or bool(recomputes)
-            return peak.predicted_bytes(training)
-        predicted = peak.fit(training, memory.usage(self.accelerator.device)["total_bytes"])
+            return peak.predicted_bytes(training, self.scorer.on_progress)
+        total = memory.usage(self.accelerator.device)["total_bytes"]
+        predicted = peak.fit(training, total, self.scorer.on_progress)
         training.recomputes = accelerate.utils.broadcast_object_list([training.recomputes])[0]
         return predicted
 
@@ -309,7 +318,7 @@ class Course:
             "last_step": leg.last_step,
             "tokens_per_s": step.num_tokens / max(step.step_s, 1e-9),
             "left_s": self.seconds_left(leg),
-            "memory": {**memory.usage(self.accelerator.device), "predicted_bytes": self.predicted_bytes},
+            "memory": {**memory.usage(self.accelerator.device), "predicted_bytes": leg.predicted_bytes},
         }
 
     def seconds_left(self, leg, saving=0.0):

@@ -58,13 +58,14 @@ def examine(config=None, asked="", clock=None):
     return found
 
 
-def stages(config=None, asked="", clock=None):
+def stages(config=None, asked="", clock=None, on_progress=lambda phase, done, total: None):
     """Look at everything, one thing after the other: a generator of `(what comes next, findings so far)`; the last time
     nothing comes next.
 
     Without models named in `config` the machine is all there is. Without a `dataset` a few sentences stand for it. `asked`:
     the accelerator that was asked for, by Kaggle's name. It ends early where nothing further can be looked at. ValueError
-    for what `distill` would not begin with: something that is not there, or that is refused.
+    for what `distill` would not begin with: something that is not there, or that is refused. `on_progress(phase, done,
+    total)` is called before every batch and every piece of work that takes long.
     """
     config, clock = config or Config(), clock or budget.Clock()
     named = config.teacher or config.cached or config.student or config.dataset
@@ -76,7 +77,7 @@ def stages(config=None, asked="", clock=None):
     if named and not any(card.failed for card in cards):
         yield "loading teacher, student and text", found
         with precision.passing_accelerator(config.amp_dtype) as accelerator:
-            look, refused = _look(config, accelerator, clock)
+            look, refused = _look(config, accelerator, clock, on_progress)
             found = found + refused
             if look:
                 with look.rest:
@@ -103,22 +104,29 @@ def _stages_of(look, found):
     yield "", found
 
 
-def _look(config, accelerator, clock):
+def _look(config, accelerator, clock, on_progress):
     """`(Look, findings)`: of what was loaded, or None and why it can't be looked at."""
     there = precision.teacher_device(config.teacher_device, accelerator)
-    dtype, started = precision.teacher_dtype(accelerator, there), clock.now()
+    dtype, started, phases = precision.teacher_dtype(accelerator, there), clock.now(), {}
     documents = None if config.dataset else _sentences(config)
     few = config.eval_tokens if config.cached else min(config.eval_tokens, READ_TOKENS)  # a cache is for one text
+
+    def timed(phase, done, total):
+        phases.setdefault(phase, clock.now())
+        on_progress(phase, done, total)
+
     try:
         changed = config.replace(check_teacher=False, eval_tokens=few)
-        loaded = inputs.load(changed, accelerator.device, dtype, there, documents)
+        loaded = inputs.load(changed, accelerator.device, dtype, there, documents, timed)
     except inputs.Unfit as error:
         return None, [Finding("pair", "teacher, student and text", "do not fit", "wrong", error.problem, error.remedy)]
     except Exception as error:
         if not memory.ran_out(error):
             raise
         return None, [_no_room("loading teacher, student and text", config)]
-    return Look(config, loaded, accelerator, clock, clock.now() - started), []
+    now = clock.now()
+    reading = min((at for phase, at in phases.items() if phase.startswith("the teacher reads")), default=now)
+    return Look(config, loaded, accelerator, clock, now - started, now - reading, on_progress), []
 
 
 def _sentences(config):
@@ -134,9 +142,10 @@ def _sentences(config):
 
 
 class Look:
-    """What a run would start from, loaded; `load_s`: how long that took."""
+    """What a run would start from, loaded in `load_s` seconds, of which the teacher read held-out text for `teacher_s`."""
 
-    def __init__(self, config, loaded, accelerator, clock, load_s):
+    def __init__(self, config, loaded, accelerator, clock, load_s, teacher_s, on_progress):
+        self.on_progress, self.teacher_s = on_progress, teacher_s
         self.loaded, self.accelerator, self.clock, self.load_s = loaded, accelerator, clock, load_s
         self.windows, self.read_s, self.read_bytes, self.rest = loaded.train, 0.0, 0, contextlib.ExitStack()
         self.per_step = config.effective_batch * accelerator.num_processes
@@ -151,26 +160,23 @@ class Look:
 
     def pair(self):
         """Both models read the validation text; what they and their tokenizers are to each other."""
-        scorer = Scorer(self.loaded, self.config.loss_chunk_size, self.budget)
+        scorer = Scorer(self.loaded, self.config.loss_chunk_size, self.budget, on_progress=self.on_progress)
         started = self.clock.now()
-        scores = {"teacher": scorer.teacher("validation")}
-        teacher_s = self.clock.now() - started
-        scores["student"] = scorer.student("validation")
-        both_s = self.clock.now() - started
-        self._know_costs(teacher_s, both_s)
+        scores = {"teacher": scorer.teacher("validation"), "student": scorer.student("validation")}
+        self._know_costs(self.clock.now() - started)
         return pairing.findings_of(self.config, self.loaded, scores, self.sampled)
 
-    def _know_costs(self, teacher_s, both_s):
-        """What evaluations and the start of a run take: it reads more held-out text than was read here in `teacher_s` and,
-        by both, in `both_s`. Loading lets the teacher read it all; then it is scored on all, and the student on the test.
+    def _know_costs(self, student_s):
+        """What evaluations and the start of a run take: it reads more held-out text than was read here, by the student in
+        `student_s`. Loading lets the teacher read all of it once; the student is scored on the test.
         """
         read = [_num_tokens(text) for text in (self.loaded.validation, self.loaded.test)]
         wanted = wanted_tokens(self.config, self.loaded.held_out_tokens)
         longer, test = (size / read[0] for size in wanted)
         one = self.budget.expected("evaluate")
         self.budget.costs |= {"evaluate": longer * one, "test": test * one}
-        loading = self.load_s + teacher_s * (sum(wanted) - sum(read)) / read[0]
-        self.budget.took("start", loading + longer * teacher_s + test * both_s)
+        loading = self.load_s + self.teacher_s * (sum(wanted) / sum(read) - 1.0)
+        self.budget.took("start", loading + test * student_s)
 
     def memory(self):
         """The height that training will reach, against what there is."""
@@ -181,9 +187,9 @@ class Look:
         device = self.accelerator.device
         total, used = memory.usage(device)["total_bytes"], memory.usage(device)["used_bytes"] or 0
         if self.config.gradient_checkpointing == "auto":
-            predicted = peak.fit(self.training, total)
+            predicted = peak.fit(self.training, total, self.on_progress)
         else:
-            predicted = peak.predicted_bytes(self.training)
+            predicted = peak.predicted_bytes(self.training, self.on_progress)
         there, again = min(total, used + memory.free(device)), self.training.recomputes
         fits = self._that_fits(there) if predicted > there else None
         made = [foretold.peak_finding(predicted, there, total, again, self.config, fits)]
@@ -196,7 +202,8 @@ class Look:
         """As a run does: the teacher reads, here the windows of the steps to come, and is let go."""
         few, folder = self.loaded.train[: self.per_step * (NUM_STEPS + 2)], tempfile.TemporaryDirectory()
         part, started = dataclasses.replace(self.loaded, train=few), self.clock.now()
-        passing = cache.Pass(self.config, part, Path(self.rest.enter_context(folder)), self.clock, [], (0, 1))
+        out = Path(self.rest.enter_context(folder))
+        passing = cache.Pass(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
         running = passing.run(math.inf, started)
         told, seconds = next(running), [self.clock.now() - started for _ in running]  # after each shard, and all
         positions = Windows.of(self.loaded.train).total("student_rows")
@@ -204,6 +211,7 @@ class Look:
         learned, more = seconds[len(passing.facts["shards"]["train"]) - 1], len(self.loaded.train) / len(few) - 1.0
         self.read_s = seconds[-1] + more * learned
         self.windows, self.loaded.pair.teacher = few, signals.CachedTeacher([folder.name])
+        self.loaded.pair.buckets.pop("tries", None)  # these hold the live teacher's head
         memory.let_go()
 
     def _training(self):
@@ -251,6 +259,7 @@ class Look:
         steps, started = [], self.clock.now()
         for step in self.training:
             steps.append(step)
+            self.on_progress("taking optimizer steps", len(steps), NUM_STEPS + 1)
             late = self.clock.now() - started > PATIENCE_S
             if len(steps) > NUM_STEPS or (late and len(steps) > 1):
                 break

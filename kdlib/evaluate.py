@@ -9,6 +9,7 @@ import torch
 from kdlib import attention, batching, fused, losses, models, vocab
 from kdlib.data import IGNORE
 from kdlib.retention import Retention
+from kdlib.teacher import TeacherSignal
 from kdlib.windows import Windows
 
 LN2 = math.log(2.0)
@@ -51,9 +52,9 @@ class HeldOut:
     """Held-out windows in batches, with the `TeacherSignal`s at their aligned positions (on the CPU, made once: the teacher
     does not change): last hidden states that `teacher_head` decodes, or top tokens where that is None. `windows` are those
     of each batch, in its order; `pads` and `widest` as for `batching.collate`. `buckets` are the `vocab.tail_buckets` of the
-    pair; `same[j]` is the student id with the bytes of teacher column j, or -1. `known`: the teacher's own score, where a
-    cache knows it. `times_seen` `[ids]`: how often each of the student's tokens stands in the training text; where it is
-    given, scores tell their retention.
+    pair; `same[j]` is the student id with the bytes of teacher column j, or -1. `teacher_score`: the teacher's own `Score`.
+    `times_seen` `[ids]`: how often each of the student's tokens stands in the training text; where it is given, scores
+    tell their retention.
     """
 
     batches: list
@@ -66,7 +67,7 @@ class HeldOut:
     same: torch.Tensor
     pads: tuple
     widest: tuple
-    known: Score | None = None
+    teacher_score: Score
     times_seen: torch.Tensor | None = None
 
     def halved(self):
@@ -85,37 +86,50 @@ class HeldOut:
 
 
 def hold_out(
-    windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0), times_seen=None,
-    tell=lambda done, of: None,
+    windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0), times_seen=None, chunk_size="auto",
+    on_batch=lambda done, total: None,
 ):  # fmt: skip
-    """Prepare held-out `windows` for `evaluate`: one pass of the `teacher` over them. `tell` hears before every batch how
-    many of how many are done.
+    """Prepares held-out `windows` for `evaluate_student` by one pass of the `teacher` over them, which scores it as well (it
+    agrees with itself). `on_batch` is called before every batch; what it raises ends the pass.
     """
     ordered = sorted(windows, key=lambda window: len(window.student_ids))
     groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     batches = [batching.collate(group, *pads, widest) for group in groups]
     groups = [[group[i] for i in batch.order] for group, batch in zip(groups, batches, strict=True)]
-    signals = []
-    for done, batch in enumerate(batches):
-        tell(done, len(batches))
-        signals.append(teacher(batch).to("cpu"))
     buckets = vocab.tail_buckets(student_head.vocabulary, teacher.reader.vocabulary, shared)
     ours, theirs, same = student_head.by_column(buckets.student), None, None
-    if teacher.head is not None:
-        theirs, same = (
-            teacher.head.by_column(buckets.teacher),
-            teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared)),
-        )
-    known = teacher.known
+    if teacher.head is None:
+        signals, score = [], teacher.known
+        for done, batch in enumerate(batches):
+            on_batch(done, len(batches))
+            signals.append(teacher(batch).to("cpu"))
+    else:
+        theirs = teacher.head.by_column(buckets.teacher)
+        same = teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared))
+        signals, score = _read_live(teacher, batches, groups, times_seen is not None, chunk_size, on_batch)
     return HeldOut(
-        batches, groups, signals, teacher.near, ours, theirs, buckets.num, same, pads, widest, known, times_seen
+        batches, groups, signals, teacher.near, ours, theirs, buckets.num, same, pads, widest, score, times_seen
     )  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None):
-    """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`. `tick` is called before every
-    batch; what it raises ends the evaluation.
+def _read_live(teacher, batches, groups, retention, chunk_size, on_batch):
+    """The `TeacherSignal` of each batch and the `Score` of a live teacher."""
+    chunk_size, _ = fused.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
+    tally, signals = _Tally(groups, Retention() if retention else None), []
+    for done, (batch, windows) in enumerate(zip(batches, groups, strict=True)):
+        on_batch(done, len(batches))
+        states, moved = teacher.states(batch), batch.to(teacher.model.device)
+        of_window = (batch.teacher_windows * batch.teacher_scored).flatten()
+        tally.add_text(teacher.head, states, moved.teacher_labels.flatten(), of_window, windows, chunk_size)
+        signals.append(TeacherSignal(states[moved.teacher_rows].to("cpu", copy=True)))
+    return signals, dataclasses.replace(tally.score(), kl_to_teacher=0.0, top1_agreement=1.0)
+
+
+@torch.no_grad()
+def evaluate_student(model, head, held_out, chunk_size="auto", on_batch=lambda done, total: None):
+    """The `Score` of a student (in evaluation mode for the time of the call) on a `HeldOut`. `on_batch` is called before
+    every batch; what it raises ends the evaluation.
     """
     columns = head.num_rows + (held_out.teacher_head.num_rows if held_out.teacher_head else 0)
     chunk_size, _ = fused.rows_at_once(columns, model.device, chunk_size)
@@ -124,8 +138,9 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
     told = None if held_out.times_seen is None else Retention(held_out.times_seen)
     tally = _Tally(held_out.windows, told)
     try:
-        for batch, windows, signal in zip(held_out.batches, held_out.windows, held_out.signals, strict=True):
-            tick()
+        parts = zip(held_out.batches, held_out.windows, held_out.signals, strict=True)
+        for done, (batch, windows, signal) in enumerate(parts):
+            on_batch(done, len(held_out.batches))
             moved = batch.to(model.device)
             states = models.last_hidden(model, moved.student_ids, moved.student_windows, batch.student_packed)
             states = states.flatten(0, 1)
@@ -140,25 +155,6 @@ def evaluate_student(model, head, held_out, chunk_size="auto", tick=lambda: None
     finally:
         model.train(was_training)
     return tally.score()
-
-
-@torch.no_grad()
-def evaluate_teacher(teacher, held_out, chunk_size="auto", tick=lambda: None):
-    """The `Score` of the teacher on the same bytes, in its own tokens; it agrees with itself."""
-    if held_out.known is not None:
-        tick()
-        return held_out.known
-    chunk_size, _ = fused.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
-    tally = _Tally(held_out.windows, None if held_out.times_seen is None else Retention())
-    for batch, windows in zip(held_out.batches, held_out.windows, strict=True):
-        tick()
-        moved = batch.to(teacher.model.device)
-        states = models.last_hidden(teacher.model, moved.teacher_ids, moved.teacher_windows, batch.teacher_packed)
-        of_window = (batch.teacher_windows * batch.teacher_scored).flatten()
-        tally.add_text(
-            teacher.head, states.flatten(0, 1), moved.teacher_labels.flatten(), of_window, windows, chunk_size
-        )
-    return dataclasses.replace(tally.score(), kl_to_teacher=0.0, top1_agreement=1.0)
 
 
 def times_seen(vocabulary, windows, side="student"):

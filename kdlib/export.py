@@ -1,34 +1,22 @@
 """Students on disk, in Hugging Face's own format, whole or not at all."""
 
-import os
-import shutil
 from pathlib import Path
 
 import transformers
 
-from kdlib import records
+from kdlib import files
 
 
 def save_student(model, tokenizer, path, card=""):
-    """Write weights, tokenizer, generation config and a model card, so that
-    `AutoModelForCausalLM.from_pretrained(path)` loads it. Made beside and renamed; an older `path` is replaced.
+    """Writes weights, tokenizer, generation config and a model card, so that `AutoModelForCausalLM.from_pretrained(path)`
+    loads it. An older `path` is replaced.
     """
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(beside)
-    records.write_text(beside / "README.md", card)
-    if path.exists():
-        old = path.with_name(path.name + ".old")
-        os.replace(path, old)
-        os.replace(beside, path)
-        shutil.rmtree(old)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(beside, path)
+    with files.atomic(path) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(beside)
+        (beside / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(config, verdict):

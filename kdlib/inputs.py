@@ -1,6 +1,7 @@
 """Everything a run starts from, loaded and checked before anything is written: models, tokenizers, windows of text."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -66,20 +67,26 @@ class Inputs:
     held_out_tokens: dict = dataclasses.field(default_factory=dict)
 
 
-def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None, documents=None):
+def load(
+    config, device="cpu", teacher_dtype=torch.float32, teacher_device=None, documents=None,
+    on_progress=lambda phase, done, total: None,
+):  # fmt: skip
     """The `Inputs` of a run; devices as in `load_pair`; `documents`: for training, validation and test, in place of the
-    config's. Every mistake a user can make raises ValueError with one line.
+    config's. Every mistake a user can make raises ValueError with one line. `on_progress(phase, done, total)` is called
+    before every piece of work; a `total` of 0 is unknown. What it raises ends the loading.
     """
     if documents is None:
         config.require_inputs()
     if config.optimizer == "adamw_8bit":
         precision.bitsandbytes("optimizer", config.optimizer, "adamw")
+    on_progress("reading the text", 0, 0)
     documents = documents or _documents(config)
-    pair = load_pair(config, device, teacher_dtype, teacher_device)
+    pair = load_pair(config, device, teacher_dtype, teacher_device, on_progress)
     if config.gradient_checkpointing == "on" and not memory.can_recompute(pair.student):
         raise ValueError(
             f"gradient_checkpointing on: {type(pair.student).__name__} has no support for it; set it to auto or off"
         )
+    on_progress("tokenizing the text", 0, 0)
     train, validation, test = (_windows(part, pair, config) for part in documents)
     _check_amount(train, config)
     pair.widest = _widest(pair, config, (train, validation, test))
@@ -92,47 +99,75 @@ def load(config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
             "these two tokenizers can't be aligned on this text",
             "take a student or a teacher with another tokenizer",
         )
+    on_progress("fingerprinting the models", 0, 0)
     teacher = pair.teacher.identity if config.cached else identity.of_teacher(pair.teacher.model)
     readers = pair.teacher.reader, pair.student_reader
     known = identity.of_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
     if config.cached:
         pair.teacher.refuse_other(known)
     samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
-    seen = None, torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, train))  # the test tells more
-    held_out = [
-        _hold_out(_numbered(part), pair, config, name, times)
-        for part, name, times in zip(samples, HELD_OUT, seen, strict=True)
-    ]
+    held_out = _both_held_out([_numbered(part) for part in samples], pair, config, train, on_progress)
     if config.check_teacher:
         check_teacher(pair.teacher, train, held_out[0])
     sizes = {name: int(lengths_of(part).sum()) for name, part in zip(HELD_OUT, (validation, test), strict=True)}
     return Inputs(pair, train, *held_out, alignment, known, sizes)
 
 
+def with_cache(loaded, config, on_progress=lambda phase, done, total: None):
+    """The same `Inputs` as `load` gives for a `config` with a teacher cache, from those of its live teacher: nothing but the
+    cache is loaded.
+    """
+    teacher = _load_teacher(config, None, None, None)
+    teacher.refuse_other(loaded.identity)
+    buckets = {name: made for name, made in loaded.pair.buckets.items() if name != "tries"}  # these hold the live head
+    pair = dataclasses.replace(loaded.pair, teacher=teacher, widest=(loaded.pair.widest[0], 0), buckets=buckets)
+    samples = [
+        sorted((window for group in text.windows for window in group), key=lambda window: window.place)
+        for text in (loaded.validation, loaded.test)
+    ]
+    held_out = _both_held_out(samples, pair, config, loaded.train, on_progress)
+    known = {**loaded.identity, **teacher.identity}
+    return Inputs(pair, loaded.train, *held_out, loaded.alignment, known, loaded.held_out_tokens)
+
+
+def _both_held_out(samples, pair, config, train, on_progress):
+    """The `evaluate.HeldOut`s of validation and test; the latter's scores tell more."""
+    seen = None, torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, train))
+    return [
+        _hold_out(part, pair, config, name, times, on_progress)
+        for part, name, times in zip(samples, HELD_OUT, seen, strict=True)
+    ]
+
+
 def load_for_evaluation(
-    config, device="cpu", teacher_dtype=torch.float32, teacher_device=None, tell=lambda done, of: None
-):
+    config, device="cpu", teacher_dtype=torch.float32, teacher_device=None,
+    on_progress=lambda phase, done, total: None,
+):  # fmt: skip
     """The `Inputs` of no run: all of `dataset` is held-out text, `validation` and `test` alike. Devices as in `load_pair`;
-    `tell` as in `evaluate.hold_out`.
+    `on_progress` as in `load`.
     """
     config.require_inputs()
     if config.cached:
         raise ValueError("evaluate reads the teacher itself; give --teacher, not --teacher-cache")
+    on_progress("reading the text", 0, 0)
     documents = corpus.read_documents(config.dataset, config.text_field)
-    pair = load_pair(config, device, teacher_dtype, teacher_device)
+    pair = load_pair(config, device, teacher_dtype, teacher_device, on_progress)
+    on_progress("tokenizing the text", 0, 0)
     windows = _windows(documents, pair, config)
     _check_scored({"given": windows})
     pair.widest = _widest(pair, config, [windows])
     seen = torch.from_numpy(evaluate.times_seen(pair.student_reader.vocabulary, windows))
-    held_out = _hold_out(windows, pair, config, times=seen, tell=tell)
+    held_out = _hold_out(windows, pair, config, "held-out", seen, on_progress)
     return Inputs(pair, windows, held_out, held_out, _report(windows, pair), {})
 
 
-def load_pair(config, device, teacher_dtype, teacher_device=None):
+def load_pair(config, device, teacher_dtype, teacher_device=None, on_progress=lambda phase, done, total: None):
     """Load teacher and student, each with its own tokenizer; ValueError where nothing connects them. A teacher with another
     `teacher_device` than the student's `device` works one batch ahead.
     """
+    on_progress("loading the teacher", 0, 0)
     teacher = _load_teacher(config, torch.device(device), teacher_dtype, torch.device(teacher_device or device))
+    on_progress("loading the student", 0, 0)
     student = models.load_model(config.student, "student", device=device)
     student_reader = models.load_reader(config.student, "student", student.config)
     shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
@@ -166,13 +201,10 @@ def make_objective(pair, config, student=None):
     model can't be watched for a part that needs it.
     """
     student = pair.student if student is None else student
-    watched = config.attention_weight > 0 or config.attention_alignment_weight > 0
-    hooks.watch_attention(student, watched)
+    watch_attention(pair, config, student)
     head = models.Head(student, pair.student_reader.vocabulary)
     if not config.needs_teacher:
         return Objective(student, head, config)
-    if pair.teacher.model is not None:
-        hooks.watch_attention(pair.teacher.model, watched)
     beside, more = {}, {}
     if config.kd_method == "projector":
         theirs = pair.teacher.shared_rows(pair.shared).cpu()
@@ -186,6 +218,14 @@ def make_objective(pair, config, student=None):
     beside |= _feature_modules(pair, config, student, layers)
     objective = Objective(student, head, config, beside, layers=layers, attention_layers=attention, **more)
     return objective.to(student.device)
+
+
+def watch_attention(pair, config, student=None):
+    """Sets the attentions of student and live teacher to be watched or not, as the parts of `config` need it."""
+    watched = config.attention_weight > 0 or config.attention_alignment_weight > 0
+    hooks.watch_attention(pair.student if student is None else student, watched)
+    if config.needs_teacher and pair.teacher.model is not None:
+        hooks.watch_attention(pair.teacher.model, watched)
 
 
 def _tapped(student_config, teacher_config, config):
@@ -244,9 +284,9 @@ def _sampled_features(pair, config, student, layers):
 
 def check_teacher(teacher, train, held_out):
     """Refuse a teacher that reads held-out text worse than the bare frequencies of its tokens: its ids are not its own."""
-    score = evaluate.evaluate_teacher(teacher, held_out)
     refuse_reading(
-        math.log(score.perplexity), evaluate.frequencies(teacher.reader.vocabulary, "teacher", train, held_out)
+        math.log(held_out.teacher_score.perplexity),
+        evaluate.frequencies(teacher.reader.vocabulary, "teacher", train, held_out),
     )
 
 
@@ -282,11 +322,24 @@ def _numbered(windows):
     return [dataclasses.replace(window, place=place) for place, window in enumerate(windows)]
 
 
-def _hold_out(windows, pair, config, split=None, times=None, tell=lambda done, of: None):
+def _hold_out(windows, pair, config, split, times, on_progress):
     """The `evaluate.HeldOut` of some windows; `split`: what a teacher cache knows them as; `times`: its `times_seen`."""
-    teacher, layout = pair.teacher.of(split), (pair.pads, pair.widest, times, tell)
+    teacher = pair.teacher.of(split)
+    on_batch = functools.partial(on_progress, f"the teacher reads {split} text")
     made, _ = memory.fitting(
-        lambda size: evaluate.hold_out(windows, teacher, pair.head, pair.shared, size, *layout), config.batch_size
+        lambda size: evaluate.hold_out(
+            windows,
+            teacher,
+            pair.head,
+            pair.shared,
+            size,
+            pair.pads,
+            pair.widest,
+            times,
+            config.loss_chunk_size,
+            on_batch,
+        ),
+        config.batch_size,
     )
     return made
 

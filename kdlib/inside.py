@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import torch
 
-from kdlib import attention, corpus, data, hooks, memory, models, signals
+from kdlib import attention, corpus, data, hooks, models, signals
 from kdlib.corpus import Document
 
 SHOWN_SPANS, SHOWN_CHARS = 24, 240
@@ -25,7 +25,11 @@ def look(config, inputs, students):
     a model can't be watched, or the memory has no room, `without` says why.
     """
     pair = inputs.pair
-    window = _shown(inputs.test.windows)
+    windows = [window for group in inputs.test.windows for window in group if len(window.student_rows) > 1]
+    if not windows:
+        return {"spans": [], "sizes": sizes(pair.sample), "coverage": coverage(inputs.train),
+                "without": "no held-out window has an aligned position to show"}  # fmt: skip
+    window = _shown(windows)
     readers = pair.student_reader, pair.teacher.reader
     told = {
         "spans": spans(window, *readers)[: SHOWN_SPANS + 1],
@@ -34,7 +38,6 @@ def look(config, inputs, students):
     }
     if pair.teacher.model is None and config.cached:
         return {**told, "without": "the teacher came from its cache, which keeps none of its layers"}
-    windows = [window for group in inputs.test.windows for window in group]
     try:
         teacher = pair.teacher.model or _loaded_again(config, pair)
         told |= {"attention": {"teacher": attention_map(teacher, window, "teacher")}, "similarity": {}}
@@ -44,9 +47,7 @@ def look(config, inputs, students):
             told["attention"][name] = attention_map(pair.student, window, "student")
             ours = layer_states(pair.student, windows, "student")
             told["similarity"][name] = [[round(cka(a, b), 4) for b in theirs] for a in ours]
-    except Exception as error:
-        if not isinstance(error, ValueError) and not memory.ran_out(error):
-            raise
+    except Exception as error:  # noqa: BLE001 - a look at models of any kind, on a run that is complete
         told["without"] = f"the models could not be watched: {error}".splitlines()[0]
     return told
 
@@ -111,12 +112,16 @@ def coverage(windows):
 
 
 def attention_map(model, window, side):
-    """Attention between the first spans of a window `[K, K]`: the mean of `attention.span_map` over all heads and layers."""
+    """Attention between the first spans of a window `[K, K]`: the mean of `attention.span_map` over all heads and all
+    layers that are attentions.
+    """
     rows = torch.from_numpy(getattr(window, f"{side}_rows")[: SHOWN_SPANS + 1]).to(model.device)
     layers = range(model.config.num_hidden_layers)
     seen = _watched(model, getattr(window, f"{side}_ids")[: int(rows[-1]) + 1], attention_of=layers)
+    if not seen.attention:
+        raise ValueError(f"no layer of {type(model).__name__} is an attention that can be watched")
     maps = []
-    for layer in layers:
+    for layer in sorted(seen.attention):  # in a hybrid model some layers are none
         query, key, _, scaling = seen.attention[layer]
         maps.append(attention.span_map(query[0][:, rows], key[0], rows, scaling).exp()[1:, 1:].cpu())
     return [[round(x, 4) for x in row] for row in torch.stack(maps).double().mean(dim=0).tolist()]
@@ -168,9 +173,8 @@ def _watched(model, ids, layers=(), attention_of=()):
     return seen
 
 
-def _shown(groups):
+def _shown(windows):
     """The held-out window whose beginning is shown: one that has enough spans, the longest else."""
-    windows = [window for group in groups for window in group]
     enough = [window for window in windows if len(window.student_rows) > SHOWN_SPANS]
     return max(enough or windows, key=lambda window: (len(window.student_rows), -window.place))
 

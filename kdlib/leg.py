@@ -1,6 +1,7 @@
 """One student of a run, from its start weights to its scores: what is known of it, and how it is scored."""
 
 import dataclasses
+import functools
 
 from kdlib import alerts, evaluate, fused, memory, models
 
@@ -34,6 +35,7 @@ class Leg:
     since_best: int = 0
     num_tokens: int = 0
     recomputes: bool | None = None
+    predicted_bytes: int | None = None
     train_s: float = 0.0
     compare_s: float = 0.0
     at_compare: evaluate.Score | None = None
@@ -68,38 +70,48 @@ class Leg:
 class Scorer:
     """Scores the pair's models on validation and test text. Where memory runs out, batches are halved for good.
 
-    `chunk` and `halvings` are what a later session needs to get the same numbers to the last bit. `tick` is called before
-    every batch, and may raise; the `budget` is told what a batch and a whole split take.
+    `chunk` and `halvings` are what a later session needs to get the same numbers to the last bit. `on_progress(phase, done,
+    total)` is called before every batch, and may raise; the `budget` is told what a batch and a whole split take.
     """
 
-    def __init__(self, loaded, chunk, budget, halvings=0, tick=lambda: None):
-        self.pair, self.chunk, self.budget, self.tick = loaded.pair, chunk, budget, tick
+    def __init__(self, loaded, chunk, budget, halvings=0, on_progress=lambda phase, done, total: None):
+        self.pair, self.chunk, self.budget, self.on_progress = loaded.pair, chunk, budget, on_progress
         self.held_out = {"validation": loaded.validation, "test": loaded.test}
         self.batch_at, self.halvings = None, 0
         for _ in range(halvings):
             self._halve()
 
     @classmethod
-    def of(cls, loaded, config, device, facts, budget, tick):
+    def of(cls, loaded, config, device, facts, budget, on_progress):
         """The scorer of a run, as the `facts` of its checkpoint (or none) have it."""
         if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
             facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
         columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
         chunk = facts.get("chunk") or fused.rows_at_once(columns, device, config.loss_chunk_size)[0]
-        return cls(loaded, chunk, budget, facts.get("halvings", 0), tick)
+        return cls(loaded, chunk, budget, facts.get("halvings", 0), on_progress)
 
     def teacher(self, split):
-        return self._fitting(
-            lambda text: evaluate.evaluate_teacher(self.pair.teacher, text, self.chunk, self._next_batch), split
-        )
+        """The teacher's score, which is known since the held-out text was prepared."""
+        return self.held_out[split].teacher_score
 
     def student(self, split, model=None):
         """The score of a student (default: the pair's, as it is now)."""
         model = self.pair.student if model is None else model
         head = models.Head(model, self.pair.student_reader.vocabulary)
-        return self._fitting(
-            lambda text: evaluate.evaluate_student(model, head, text, self.chunk, self._next_batch), split
-        )
+        while True:
+            text, started, self.batch_at = self.held_out[split], self.budget.clock.now(), None
+            try:
+                on_batch = functools.partial(self._next_batch, f"scoring the student on {split} text")
+                score = evaluate.evaluate_student(model, head, text, self.chunk, on_batch)
+                ended = self.budget.clock.now()
+                self.budget.took("batch", ended - self.batch_at)
+                self.budget.took(TASKS[split], ended - started)
+                return score
+            except Exception as error:
+                if not memory.ran_out(error) or text.halved() is None:
+                    raise
+            memory.let_go()
+            self._halve()
 
     def student_with(self, weights, split):
         """The score of the pair's student with other weights, which it has for this long only."""
@@ -110,27 +122,12 @@ class Scorer:
         finally:
             models.put_back(self.pair.student, now)
 
-    def _next_batch(self):
+    def _next_batch(self, phase, done, total):
         now = self.budget.clock.now()
         if self.batch_at is not None:
             self.budget.took("batch", now - self.batch_at)
         self.batch_at = now
-        self.tick()
-
-    def _fitting(self, score, split):
-        while True:
-            started, self.batch_at = self.budget.clock.now(), None
-            try:
-                made = score(self.held_out[split])
-                ended = self.budget.clock.now()
-                self.budget.took("batch", ended - self.batch_at)
-                self.budget.took(TASKS[split], ended - started)
-                return made
-            except Exception as error:
-                if not memory.ran_out(error) or self.held_out[split].halved() is None:
-                    raise
-            memory.let_go()
-            self._halve()
+        self.on_progress(phase, done, total)
 
     def _halve(self):
         self.halvings += 1

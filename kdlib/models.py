@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ import transformers
 from kdlib import attention, data, hooks, precision, vocab
 
 PROBE_TOLERANCE = 1e-2
+PACKING_PROBE = 48
+"""Tokens of each of the windows by which it is found out whether windows may share a row."""
 SHARED_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far hidden states may be moved by another layout of the rows, as a share of their norm; 1e-4 in other types."""
 QUANTISED_TOLERANCE = 0.1
@@ -178,8 +181,9 @@ def last_hidden(model, ids, windows, packed=False):
 def packs(model, length):
     """Whether windows of `length` tokens that share a row come out as each does alone: found out by two of them. They do not
     in models that keep a state from token to token, see a part of the row only, count positions by themselves, or take
-    no mask of ours.
+    no mask of ours. Shorter windows tell the same unless something in the model's configuration depends on the length.
     """
+    length = length if _depends_on_length(model.config) else min(length, PACKING_PROBE)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     places = torch.arange(1, 3, device=model.device)[:, None].expand_as(ids)
@@ -190,6 +194,18 @@ def packs(model, length):
         return False
     moved = (shared.view_as(alone) - alone).norm(dim=-1) / alone.norm(dim=-1)
     return bool((moved < SHARED_TOLERANCE.get(model.dtype, 1e-4)).all())
+
+
+def _depends_on_length(config):
+    """Whether a configuration names a window, a chunk or the like, or a position encoding that changes in long rows."""
+    settings = config.get_text_config().to_dict()
+    sizes = [
+        name for name, value in settings.items() if isinstance(value, int) and not isinstance(value, bool) and value
+    ]
+    if any(re.search("window|chunk|local|block", name) for name in sizes):
+        return True
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    return re.search("dynamic|longrope", str(rope)) is not None
 
 
 @dataclasses.dataclass(frozen=True)

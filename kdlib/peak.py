@@ -11,31 +11,33 @@ import math
 from kdlib import batching, memory, optimizer, seeds
 from kdlib.windows import longest_of
 
+PHASE = "predicting peak memory, passes"
 LIVELY = 1 / 3
 """Measured: with all points told / taken is 1.25 where layers are made anew, with the liveliest alone 0.86 to 0.99."""
 
 
-def fit(training, total_bytes):
+def fit(training, total_bytes, on_progress=lambda phase, done, total: None):
     """The `predicted_bytes` of a `train.Training`. Where they are more than there is, the student's layers are made anew in
     the backward pass from now on (`Training.recomputes`), if its class can.
     """
-    predicted = predicted_bytes(training)
+    predicted = predicted_bytes(training, on_progress)
     if predicted > total_bytes and not training.recomputes and memory.can_recompute(training.objective.student):
         training.recomputes = True
-        predicted = predicted_bytes(training)
+        predicted = predicted_bytes(training, on_progress)
     return predicted
 
 
-def predicted_bytes(training):
+def predicted_bytes(training, on_progress=lambda phase, done, total: None):
     """Bytes in use at the height of a `train.Training`: what is in use now, the optimizer's state that is still to come,
     and the higher of an update and of the passes over the longest micro-batch, gradients included. Infinite where not even
-    the passes that are watched find room. No random number is used up, and no gradient stays.
+    the passes that are watched find room. No random number is used up, and no gradient stays. `on_progress(phase, done,
+    total)` is called before each of them.
     """
     if training.accelerator.device.type == "cuda":
         memory.let_go()  # what its allocator keeps for later would count as used
     now = memory.usage(training.accelerator.device)["used_bytes"] or 0
     try:
-        return now + _more_bytes(training, now)
+        return now + _more_bytes(training, now, on_progress)
     except Exception as error:
         if not memory.ran_out(error):
             raise
@@ -44,17 +46,17 @@ def predicted_bytes(training):
         return math.inf
 
 
-def _more_bytes(training, now):
+def _more_bytes(training, now, on_progress):
     """What there will be at the height of a training beside what there is now."""
     trained = [p for p in training.objective.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     state, update = optimizer.memory_of(training.optimizer.optimizer)
     held = gradients if training.config.effective_batch > training.micro_batch else 0  # from one pass to the next
-    passes = held + _highest(training, now + held, bool(held))
+    passes = held + _highest(training, now + held, bool(held), on_progress)
     return round(state + max(passes, gradients + update))
 
 
-def _highest(training, before, accumulates):
+def _highest(training, before, accumulates, on_progress):
     """Bytes at the highest point of the passes over the longest micro-batch; `before`: what is in use besides. With
     `accumulates` gradients are there before them.
     """
@@ -63,12 +65,14 @@ def _highest(training, before, accumulates):
     longest = longest_of(training.windows, training.micro_batch)
     with seeds.untouched(training.accelerator.device):
         try:
+            on_progress(PHASE, 0, 3)
             found = {1: _points(training, longest[-1:])}  # and gradients are there
             few = min(len(longest), -(-objective.rows_at_once[0] // len(longest[-1].student_ids)))
             more = min(len(longest), 2 * few)
             for count in sorted({few, more} - ({1} if not accumulates else set())):
                 if not accumulates:
                     objective.zero_grad()
+                on_progress(PHASE, len(found), 3)
                 found[count] = _points(training, longest[-count:])
         finally:
             objective.zero_grad()

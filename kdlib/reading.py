@@ -2,7 +2,7 @@
 
 import shutil
 
-from kdlib import budget, cache, inputs, memory, precision, signals
+from kdlib import budget, cache, files, inputs, memory, precision, signals
 
 READINGS = 2.0
 """Times that a plan goes over its text from which on the run writes a cache (RESULTS.md)."""
@@ -19,8 +19,9 @@ class Reading:
     another (`resume.Found`, or None). `seconds`: what it took, over all sessions; `now_s`: in this one.
     """
 
-    def __init__(self, config, found, folder, accelerator, clock):
+    def __init__(self, config, found, folder, accelerator, clock, on_progress=lambda phase, done, total: None):
         self.folder, self.found, self.accelerator, self.clock = folder, found, accelerator, clock
+        self.on_progress = on_progress
         status = found.status if found else {}
         self.num_read, self.before_s, self.now_s = status.get("shards_read", 0), status.get("read_s", 0.0), 0.0
         self.read_in, self.work, self.skipped = _learned_from(found, config), None, ""
@@ -33,11 +34,16 @@ class Reading:
         """What `status.json` keeps of it."""
         return {"shards_read": self.num_read, "read_s": round(self.seconds, 3)}
 
-    def inputs(self, config):
-        """The `inputs.Inputs` of a run: with what the teacher said where it has read all, else with the teacher itself."""
-        accelerator, there = self.accelerator, precision.teacher_device(config.teacher_device, self.accelerator)
+    def inputs(self, config, loaded=None):
+        """The `inputs.Inputs` of a run: from the run's own cache if the teacher has read all, else with the teacher itself.
+        `loaded`: those of the teacher that has just read; nothing of them is loaded a second time.
+        """
         known = config.replace(teacher_cache=str(self.read_in)) if self.read_in else config
-        return inputs.load(known, accelerator.device, precision.teacher_dtype(accelerator, there), there)
+        if loaded:
+            return inputs.with_cache(loaded, known, self.on_progress)
+        accelerator, away = self.accelerator, precision.teacher_device(config.teacher_device, self.accelerator)
+        dtype = precision.teacher_dtype(accelerator, away)
+        return inputs.load(known, accelerator.device, dtype, away, on_progress=self.on_progress)
 
     def plan(self, config, loaded, per_step):
         """Decide whether the teacher of `loaded` is to read first: then `work` is there, else `skipped` may say why not.
@@ -49,7 +55,7 @@ class Reading:
             return loaded.identity
         elsewhere = self.found.source.cache if self.found else self.folder.cache
         shares = cache.shares(self.accelerator)
-        self.work = cache.Pass(config, loaded, self.folder.cache, self.clock, [], shares)
+        self.work = cache.Pass(config, loaded, self.folder.cache, self.clock, [], shares, self.on_progress)
         self.work.others = [elsewhere] if elsewhere != self.folder.cache and self._is_ours(elsewhere) else []
         try:
             self.work.refuse_full_disk(self.work.plan())
@@ -88,14 +94,17 @@ class Reading:
         elif not stopped:
             yield {"kind": "paused", "reason": "another process was asked to stop"}
 
-    def bring(self):
-        """Have what was read for a run that lies elsewhere: files that are there are whole, but those of a broken write."""
-        if self.read_in and self.read_in != self.folder.cache:
-            for path in sorted(self.read_in.rglob("*")):
-                part = path.relative_to(self.read_in)
-                there, whole = self.folder.cache / part, not any(name.endswith(".tmp") for name in part.parts)
-                if whole and path.is_file() and not there.exists():
-                    cache.copy_whole(path, there)
+    def bring(self, source=None):
+        """Copies the cache that the run learns from, or the one in `source`, into its folder: files that are there are
+        complete, but those of an interrupted write.
+        """
+        source = source or self.read_in
+        if source and source != self.folder.cache:
+            for path in sorted(source.rglob("*")):
+                part = path.relative_to(source)
+                target, complete = self.folder.cache / part, not any(name.endswith(".tmp") for name in part.parts)
+                if complete and path.is_file() and not target.exists():
+                    files.copy(path, target)
 
     def clear(self):
         """The run is over, in every process: what the teacher said goes."""

@@ -8,21 +8,18 @@ import math
 import os
 from pathlib import Path
 
-
-def write_text(path, text):
-    """Write a whole file or nothing: beside the target, flushed to the disk, then renamed over it."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+from kdlib import files
 
 
-def write_json(path, value):
-    """Write one JSON value, whole or not at all. Numbers that JSON has no word for (nan, inf) become null."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+def write_text(path, text, writer=0):
+    """Writes a text file whole or not at all; `writer` as for `files.atomic`."""
+    with files.atomic(path, writer) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value, writer=0):
+    """Writes one JSON value, whole or not at all. Numbers that JSON has no word for (nan, inf) become null."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", writer)
 
 
 def read_json(path):
@@ -139,7 +136,8 @@ class RunFolder:
     def release(self):
         """Let other processes have the folder."""
         if self.lock is not None:
-            self._lock_path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink(missing_ok=True)
             self.lock.close()
             self.lock = None
 
@@ -152,6 +150,7 @@ class RunFolder:
         try:
             write_json(self.path / "config.json", config)
             write_json(self.path / "env.json", env)
+            self.records.path.touch()
         except OSError as error:
             raise ValueError(f"--out {self.path} can't be written: {error.strerror or error}") from None
 
@@ -164,7 +163,6 @@ class RunFolder:
         except OSError as error:
             if error.errno not in FULL or not path.exists():
                 raise
-            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             path.write_text(json.dumps(_plain(value)), encoding="utf-8")
 
     def last_status(self):

@@ -142,7 +142,7 @@ def _page(status, verdict, inside, config, env, drawn, found):
         shown = [_figure(drawn[name], CAPTIONS.get(name, "")) for name in names if name in drawn]
         if shown:
             parts += [f"<h2>{head}</h2>", *_opening(head, verdict, inside), *shown]
-    if verdict:
+    if verdict and verdict["samples"]:
         parts += ["<h2>What they write</h2>", *_samples(verdict["samples"])]
     parts += ["<h2>Settings</h2>", _settings(config, env)]
     body = "\n".join(parts)

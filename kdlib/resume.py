@@ -1,10 +1,9 @@
 """Where a session goes on: the newest whole checkpoint of a run folder, if it is of the same run."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
-from kdlib import checkpoint, identity, records
+from kdlib import checkpoint, files, identity, records
 
 
 @dataclasses.dataclass
@@ -84,7 +83,7 @@ def take_over(found, folder):
     """
     if folder.path.resolve() != found.source.path.resolve():
         if found.source.records.path.exists():
-            shutil.copyfile(found.source.records.path, folder.records.path)
+            files.copy(found.source.records.path, folder.records.path)
         if found.path:
             checkpoint.bring(found.path, folder.checkpoints)
     else:
@@ -95,7 +94,14 @@ def take_over(found, folder):
 
 
 def bring_complete(found, folder, writes):
-    """Let go of `folder`, which holds the complete run: a copy where that came from elsewhere and this process writes."""
+    """Releases `folder`, which holds the complete run: a copy if that came from elsewhere and this process writes. What a
+    kill at the end left of its teacher cache goes.
+    """
     if writes and folder.path.resolve() != found.source.path.resolve():
-        shutil.copytree(found.source.path, folder.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        for path in found.source.path.iterdir():
+            if path.name not in (".lock", "status.json", folder.cache.name):
+                files.copy(path, folder.path / path.name)
+        files.copy(found.source.path / "status.json", folder.path / "status.json")  # last: it says that all is there
+    elif writes:
+        files.remove(folder.cache)
     folder.release()

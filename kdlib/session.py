@@ -30,7 +30,7 @@ class Paused(Exception):
     """The session ends here, with nothing half-done; the text says why."""
 
 
-def distill(config, out, clock=None, resume="auto", wishes=None):
+def distill(config, out, clock=None, resume="auto", wishes=None, on_progress=lambda phase, done, total: None):
     """Run `config` in the folder `out`, or go on with the run that it holds: a generator of records (dicts, as in
     `records.jsonl`; besides, of kind `reading` while the teacher reads first, as `cache.write` has them by `phase`; one of
     kind `start` with what was loaded, `plan` after the first minute, and at the end `verdict` or `paused`).
@@ -44,17 +44,21 @@ def distill(config, out, clock=None, resume="auto", wishes=None):
     is half-done, and then taken out: `pause` ends the session as above; `save` writes a checkpoint; `evaluate` scores the
     student on the validation text, for a look only: its eval record says `asked`, and nothing depends on it. A record of
     kind `wish` tells what became of the last two. Another word is a ValueError, with all saved.
+
+    `on_progress(phase, done, total)` is called between records, before every batch and every piece of work that takes long:
+    loading, reading held-out text, evaluations, the report. A `total` of 0 is unknown.
     """
-    session = Session(config, out, clock or budget.Clock(), resume, wishes)
+    session = Session(config, out, clock or budget.Clock(), resume, wishes, on_progress)
     yield from session.run()
 
 
 class Session:
     """The state of `distill`."""
 
-    def __init__(self, config, out, clock, wanted="auto", wishes=None):
-        self.clock, self.wishes = clock, Wishes(wishes)
+    def __init__(self, config, out, clock, wanted="auto", wishes=None, on_progress=lambda phase, done, total: None):
+        self.config, self.clock, self.wishes, self.on_progress = config, clock, Wishes(wishes), on_progress
         self.started = clock.now() - env.session_age_s()
+        self.budget = budget.Budget(budget.seconds_of(config.time_budget), clock, self.started)
         self.interrupts = budget.Interrupts()
         self.folder = records.RunFolder(out)
         if former := LIVE.pop(str(self.folder.path.resolve()), None):
@@ -63,23 +67,32 @@ class Session:
         self.accelerator = precision.accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
         self.own_folder = self.folder if self.writes else None
-        self.course, self.saving, self.over = None, None, False
+        self.course, self.saving, self.ended, self.outlook, self.trained_from = None, None, None, None, None
+        self.stopped_loading = ""
         try:
             if self.writes and self.folder.holds_run():
                 self.folder.acquire()
             self.found = resume.find(self.folder, wanted)
+            self.before = self.found.status if self.found else {}
+            self.num_sessions = self.before.get("sessions", 0) + 1
             if self.found and self.found.verdict is not None:
                 resume.refuse_another_run(self.found, {"config": config.to_dict()})
-            else:
-                self._load(config)
+                return
+            self.elapsed_before_s = self.before.get("elapsed_s") or 0.0
+            self.budget.costs = dict(self.before.get("costs") or {})
+            self.writer = checkpoint.Writer(self.clock, copies.of_run(config, self.folder) if self.writes else None)
+            self.reading = Reading(config, self.found, self.folder, self.accelerator, self.clock, self._progress)
+            self.interrupts.listen()
+            self._load(config)
+        except Paused as pause:
+            self.stopped_loading = str(pause)
         except BaseException:
+            self.interrupts.ignore()
             self.folder.release()
             raise
 
     def _load(self, config):
         """The inputs, and what an earlier session left."""
-        self.writer = checkpoint.Writer(self.clock, copies.of_run(config, self.folder) if self.writes else None)
-        self.reading = Reading(config, self.found, self.folder, self.accelerator, self.clock)
         loaded, per_step = self.reading.inputs(config), config.effective_batch * self.accelerator.num_processes
         self.config = config.replace(max_steps=plan.num_steps(config, len(loaded.train), per_step))
         self.who = {
@@ -89,19 +102,16 @@ class Session:
             "versions": env.describe()["versions"],
         }
         self.notes = resume.refuse_another_run(self.found, self.who) if self.found else []
-        self.before = self.found.status if self.found else {}
-        self.num_sessions, self.elapsed_before_s = self.before.get("sessions", 0) + 1, self.before.get("elapsed_s", 0.0)
-        seconds = budget.seconds_of(config.time_budget)
-        guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
-        self.budget = budget.Budget(seconds, self.clock, self.started, self.before.get("costs", {}), guesses)
-        self.trained_from, self.outlook = None, None
+        self.budget.guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
         if not self.reading.work:
             self._prepare(loaded)
+        else:
+            self.loaded = loaded
 
     def _prepare(self, loaded):
         """All that trains."""
         facts = (self.found and self.found.facts) or {}
-        scorer = Scorer.of(loaded, self.config, self.accelerator.device, facts, self.budget, self._tick)
+        scorer = Scorer.of(loaded, self.config, self.accelerator.device, facts, self.budget, self._progress)
         machine = self.accelerator, self.clock, self.budget
         self.course = Course(self.config, loaded, *machine, scorer, self.reading.seconds)
         self.saving = saving.Saving(self.course, self.who, self.own_folder, self.writer, bool(facts))
@@ -110,10 +120,14 @@ class Session:
         """All that is left of the run, or of the session's time. Keeps `status.json` true whatever happens."""
         if self.found and self.found.verdict is not None:
             resume.bring_complete(self.found, self.folder, self.writes)
+            if self.writes and not (self.folder.path / "report.html").exists():  # the process died before it was drawn
+                yield from self._attempt("the report", lambda: conclusion.draw(self.folder), "report")
             yield {"kind": "verdict", **self.found.verdict}
             return
         self._open()
         try:
+            if self.stopped_loading:
+                raise Paused(self.stopped_loading)
             yield from self._read()
             yield from self._run()
         except Paused as pause:
@@ -137,10 +151,10 @@ class Session:
         try:
             self._take_folder()
         except BaseException:
+            self.interrupts.ignore()
             self.folder.release()
             raise
         self.accelerator.wait_for_everyone()
-        self.interrupts.listen()
         self._status("running", "")
 
     def _take_folder(self):
@@ -151,10 +165,11 @@ class Session:
                     self.folder.release()
                     self.folder.refuse_foreign()
             devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-            self.folder.open(self.config.to_dict(), env.describe(devices))
+            known = self.found.facts["config"] if self.stopped_loading and self.found and self.found.facts else None
+            self.folder.open(known or self.config.to_dict(), env.describe(devices))
             if self.found:
                 resume.take_over(self.found, self.folder)
-            self.reading.bring()
+            self.reading.bring(self.found.source.cache if self.stopped_loading and self.found else None)
             LIVE[str(self.folder.path.resolve())] = self
 
     def _read(self):
@@ -167,7 +182,8 @@ class Session:
             if "pause" in self.wishes:
                 self._pause_as_wished()
         if not self.course:
-            self._prepare(self.reading.inputs(self.config))
+            loaded, self.loaded = self.loaded, None
+            self._prepare(self.reading.inputs(self.config, loaded))
 
     def _run(self):
         course, facts = self.course, (self.found and self.found.facts) or None
@@ -187,13 +203,48 @@ class Session:
         self.saving.whole()
         if not self.budget.allows("conclude") and self.trained_from is not None:
             raise Paused("no time is left for the verdict in this session")
-        started = self.clock.now()
-        known = course.scores, course.pairs(), course.start_weights, round(course.read_s, 3)
-        answer = conclusion.conclude(self.config, course.inputs, self.own_folder, *known)
+        yield from self._conclude()
+
+    def _conclude(self):
+        """The student and the verdict; then, as far as they succeed, what only shows them."""
+        course, started = self.course, self.clock.now()
+        self._progress("writing the student and the verdict", 0, 0)
+        pairs = course.pairs()
+        answer = conclusion.conclude(
+            self.config, course.inputs, self.own_folder, course.scores, pairs, round(course.read_s, 3)
+        )
         self.budget.took("conclude", self.clock.now() - started)
         self._end("complete", "")
+        if self.writes:
+            students = conclusion.weights_of(pairs, course.start_weights)
+            for name, work in conclusion.extras(self.config, course.inputs, students, self.folder, answer):
+                yield from self._attempt(name, work, "report")
         self.reading.clear()
         yield {"kind": "verdict", **answer}
+
+    def _attempt(self, name, work, task):
+        """Records of `work()`, which the state on disk does not depend on: what it raises becomes an alert."""
+        found = []
+        try:
+            if not self.budget.allows(task):
+                raise Paused("no time is left for it in this session")
+            self._progress(name, 0, 0)
+            started = self.clock.now()
+            found = work() or []
+            self.budget.took(task, self.clock.now() - started)
+        except Exception as error:  # noqa: BLE001 - student and verdict, or the checkpoint, are safe on the disk
+            kind = "" if isinstance(error, Paused) else f"{type(error).__name__}: "
+            meaning = f"{name} failed: {kind}{(str(error).strip().splitlines() or ['no reason given'])[0][:300]}"
+            advice = "the results are saved; kdlib report draws the page again"
+            place = (
+                self.course.place()
+                if self.course and self.course.legs
+                else {"run": "distilled", "repeat": 0, "step": 0}
+            )
+            alert = {"kind": "alert", **place, "sign": "report", "part": name, "meaning": meaning, "advice": advice}
+            found = [] if isinstance(error, Paused) and self.ended == "paused" else [alert]
+        with contextlib.suppress(OSError):
+            yield from self._written(found)
 
     def _written(self, found):
         """Records, once they are all on the disk."""
@@ -255,15 +306,18 @@ class Session:
         used, whole = map(budget.spoken, (self.budget.used(), self.budget.seconds))
         return f"{used} of the time budget of {whole} are used, and the rest is for saving"
 
-    def _tick(self):
-        """Within an evaluation: stop at once where no time would be left to save, or where someone asks."""
+    def _progress(self, phase, done, total):
+        """Between two batches of anything: says how far it is; stops if no time would be left to save, or if asked."""
+        if self.writes:
+            self.on_progress(phase, done, total)
         if self.accelerator.num_processes > 1:
             return  # processes must stop together
         if self.interrupts.asked:
             raise Paused(self.interrupts.asked)
         if "pause" in self.wishes:
             self._pause_as_wished()
-        if self.budget.left() < self.budget.cost("batch", "save") + 0.5 * self.budget.margin():
+        reserve = self.budget.cost("batch", "save") if self.course and self.course.training else 0.0
+        if self.budget.left() < reserve + 0.5 * self.budget.margin():
             raise Paused(self._time_is_up())
 
     def _pause(self, reason):
@@ -271,15 +325,15 @@ class Session:
         What is told of it goes with the next session: that begins where the checkpoint stands.
         """
         reason = self._save(reason)
-        self._status("paused", f"{reason}; {self._kept()}")
-        if self.course and not self.interrupts.asked:
-            with contextlib.suppress(Paused):
-                leg = self.course.legs[-1] if self.course.training else None
-                if leg and leg.evaluated < leg.step and self.budget.allows("evaluate", "export"):
-                    yield from self._written(self.course.evaluate(leg))
-            if self.writes and self.budget.allows("export"):
-                self._status("paused", f"{reason}; {self._kept()}")
-                conclusion.export_so_far(self.config, self.course, self.folder, self.clock)
+        self._end("paused", f"{reason}; {self._kept()}")
+        if self.course and self.course.legs and not self.interrupts.asked:
+            leg = self.course.legs[-1] if self.course.training else None
+            if leg and leg.evaluated < leg.step and self.budget.allows("evaluate", "export"):
+                yield from self._attempt("the evaluation", lambda: self.course.evaluate(leg), "evaluate")
+            if self.writes and conclusion.best_of(self.course.legs):
+                yield from self._attempt(
+                    "the export", lambda: conclusion.export_so_far(self.config, self.course, self.folder), "export"
+                )
         yield self._paused(reason)
 
     def _paused(self, reason):
@@ -303,18 +357,18 @@ class Session:
 
     def leave(self, reason):
         """End the session from outside, between two records: all is saved. Does nothing where it is over."""
-        if self.over or (self.folder.lock is None and self.writes):
+        if self.ended or (self.folder.lock is None and self.writes):
             return
         self._end("paused", f"{self._save(reason)}; {self._kept()}")
         self._close()
 
     def _save(self, reason):
-        """Save what there is; the reason of an end, with what the disk did not take."""
+        """Save what there is; the reason of an end, with why it could not be saved."""
         try:
             if self.saving:
                 self.saving.whole()
-        except OSError as error:
-            reason += f", and not saved ({error.strerror})"
+        except Exception as error:  # noqa: BLE001 - the checkpoint of before stands, and the session ends well
+            reason += f", and not saved ({getattr(error, 'strerror', None) or error})"
         return reason
 
     def _kept(self):
@@ -323,14 +377,17 @@ class Session:
         return f"goes on from {path}" if path else read
 
     def _end(self, state, reason):
-        self.over = True
-        self._status(state, reason)
+        """Writes the state that the session ends in. The first one stays: what fails later changes nothing of it."""
+        if self.ended in (None, state):
+            self._status(state, reason)
+            self.ended = state
 
     def _close(self):
         """Give back the folder, the signals, the writing thread."""
-        self.interrupts.ignore()
-        self.writer.close()
-        self.folder.release()
+        with contextlib.ExitStack() as stack:  # each is done whatever another raises
+            stack.callback(self.folder.release)
+            stack.callback(self.writer.close)
+            stack.callback(self.interrupts.ignore)
         if LIVE.get(str(self.folder.path.resolve())) is self:
             del LIVE[str(self.folder.path.resolve())]
 
@@ -342,7 +399,8 @@ class Session:
         used, step = self.budget.used(), (self.course and self.course.num_distilled) or self.before.get("step", 0)
         self.folder.status(
             state, reason=reason, step=step,
-            max_steps=self.config.max_steps * self.config.repeats, sessions=self.num_sessions,
+            max_steps=self.config.max_steps * self.config.repeats or self.before.get("max_steps", 0),
+            sessions=self.num_sessions,
             elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3),
             saving_s=round(self.saving.took_s if self.saving else 0.0, 3), costs=self.budget.costs,
             plan=None if state == "complete" else self.outlook, **self.reading.facts(),

@@ -134,6 +134,13 @@ class Teacher:
             more = last[moved.inner_rows] if inner else None
             return TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors, more)
 
+    def states(self, batch):
+        """Last hidden states of all teacher tokens of a batch, `[B * L, Dt]`, where the teacher is."""
+        moved = batch.to(self.model.device)
+        with torch.inference_mode():
+            states = models.last_hidden(self.model, moved.teacher_ids, moved.teacher_windows, batch.teacher_packed)
+            return states.flatten(0, 1)
+
     def of(self, split):
         """The teacher of one split of the text: a live one reads all."""
         return self

@@ -178,9 +178,20 @@ class Training:
         return [(self._batches(coming)[0], self.objective.wants(self._weights((self.step + 1) / self.num_steps)))]
 
     def _update(self, skipped):
-        """Let the optimizer, the schedule and the average take their step."""
-        if skipped and self.accelerator.scaler is None:
-            self.optimizer.zero_grad()  # without gradients the step changes nothing; a loss scaler sees to it by itself
+        """Let the optimizer, the schedule and the average take their step; a skipped one changes no weight."""
+        if skipped:
+            self.optimizer.zero_grad()
+            self.optimizer.optimizer.step()  # without gradients it does nothing but count as a step before the schedule's
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()
+        else:
+            self._step_optimizer()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.average and not skipped:
+            self.average.update_parameters(self.objective.student)
+
+    def _step_optimizer(self):
         before = self._num_updates()
         try:
             self.optimizer.step()
@@ -190,10 +201,6 @@ class Training:
             error.__traceback__ = None
             memory.let_go()
             self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        if self.average and not skipped:
-            self.average.update_parameters(self.objective.student)
 
     def _num_updates(self):
         """How often the optimizer's first weight was updated: the one that every implementation begins with."""

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it to fail
@@ -22,6 +23,15 @@ from kdlib import cli, report, tiny
 def _quiet_and_seeded():
     cli.quiet()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """A session that a test has begun and never driven listens no longer."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

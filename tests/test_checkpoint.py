@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from kdlib import checkpoint, records
+from kdlib import checkpoint, files, records
 
 GROUPS = {
     "student": {"weight": torch.randn(7, 5), "scale": torch.tensor(2.5), "one": torch.ones(1)},
@@ -163,15 +163,15 @@ def test_a_write_that_fails_leaves_everything_as_it_was(folder, monkeypatch):
     """At any of its files, and at the rename."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     calls = {"left": 0}
-    real = checkpoint._flush
+    real = files._sync
 
-    def full(path):
+    def full(path, flags):
         calls["left"] -= 1
         if calls["left"] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path)
+        real(path, flags)
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(files, "_sync", full)
     for left in range(4):
         calls["left"] = left
         with pytest.raises(OSError, match="No space left"):

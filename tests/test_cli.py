@@ -26,13 +26,17 @@ def flags(settings, **changes):
     ]
 
 
+def is_progress(line):
+    """Whether a line is one of those that a long piece of work shows: here that of a busy machine."""
+    return re.fullmatch(r"(loading|reading|tokenizing|the teacher|fingerprinting) .*\[.*\]", line) is not None
+
+
 def refused(capsys, words, match, out):
     before = sorted(str(p) for p in out.parent.rglob("*"))
     assert cli.main([*words, "--out", str(out)]) == 2
     said = capsys.readouterr().err.strip()
     assert re.search(match, said), said
-    assert "\n" not in said
-    assert "Traceback" not in said
+    assert [line for line in said.splitlines() if not is_progress(line)] == said.splitlines()[-1:]
     assert sorted(str(p) for p in out.parent.rglob("*")) == before
 
 
@@ -140,7 +144,7 @@ def test_bad_commands_are_told_in_one_line(capsys, words, match, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert cli.main(words) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    assert len([line for line in said.splitlines() if not is_progress(line)]) == 1
     assert match.replace("\\", "") in said
     assert not list(tmp_path.iterdir())
 
@@ -202,9 +206,9 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings, monkeypatch):
     assert cli.main(["evaluate", *words]) == 0
     said = capsys.readouterr()
     assert f"{found['student']['bits_per_byte']:.4f}" in said.out
-    assert "done: 100%" in said.err
+    assert "both write samples" in said.err
     assert cli.main(["evaluate", *words[:5], "nowhere.jsonl"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("kdlib: no such file")
 
 
 def test_a_failure_of_the_doctor_points_at_no_run(capsys, settings, monkeypatch):
@@ -256,17 +260,14 @@ def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings,
     assert "Student: " in capsys.readouterr().out
 
 
-def test_a_plan_over_several_sessions_is_told(capsys):
+def test_a_plan_over_several_sessions_is_told():
     told = {"steps_per_s": 2.5, "tokens_left": 1_234_567, "left_s": 5000.0, "finish": "2026-11-23", "session": 1}
-    cli._tell_plan({**told, "sessions_needed": 3})
-    assert capsys.readouterr().out.strip() == (
+    assert cli._plan_line({**told, "sessions_needed": 3}) == (
         "Plan: 2.50 steps a second, 1,234,567 tokens and 1 h 23 min to go, 3 sessions in all; "
         "done on 2026-11-23 at the earliest."
     )
-    cli._tell_plan({**told, "sessions_needed": 1})
-    assert "to go, this session;" in capsys.readouterr().out
-    cli._tell_plan({**told, "sessions_needed": None})
-    assert "over before anything is done" in capsys.readouterr().out
+    assert "to go, this session;" in cli._plan_line({**told, "sessions_needed": 1})
+    assert "over before anything is done" in cli._plan_line({**told, "sessions_needed": None})
 
 
 def test_the_command_runs_as_a_process(tmp_path):

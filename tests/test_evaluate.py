@@ -28,7 +28,7 @@ def small():
     head = models.Head(student, ours.vocabulary)
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
     teacher = Teacher(teacher, theirs)
-    return student, head, teacher, windows, evaluate.hold_out(windows, teacher, head, shared, 2), shared
+    return student, head, teacher, windows, evaluate.hold_out(windows, teacher, head, shared, 2, chunk_size=5), shared
 
 
 def nats_by_hand(model, windows, side):
@@ -55,7 +55,7 @@ def test_bits_per_byte_and_perplexity_are_written_out(small, side):
         score = evaluate.evaluate_student(student, head, held_out, chunk_size=5)
         every, scored, size = nats_by_hand(student, windows, side)
     else:
-        score = evaluate.evaluate_teacher(teacher, held_out, chunk_size=5)
+        score = held_out.teacher_score
         every, scored, size = nats_by_hand(teacher.model, windows, side)
     assert score.perplexity == pytest.approx(math.exp(sum(every) / len(every)), rel=1e-5)
     total = sum(scored.values()) / math.log(2) / sum(size.values())
@@ -94,8 +94,7 @@ def test_a_student_that_is_its_teacher_agrees_fully():
     score = evaluate.evaluate_student(model, head, held_out)
     assert score.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
     assert score.top1_agreement == 1.0
-    assert score.bits_per_byte == pytest.approx(evaluate.evaluate_teacher(
-        Teacher(model, used), held_out).bits_per_byte, rel=1e-6)  # fmt: skip
+    assert score.bits_per_byte == pytest.approx(held_out.teacher_score.bits_per_byte, rel=1e-6)
 
 
 def test_evaluation_leaves_the_training_mode_as_it_was(small):
@@ -173,13 +172,18 @@ def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
     found = comparison.compare(config, lambda *told: heard.append(told))
     loaded = inputs.load_for_evaluation(config)
     score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
-    pieces = 3 * len(loaded.test.batches) + 2 * 8
-    assert [told[1:] for told in heard] == [(done, pieces) for done in range(pieces + 1)]
-    assert list(dict.fromkeys(told[0] for told in heard)) == [
-        "the teacher reads",
-        "both are scored",
-        "both go on with texts",
-        "done",
+    batches = [(done, len(loaded.test.batches)) for done in range(len(loaded.test.batches))]
+    counted = {phase: [told[1:] for told in heard if told[0] == phase] for phase, *_ in heard}
+    assert {phase: counts for phase, counts in counted.items() if counts != [(0, 0)]} == {
+        "the teacher reads held-out text": batches,
+        "scoring the student on test text": batches,
+        "both write samples": [(done, 16) for done in range(16)],
+    }
+    assert list(counted)[:4] == [
+        "reading the text",
+        "loading the teacher",
+        "loading the student",
+        "tokenizing the text",
     ]
     assert found["student"] == {
         **score.summary(),

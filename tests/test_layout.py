@@ -31,10 +31,21 @@ FLOORS = [
     "memory precision schedule records env alerts",
     "keys",
     "config",
-    "budget findings style wishes",
+    "budget findings style wishes files",
 ]
 FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
-STANDARD_LIBRARY_ONLY = {"config", "budget", "schedule", "records", "env", "alerts", "findings", "keys", "wishes"}
+STANDARD_LIBRARY_ONLY = {
+    "config",
+    "budget",
+    "schedule",
+    "records",
+    "env",
+    "alerts",
+    "findings",
+    "keys",
+    "wishes",
+    "files",
+}
 ROOMS = [
     (r"\blog_softmax\b", {"losses"}),
     (r"\bplt\.|matplotlib", {"style"}),
@@ -42,7 +53,7 @@ ROOMS = [
     (r"\btokenizer\(", {"data", "samples"}),
     (r"\.from_pretrained\(", {"models", "export", "report"}),
     (r"\.backward\(|optimizer\.step\(", {"train", "peak"}),
-    (r"os\.replace|safetensors", {"checkpoint", "export", "records", "env", "signals", "cache"}),
+    (r"os\.replace|safetensors", {"checkpoint", "files", "env", "signals"}),
     (r"os\.environ|/kaggle/", {"env"}),
     (r"\btime\.", {"budget"}),
     (r"inference_mode\(", {"teacher"}),

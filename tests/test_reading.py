@@ -7,6 +7,7 @@ import time
 
 import pytest
 import safetensors.torch
+import torch
 from clocks import Ticks
 from processes import together
 
@@ -200,7 +201,7 @@ def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, m
     """30 s of reading over 60 steps are half a second a step: 3.5 for a plain one's 1."""
 
     class Steps:
-        recomputes = False
+        recomputes, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
             self.step_s = 3.0 if "kd" in objective.parts else 1.0

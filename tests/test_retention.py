@@ -73,16 +73,15 @@ def test_agreement_and_divergence_are_those_of_the_score(small):  # noqa: F811
 
 
 def test_nothing_is_told_where_nothing_was_asked(small):  # noqa: F811
-    student, head, teacher, _, held_out, _ = small
+    student, head, _, _, held_out, _ = small
     assert evaluate.evaluate_student(student, head, held_out).retention is None
-    assert evaluate.evaluate_teacher(teacher, held_out).retention is None
+    assert held_out.teacher_score.retention is None
 
 
 def test_the_teacher_tells_its_calibration_alone(small):  # noqa: F811
-    _, _, teacher, windows, held_out, _ = small
-    score = evaluate.evaluate_teacher(
-        teacher, dataclasses.replace(held_out, times_seen=torch.zeros(400, dtype=torch.long))
-    )
+    _, head, teacher, windows, _, shared = small
+    seen = torch.zeros(400, dtype=torch.long)
+    score = evaluate.hold_out(windows, teacher, head, shared, 2, times_seen=seen).teacher_score
     assert set(score.retention) == {"confidence"}
     assert sum(score.retention["confidence"]["num"]) == sum((w.teacher_labels >= 0).sum() for w in windows)
 
