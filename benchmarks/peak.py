@@ -54,11 +54,10 @@ def models_of(shape):
 
 def training_of(shape):
     """The `Training` of a shape, over windows of random tokens that match one to one."""
-    import accelerate
     import numpy as np
     import torch
 
-    from kdlib import budget, data, inputs, models, teacher, train, vocab
+    from kdlib import budget, data, inputs, models, precision, teacher, train, vocab
     from kdlib.config import Config
 
     torch.manual_seed(0)
@@ -89,7 +88,7 @@ def training_of(shape):
     pair = inputs.Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
     pair.buckets["shared_prefix"] = vocab.tail_buckets(*both, shared)
     pair.sample = windows[:2]
-    machine = accelerate.Accelerator(cpu=True)
+    machine = precision.accelerator("fp32", cpu=True)
     objective = inputs.make_objective(pair, config)
     needed = pair.teacher if config.needs_teacher else None
     return train.Training(objective, needed, windows, 10**4, config, machine, budget.Clock())

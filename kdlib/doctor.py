@@ -75,7 +75,7 @@ def stages(config=None, asked="", clock=None):
     found = machine.findings_of(machine.describe(), cards, config, asked)
     if named and not any(card.failed for card in cards):
         yield "loading teacher, student and text", found
-        with precision.passing_accelerator(config.amp_dtype) as accelerator:
+        with precision.temporary_accelerator(config.amp_dtype) as accelerator:
             look, refused = _look(config, accelerator, clock)
             found = found + refused
             if look:

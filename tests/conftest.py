@@ -15,13 +15,21 @@ import pytest
 import torch
 from families import LINES, byte_level, tiny_model, unigram
 
-from kdlib import cli, report, tiny
+from kdlib import cli, precision, report, tiny
 
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     cli.quiet()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_it_was():
+    """No test leaves its arithmetic to the next one."""
+    before = precision._selected()
+    yield
+    precision._select(before)
 
 
 @pytest.fixture(autouse=True)

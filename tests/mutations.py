@@ -28,6 +28,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
 )
 MEMORY, BITS = "test_memory.py", "test_bits.py"
 DOCTOR = "test_doctor.py"
+GPU_FACTS = "test_gpu_facts.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
@@ -341,7 +342,15 @@ MUTANTS = {
     "steps without a number are fine": ("foretold.py", "    if not bad:\n", "    if True:\n", [f"{DOCTOR}::test_losses_that_are_no_numbers_are_told"]),
     "memory that runs out is a crash": ("doctor.py", "            if not memory.ran_out(error):\n                raise\n            found = found", "            if True:\n                raise\n            found = found", [f"{DOCTOR}::test_memory_that_runs_out_is_a_finding"]),
     "random numbers are used up": ("seeds.py", "return torch.random.fork_rng([device] if", "import contextlib; return contextlib.nullcontext() if True else torch.random.fork_rng([device] if", [f"{DOCTOR}::test_nothing_is_written_and_nothing_of_the_run_is_changed"]),
-    "an arithmetic for good": ("precision.py", "        if not chosen:\n", "        if False:\n", [f"{DOCTOR}::test_another_arithmetic_may_be_chosen_afterwards"]),
+    "an arithmetic for good": ("precision.py", "        _select(({}, {}, {}))", "        pass", [GPU_FACTS]),
+    "an arithmetic of the process": ("precision.py", "        _select(self.states)\n        return super().prepare", "        return super().prepare", [GPU_FACTS]),
+    "autocast of the process": ("precision.py", "        _select(self.states)\n        return super().autocast", "        return super().autocast", [GPU_FACTS]),
+    "the group of a launch let go": ("precision.py", "if kind is not PartialState or not _launched():", "if True:", [GPU_FACTS]),
+    "a processor's process among cards": ("precision.py", "cpu = cpu and not _launched()", "cpu = cpu", [GPU_FACTS]),
+    "a card's arithmetic on the processor": ("precision.py", " and not (cpu or accelerate.utils.parse_flag_from_env(\"ACCELERATE_USE_CPU\"))", " and not cpu", [GPU_FACTS]),
+    "bf16 by emulation is chosen": ("precision.py", "including_emulation=False", "including_emulation=True", [GPU_FACTS]),
+    "a passing arithmetic for good": ("precision.py", "            _select(before)\n\n\n", "            pass\n\n\n", [GPU_FACTS]),
+    "an old arithmetic over a new one": ("precision.py", "if AcceleratorState._shared_state is made.states[1]:", "if True:", [GPU_FACTS]),
     "a mistake of fit is bad input": ("doctor.py", "    except inputs.Unfit as error:\n", "    except ZeroDivisionError as error:\n", [f"{DOCTOR}::test_tokenizers_with_nothing_in_common_will_not_work"]),
     "a teacher that says no numbers": ("inputs.py", "    if not math.isfinite(nats):\n", "    if False:\n", [f"{DOCTOR}::test_whether_ids_are_the_models_own"]),
     "ids that are not its own are fine": ("pairing.py", "        if refused:\n", "        if False:\n", [f"{DOCTOR}::test_whether_ids_are_the_models_own"]),
