@@ -14,7 +14,7 @@ import torch
 from families import LINES
 from processes import together
 
-from kdlib import cli, doctor, machine, memory, precision, records, session, tiny
+from kdlib import cli, doctor, machine, memory, precision, records, samples, session, tiny
 from kdlib.config import Config
 
 HOUSE = Path(__file__).parent.parent
@@ -55,6 +55,11 @@ def put_in(monkeypatch, names, kernels=KERNELS):
         monkeypatch.setattr(torch.cuda, name, answer)
     probe = machine.probe
     monkeypatch.setattr(machine, "probe", lambda device: probe("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    monkeypatch.setattr(samples, "continue_text", functools.partial(samples.continue_text, num_tokens=2))
 
 
 @pytest.fixture
