@@ -65,7 +65,9 @@ def training_of(shape, cuda=False):
     torch.manual_seed(0)
     length = shape.get("length", 256)
     names = {field.name for field in dataclasses.fields(Config)} | {"preset"}
-    config = Config.from_dict({"batch_size": 8, **{k: v for k, v in shape.items() if k in names}})
+    config = Config.from_dict(
+        {"batch_size": 8, "kd_method": "shared_prefix", **{k: v for k, v in shape.items() if k in names}}
+    )
     machine = precision.accelerator("fp32", cpu=not cuda)
     student, larger = (model.to(machine.device) for model in models_of(shape))
     readers = [

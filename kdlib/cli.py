@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
@@ -106,24 +105,14 @@ def doctor(positional, flags):
 
 
 def _self_test(positional, flags):
-    """Print each check with its result, then one page; the exit status is 1 where a check failed."""
     from kdlib import self_test
 
-    folder = Path(flags.pop("out", None) or tempfile.mkdtemp(prefix="kdlib-self-test-"))
+    out, results = flags.pop("out", None), []
     if positional or flags:
         raise ValueError(f"--self-test takes --out DIR only, got {' '.join([*positional, *flags])}")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--out {folder} holds files; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
     quiet()
-    results = []
-    for name, result in self_test.run(folder):
-        if result is None:
-            print(f"{name} ...", flush=True)
-        else:
-            print(f"  {result.state}, {result.seconds:.1f} s: {result.text}", flush=True)
-            results.append(result)
-    print(f"\n{self_test.page(results)}\n\nJSON: {self_test.write(results, folder)}")
+    for line in self_test.lines(out, results):
+        print(line, flush=True)
     return 1 if any(result.state == "failed" for result in results) else 0
 
 

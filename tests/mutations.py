@@ -28,7 +28,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
 )
 MEMORY, BITS = "test_memory.py", "test_bits.py"
 DOCTOR = "test_doctor.py"
-GPU_FACTS = "test_gpu_facts.py"
+GPU_FACTS, SELF_TEST = "test_gpu_facts.py", "test_self_test.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
@@ -551,6 +551,16 @@ MUTANTS = {
     "time without the reading": ("foretold.py", "left = read_s + plan", "left = plan", [DOCTOR]),
     "means from the first token on": ("benchmarks/variants.py", "before = torch.where(first, rows - 1, before)", "before = torch.where(first, -1, before)", [QUALITY]),
     "the projector's smallest values": ("benchmarks/variants.py", "values[:rank, None].sqrt() * right[:rank]", "values[-rank:, None].sqrt() * right[-rank:]", [QUALITY]),
+    "self-test: losses not compared": ("self_checks.py", "if apart > tolerance:", "if False:", [SELF_TEST]),
+    "self-test: weights not compared": ("self_checks.py", "if not apart <= allowed:", "if False:", [SELF_TEST]),
+    "self-test: a cap on memory stays": ("self_checks.py", "torch.cuda.set_per_process_memory_fraction(1.0)", "pass", [SELF_TEST]),
+    "self-test: the injected error stays": ("self_checks.py", "        models.read = real\n", "        pass\n", [SELF_TEST]),
+    "self-test: a demo beside the card": ("self_checks.py", "if bench.cuda and not used:", "if False:", [SELF_TEST]),
+    "self-test: a peak predicted too low": ("self_checks.py", "(1 - PEAK) * taken <= told <=", "told <=", [SELF_TEST]),
+    "self-test: a step over the floor": ("self_checks.py", "if not step_s <= STEP * floor_s:", "if False:", [SELF_TEST]),
+    "self-test: no end": ("self_test.py", "if bench.left_s <= 0.0:", "if False:", [SELF_TEST]),
+    "self-test: a failure stops the rest": ("self_test.py", "    except Exception as error:  # noqa: BLE001 - whatever it is, the next check is to be made", "    except OSError as error:", [SELF_TEST]),
+    "self-test: exit 0 whatever comes": ("cli.py", 'return 1 if any(result.state == "failed" for result in results) else 0', "return 0", [SELF_TEST]),
 }  # fmt: skip
 
 

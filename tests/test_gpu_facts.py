@@ -218,6 +218,9 @@ def test_a_session_in_the_middle_of_another_changes_neither(settings, tmp_path):
 
 
 def in_a_launch():
+    with precision.temporary_accelerator("bf16"):
+        pass
+    assert accelerate.PartialState().num_processes == 2  # what accelerate's functions ask
     first = precision.accelerator("fp32", cpu=True)
     group = torch.distributed.group.WORLD
     for amp_dtype in ("bf16", "fp32"):
