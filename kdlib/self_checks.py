@@ -37,8 +37,8 @@ WEIGHTS = {"cuda": 1e-2, "cpu": 0.0}
 """Tolerance of a resumed run's weights, of each tensor's norm: a card may add in another order, a processor may not."""
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)
 """Caps on a card's memory, as shares of what the reference reserved."""
-MIN_S, MAX_S = 30.0, 300.0
-"""A process of a check is given what is left of the time, within these limits."""
+MIN_S, MAX_S = 30.0, {"cuda": 240.0, "cpu": 900.0}
+"""A process of a check may take what is left of the time, within these limits."""
 STEP_GFLOP = 1515
 """A whole step of TRUE: both bodies, the student's head and the projector's; counted, not measured."""
 TRUE = {"num_windows": 2, "length": 384, "answer": 1.0, "teacher": {}, "student": {}}
@@ -114,7 +114,7 @@ class Bench:
         return room
 
     def _run(self, command, room, environment):
-        limit = max(MIN_S, min(self.left_s, MAX_S))
+        limit = max(MIN_S, min(self.left_s, MAX_S[self.device]))
         try:
             ran = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
