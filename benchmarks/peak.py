@@ -1,11 +1,13 @@
 """How well the peak of memory is foretold: what `peak.predicted_bytes` says before the first step, and what training took.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.peak [--steps 2] [WORD ...]     (all shapes, or those whose name holds a word)
+    OMP_NUM_THREADS=1 python -m benchmarks.peak [--steps 2] [--cuda] [WORD ...]     (all shapes, or those named with a word)
 
-Every shape runs in a process of its own on a CPU: random Llama models of full width, windows of random tokens, all of the
-given length. Told: what the process holds before training and the prediction. Taken: the highest resident set of the
-process over real steps of `train.Training` (VmHWM, reset before the first one; Linux only), the optimizer's state
-included from the second step on. Prints a table in Markdown; exit status 1 where a prediction is off by over 15 %.
+Every shape runs in a process of its own on a CPU, with `--cuda` on a card: random Llama models of full width, windows of
+random tokens, all of the given length. Told: what the process holds before training and the prediction. Taken: the highest
+resident set of the process over real steps of `train.Training` (VmHWM, reset before the first one; Linux only), the
+optimizer's state included from the second step on. On a card both leave out what CUDA holds itself: taken is the most
+that tensors took, and `reserved` the most that torch's allocator held. Prints a table in Markdown; exit status 1 where a
+prediction is off by over 15 %.
 """
 
 import argparse
@@ -52,20 +54,22 @@ def models_of(shape):
     return llama(rows, width, layers, 8, shape.get("tied", True)), llama(2 * rows, 640, 6, 10, True)
 
 
-def training_of(shape):
+def training_of(shape, cuda=False):
     """The `Training` of a shape, over windows of random tokens that match one to one."""
-    import accelerate
     import numpy as np
     import torch
 
-    from kdlib import budget, data, inputs, models, teacher, train, vocab
+    from kdlib import budget, data, inputs, models, precision, teacher, train, vocab
     from kdlib.config import Config
 
     torch.manual_seed(0)
     length = shape.get("length", 256)
     names = {field.name for field in dataclasses.fields(Config)} | {"preset"}
-    config = Config.from_dict({"batch_size": 8, **{k: v for k, v in shape.items() if k in names}})
-    student, larger = models_of(shape)
+    config = Config.from_dict(
+        {"batch_size": 8, "kd_method": "shared_prefix", **{k: v for k, v in shape.items() if k in names}}
+    )
+    machine = precision.accelerator("fp32", cpu=not cuda)
+    student, larger = (model.to(machine.device) for model in models_of(shape))
     readers = [
         data.Reader(
             None, vocab.Vocabulary(tuple(b"%d" % i for i in range(model.config.vocab_size)), (), False), [], [], 0
@@ -89,7 +93,6 @@ def training_of(shape):
     pair = inputs.Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
     pair.buckets["shared_prefix"] = vocab.tail_buckets(*both, shared)
     pair.sample = windows[:2]
-    machine = accelerate.Accelerator(cpu=True)
     objective = inputs.make_objective(pair, config)
     needed = pair.teacher if config.needs_teacher else None
     return train.Training(objective, needed, windows, 10**4, config, machine, budget.Clock())
@@ -101,34 +104,50 @@ def resident():
     return tuple(1024 * int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
 
 
-def measure(shape, num_steps):
-    """`{"used", "told", "taken"}`, bytes."""
+def allocated():
+    """`(now, most)`: bytes of tensors on the card."""
+    import torch
+
+    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+
+
+def measure(shape, num_steps, cuda=False):
+    """`{"used", "told", "taken"}`, bytes; on a card `reserved` too."""
     import time
 
-    from kdlib import peak
+    import torch
 
-    training = training_of(shape)
+    from kdlib import memory, peak
+
+    training, in_use = training_of(shape, cuda), allocated if cuda else resident
     started = time.process_time()
-    used, _ = resident()
-    told = peak.predicted_bytes(training)
+    memory.let_go()
+    used, _ = in_use()
+    others = memory.usage("cuda")["used_bytes"] - used if cuda else 0
+    told = peak.predicted_bytes(training) - others
     told_s = time.process_time() - started
-    Path("/proc/self/clear_refs").write_text("5")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
     started = time.process_time()
     for record in training:
         if record.step == num_steps:
             break
     step_s = (time.process_time() - started) / num_steps
-    return {"used": used, "told": told, "taken": resident()[1], "told_s": told_s, "step_s": step_s}
+    reserved = {"reserved": torch.cuda.max_memory_reserved()} if cuda else {}
+    return {"used": used, "told": told, "taken": in_use()[1], **reserved, "told_s": told_s, "step_s": step_s}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--shape")
     given = parser.parse_args()
     if given.shape:
-        print(json.dumps(measure(json.loads(given.shape), given.steps)))
+        print(json.dumps(measure(json.loads(given.shape), given.steps, given.cuda)))
         return
     off = []
     print("| shape | before, MB | told, MB | taken, MB | told / taken | CPU seconds to tell | of a step |")
@@ -137,6 +156,7 @@ def main():
         if given.words and not any(word in name for word in given.words):
             continue
         command = [sys.executable, "-m", "benchmarks.peak", "--steps", str(given.steps), "--shape", json.dumps(shape)]
+        command += ["--cuda"] if given.cuda else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         ratio = found["told"] / found["taken"]

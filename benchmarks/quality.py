@@ -21,12 +21,11 @@ import statistics
 import time
 from pathlib import Path
 
-import accelerate
 import torch
 
 from benchmarks import quality_table, settings, variants
 from benchmarks.methods import CORE, EQUAL_STEPS, METHODS, PLAIN, UNIT
-from kdlib import budget, cli, evaluate, models, records
+from kdlib import budget, cli, evaluate, models, precision, records
 from kdlib.config import PRESETS, Config
 from kdlib.train import Training
 
@@ -237,7 +236,7 @@ def started(setting, kind, name, cell, seed, num_steps):
     objective, teacher = method.make(setting, config, student)
     windows = [variants.by_index(window) for window in loaded.train] if method.by_index else loaded.train
     layout = loaded.pair.pads, loaded.pair.widest
-    machine = accelerate.Accelerator(cpu=True)
+    machine = precision.accelerator("fp32", cpu=True)
     return Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), *layout), objective
 
 

@@ -12,12 +12,11 @@ import hashlib
 import json
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import torch
 import transformers
 
-from kdlib import budget, data, env, inputs, models, tiny
+from kdlib import budget, data, env, inputs, models, precision, tiny
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.objective import Objective
@@ -136,7 +135,8 @@ def train_plainly(model, tokenizer, texts, num_steps, config):
         encoded = data.encode(document, reader)
         windows += data.cut_windows(document, encoded, encoded, reader, reader, config.max_length, number)
     objective = Objective(model, models.Head(model, reader.vocabulary), config)
-    for _ in Training(objective, None, windows, num_steps, config, accelerate.Accelerator(cpu=True), budget.Clock()):
+    machine = precision.accelerator("fp32", cpu=True)
+    for _ in Training(objective, None, windows, num_steps, config, machine, budget.Clock()):
         pass
 
 

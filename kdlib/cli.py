@@ -19,6 +19,7 @@ USAGE = """kdlib distils a large language model into a small one that has anothe
 
   kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
   kdlib doctor [CONFIG.json] [--key value ...] [--json]       will it work here? machine, pair, memory, hours; 1 if not
+  kdlib doctor --self-test [--out DIR]                        run kdlib's own checks on this machine: 8 minutes on a card
   kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict; or the next session of it
   kdlib cache [CONFIG.json] --out DIR [--key value ...]       the teacher's part of a run, once: the same keys, then
                                                               distill ... --teacher-cache DIR needs no teacher
@@ -34,7 +35,7 @@ Keys of distill, demo, cache and doctor, with their defaults:
 SHOWN = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 FIRST_LINE_S, LINE_EVERY_S = 2.0, 5.0
 """Outside a terminal: seconds to the first line of progress, longer than a refusal takes, and between lines."""
-PLAIN = ("out", "json", "help", "resume", "writer", "accelerator")
+PLAIN = ("out", "json", "help", "resume", "writer", "accelerator", "self_test")
 
 
 def main(arguments=None):
@@ -90,6 +91,8 @@ def demo(positional, flags):
 
 
 def doctor(positional, flags):
+    if flags.pop("self_test", False):
+        return _self_test(positional, flags)
     as_json, asked = flags.pop("json", False), flags.pop("accelerator", "")
     config = _config("doctor", positional, flags)
     with Progress("loading libraries") as progress:
@@ -100,6 +103,18 @@ def doctor(positional, flags):
             progress(coming, 0, 0)
     print(json.dumps(doctor.plain(found), indent=2) if as_json else doctor.text(found))
     return 1 if doctor.worst(found) == "wrong" else 0
+
+
+def _self_test(positional, flags):
+    from kdlib import self_test
+
+    out, results = flags.pop("out", None), []
+    if positional or flags:
+        raise ValueError(f"--self-test takes --out DIR only, got {' '.join([*positional, *flags])}")
+    quiet()
+    for line in self_test.lines(out, results):
+        print(line, flush=True)
+    return 1 if any(result.state == "failed" for result in results) else 0
 
 
 def distill(positional, flags):
@@ -360,7 +375,7 @@ def _parse(words):
         name = name.replace("-", "_")
         if name not in names and name not in PLAIN:
             raise ValueError(f"unknown key {word!r}{kdlib.config.nearest(name, [*names, *PLAIN], '--')}")
-        if name == "json":
+        if name in ("json", "self_test"):
             flags[name] = True
             continue
         if not given:

@@ -76,7 +76,7 @@ def stages(config=None, asked="", clock=None, on_progress=lambda phase, done, to
     found = machine.findings_of(machine.describe(), cards, config, asked)
     if named and not any(card.failed for card in cards):
         yield "loading teacher, student and text", found
-        with precision.passing_accelerator(config.amp_dtype) as accelerator:
+        with precision.temporary_accelerator(config.amp_dtype) as accelerator:
             look, refused = _look(config, accelerator, clock, on_progress)
             found = found + refused
             if look:

@@ -1,21 +1,85 @@
-"""The arithmetic that a card really has."""
+"""The arithmetic that a card really has, and the one place where an `Accelerator` is made."""
 
 import contextlib
 import logging
 
 import accelerate
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+STATES = PartialState, AcceleratorState, GradientState
+"""accelerate keeps device, arithmetic and accumulation in these classes, once per process."""
 
 
-def accelerator(amp_dtype):
-    """The `Accelerator` of the machine, with the arithmetic that its card really has."""
-    cuda = torch.cuda.is_available()
+class Accelerator(accelerate.Accelerator):
+    """An `accelerate.Accelerator` with a state of its own.
+
+    The first `accelerate.Accelerator` of a process fixes device and arithmetic for all later ones. Here every object gets
+    a new state, and older objects keep theirs. `prepare` and `autocast` read the state of the process, so each selects the
+    state of its object first.
+    """
+
+    def __init__(self, **settings):
+        before = _selected()
+        _select(({}, {}, {}))
+        try:
+            super().__init__(**settings)
+        except BaseException:
+            _select(before)
+            raise
+        self.states = _selected()
+
+    def prepare(self, *objects, **options):
+        _select(self.states)
+        return super().prepare(*objects, **options)
+
+    def autocast(self, **options):
+        _select(self.states)
+        return super().autocast(**options)
+
+
+def _selected():
+    return tuple(kind._shared_state for kind in STATES)
+
+
+def _select(states):
+    """Make `states` those of the process. In a launch of several processes the first one stays: it holds their group."""
+    for kind, state in zip(STATES, states, strict=True):
+        if kind is not PartialState or not _launched():
+            kind._shared_state = state
+
+
+def _launched():
+    """Whether a launcher (torchrun, accelerate) started this process."""
+    return accelerate.utils.get_int_from_env(["LOCAL_RANK"], -1) != -1
+
+
+def accelerator(amp_dtype, cpu=False):
+    """Returns a new `Accelerator` for the machine's card, or for its processor (`cpu`), with the arithmetic that it really
+    has. Processes of one launch share a device: there `cpu` is ignored.
+    """
+    cpu = cpu and not _launched()
+    cuda = torch.cuda.is_available() and not (cpu or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     if amp_dtype == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         amp_dtype = "bf16" if bf16 else "fp16" if cuda else "fp32"
     if amp_dtype == "fp16" and not cuda:
         raise ValueError("amp_dtype fp16 needs a CUDA card; use auto or fp32 on a CPU")
-    return accelerate.Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype)
+    return Accelerator(mixed_precision="no" if amp_dtype == "fp32" else amp_dtype, cpu=cpu)
+
+
+@contextlib.contextmanager
+def temporary_accelerator(amp_dtype, cpu=False):
+    """Returns a context with an `accelerator`. At its end accelerate's state is what it was before, unless another one was
+    made meanwhile.
+    """
+    before = _selected()
+    made = accelerator(amp_dtype, cpu)
+    try:
+        yield made
+    finally:
+        if AcceleratorState._shared_state is made.states[1]:
+            _select(before)
 
 
 def agreed(accelerator, flags):
@@ -24,19 +88,6 @@ def agreed(accelerator, flags):
         return flags
     counted = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
     return [bool(count) for count in accelerator.reduce(counted, "sum").tolist()]
-
-
-@contextlib.contextmanager
-def passing_accelerator(amp_dtype):
-    """The `accelerator` for a while. accelerate lets a process have one arithmetic only: afterwards it may choose again,
-    unless it had chosen before.
-    """
-    chosen = accelerate.state.is_initialized()
-    try:
-        yield accelerator(amp_dtype)
-    finally:
-        if not chosen:
-            accelerate.state.AcceleratorState._reset_state()
 
 
 def bitsandbytes(key, value, default):

@@ -15,12 +15,11 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-import accelerate
 import tokenizers
 import torch
 import transformers
 
-from kdlib import budget, data, env, models, train
+from kdlib import budget, data, env, models, precision, train
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.objective import Objective
@@ -159,8 +158,8 @@ def train_teacher(model, tokenizer, texts, clock, steps):
         encoded = data.encode(Document(text), reader)
         windows += data.cut_windows(Document(text), encoded, encoded, reader, reader, TEACHER_CONFIG.max_length, number)
     objective = Objective(model, models.Head(model, reader.vocabulary), TEACHER_CONFIG)
-    machine = accelerate.Accelerator(cpu=True)
-    yield from train.Training(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
+    with precision.temporary_accelerator("fp32", cpu=True) as machine:
+        yield from train.Training(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
 
 
 def byte_level_bpe(texts, size):

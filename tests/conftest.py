@@ -16,7 +16,7 @@ import pytest
 import torch
 from families import LINES, byte_level, tiny_model, unigram
 
-from kdlib import cli, report, tiny
+from kdlib import cli, precision, report, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,14 @@ def _signals_as_before():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_it_was():
+    """No test leaves its arithmetic to the next one."""
+    before = precision._selected()
+    yield
+    precision._select(before)
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
 )
 MEMORY, BITS = "test_memory.py", "test_bits.py"
 DOCTOR = "test_doctor.py"
+GPU_FACTS, SELF_TEST = "test_gpu_facts.py", "test_self_test.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
@@ -341,7 +342,15 @@ MUTANTS = {
     "steps without a number are fine": ("foretold.py", "    if not bad:\n", "    if True:\n", [f"{DOCTOR}::test_losses_that_are_no_numbers_are_told"]),
     "memory that runs out is a crash": ("doctor.py", "            if not memory.ran_out(error):\n                raise\n            found = found", "            if True:\n                raise\n            found = found", [f"{DOCTOR}::test_memory_that_runs_out_is_a_finding"]),
     "random numbers are used up": ("seeds.py", "return torch.random.fork_rng([device] if", "import contextlib; return contextlib.nullcontext() if True else torch.random.fork_rng([device] if", [f"{DOCTOR}::test_nothing_is_written_and_nothing_of_the_run_is_changed"]),
-    "an arithmetic for good": ("precision.py", "        if not chosen:\n", "        if False:\n", [f"{DOCTOR}::test_another_arithmetic_may_be_chosen_afterwards"]),
+    "an arithmetic for good": ("precision.py", "        _select(({}, {}, {}))", "        pass", [GPU_FACTS]),
+    "an arithmetic of the process": ("precision.py", "        _select(self.states)\n        return super().prepare", "        return super().prepare", [GPU_FACTS]),
+    "autocast of the process": ("precision.py", "        _select(self.states)\n        return super().autocast", "        return super().autocast", [GPU_FACTS]),
+    "the group of a launch let go": ("precision.py", "if kind is not PartialState or not _launched():", "if True:", [GPU_FACTS]),
+    "a processor's process among cards": ("precision.py", "cpu = cpu and not _launched()", "cpu = cpu", [GPU_FACTS]),
+    "a card's arithmetic on the processor": ("precision.py", " and not (cpu or accelerate.utils.parse_flag_from_env(\"ACCELERATE_USE_CPU\"))", " and not cpu", [GPU_FACTS]),
+    "bf16 by emulation is chosen": ("precision.py", "including_emulation=False", "including_emulation=True", [GPU_FACTS]),
+    "a passing arithmetic for good": ("precision.py", "            _select(before)\n\n\n", "            pass\n\n\n", [GPU_FACTS]),
+    "an old arithmetic over a new one": ("precision.py", "if AcceleratorState._shared_state is made.states[1]:", "if True:", [GPU_FACTS]),
     "a mistake of fit is bad input": ("doctor.py", "    except inputs.Unfit as error:\n", "    except ZeroDivisionError as error:\n", [f"{DOCTOR}::test_tokenizers_with_nothing_in_common_will_not_work"]),
     "a teacher that says no numbers": ("inputs.py", "    if not math.isfinite(nats):\n", "    if False:\n", [f"{DOCTOR}::test_whether_ids_are_the_models_own"]),
     "ids that are not its own are fine": ("pairing.py", "        if refused:\n", "        if False:\n", [f"{DOCTOR}::test_whether_ids_are_the_models_own"]),
@@ -542,6 +551,16 @@ MUTANTS = {
     "time without the reading": ("foretold.py", "left = read_s + plan", "left = plan", [DOCTOR]),
     "means from the first token on": ("benchmarks/variants.py", "before = torch.where(first, rows - 1, before)", "before = torch.where(first, -1, before)", [QUALITY]),
     "the projector's smallest values": ("benchmarks/variants.py", "values[:rank, None].sqrt() * right[:rank]", "values[-rank:, None].sqrt() * right[-rank:]", [QUALITY]),
+    "self-test: losses not compared": ("self_checks.py", "if apart > tolerance:", "if False:", [SELF_TEST]),
+    "self-test: weights not compared": ("self_checks.py", "if not apart <= allowed:", "if False:", [SELF_TEST]),
+    "self-test: a cap on memory stays": ("self_checks.py", "torch.cuda.set_per_process_memory_fraction(1.0)", "pass", [SELF_TEST]),
+    "self-test: the injected error stays": ("self_checks.py", "        models.read = real\n", "        pass\n", [SELF_TEST]),
+    "self-test: a demo beside the card": ("self_checks.py", "if bench.cuda and not used:", "if False:", [SELF_TEST]),
+    "self-test: a peak predicted too low": ("self_checks.py", "(1 - PEAK) * taken <= told <=", "told <=", [SELF_TEST]),
+    "self-test: a step over the floor": ("self_checks.py", "if not step_s <= STEP * floor_s:", "if False:", [SELF_TEST]),
+    "self-test: no end": ("self_test.py", "if bench.left_s <= 0.0:", "if False:", [SELF_TEST]),
+    "self-test: a failure stops the rest": ("self_test.py", "    except Exception as error:  # noqa: BLE001 - whatever it is, the next check is to be made", "    except OSError as error:", [SELF_TEST]),
+    "self-test: exit 0 whatever comes": ("cli.py", 'return 1 if any(result.state == "failed" for result in results) else 0', "return 0", [SELF_TEST]),
 }  # fmt: skip
 
 

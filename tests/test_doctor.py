@@ -764,14 +764,10 @@ def test_nothing_is_written_and_nothing_of_the_run_is_changed(settings, tmp_path
     assert [r["loss"] for r in session.distill(config, tmp_path / "two") if r["kind"] == "train"] == losses
 
 
-def test_another_arithmetic_may_be_chosen_afterwards(settings):
-    accelerate.state.AcceleratorState._reset_state(True)
+def test_the_arithmetic_that_was_chosen_before_stays(settings):
+    chosen = precision.accelerator("bf16")
     examined(settings)
-    assert precision.accelerator("bf16").mixed_precision == "bf16"
-    with precision.passing_accelerator("bf16"):
-        pass
-    assert accelerate.state.is_initialized()
-    accelerate.state.AcceleratorState._reset_state(True)
+    assert accelerate.state.AcceleratorState().mixed_precision == chosen.mixed_precision == "bf16"
 
 
 def test_without_a_text_a_few_sentences_stand_for_it(settings):
