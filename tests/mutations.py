@@ -388,7 +388,7 @@ MUTANTS = {
     "of two inputs the first": ("kernel.py", "    if len(top) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "of two mounted runs the first": ("kernel.py", "    if len(found) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "a failed batch kernel loses its files": ("kernel.py", "        if not env.in_batch_kernel():\n", "        if True:\n", [IN_KERNEL]),
-    "a session's own last words lost": ("kernel.py", 'if folder.last_status().get("state") != "failed":', "if True:", [IN_KERNEL]),
+    "a session's own last words lost": ("kernel.py", '    if known.get("state") in ENDS:', "    if False:", [IN_KERNEL]),
     "a run with nothing to go on with is gone on with": ("kernel.py", "if run.has_begun())", "if run.holds_run())", [IN_KERNEL]),
     "a complete run stays where it is mounted": ("resume.py", "if writes and folder.path.resolve() != found.source.path.resolve():", "if False:", [IN_KERNEL]),
     "more bytes than Kaggle keeps": ("env.py", "        free = min(free, KEPT_BYTES", "        free = max(free, KEPT_BYTES", [IN_KERNEL]),

@@ -46,6 +46,33 @@ def test_inputs_are_found_by_their_marks_in_either_layout(mounted):
     assert kernel.located("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
 
 
+def test_a_config_walks_what_is_mounted_once(mounted, monkeypatch):
+    root, layout = mounted
+    walks, real = [], kernel._mounted
+    monkeypatch.setattr(kernel, "_mounted", lambda: walks.append(1) or real())
+    settings = {"eval_dataset": "texts/b.jsonl", "teacher_cache": "elsewhere"}
+    config = kernel.config("qwen", "pair/student", "texts/a.jsonl, imdb", settings)
+    assert config.eval_dataset == str(root / layout["pair"] / "texts" / "b.jsonl")
+    assert len(walks) == 1
+    kernel.config("qwen", "", "", {})
+    assert len(walks) == 2  # what was attached meanwhile is seen
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.md", "a.txt.gz", "a.parquet", "a.jsonl"])
+def test_mounted_text_is_all_that_is_read_as_text(mounted, name):
+    root, layout = mounted
+    folder = root / layout["pair"] / "words"
+    folder.mkdir()
+    (folder / name).touch()
+    assert kernel.located("words", "text") == str(folder)
+    assert kernel.located("pair/words/" + name, "text") == str(folder / name)
+
+
+def test_a_model_next_to_texts_is_no_text(mounted):
+    root, layout = mounted
+    assert kernel.located("pair", "text") == str(root / layout["pair"] / "texts")
+
+
 def test_what_is_not_mounted_is_left_as_it_is(mounted, tmp_path):
     for name in ("Qwen/Qwen3-0.6B", "", str(tmp_path), "0.6", "texts/c.jsonl"):
         assert kernel.located(name, "model") == name
@@ -167,8 +194,34 @@ def test_a_failure_before_someones_eyes_is_raised(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_failed_session_says_of_itself_stays(tmp_path):
+@pytest.mark.parametrize("state", ["failed", "paused", "complete"])
+def test_what_a_session_says_of_its_end_stays(tmp_path, state):
     records.RunFolder(tmp_path / "run").path.mkdir()
-    records.RunFolder(tmp_path / "run").status("failed", reason="the loss was no number", step=7, max_steps=9)
+    told = {"reason": "goes on from step-00000007", "step": 7, "max_steps": 9}
+    records.RunFolder(tmp_path / "run").status(state, **told)
     assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 7
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"state": state, **told}
+
+
+def test_a_session_that_fails_while_it_runs_keeps_its_step(tmp_path):
+    records.RunFolder(tmp_path / "run").path.mkdir()
+    records.RunFolder(tmp_path / "run").status("running", reason="", step=7, max_steps=9, sessions=2)
+    assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    reason = "ZeroDivisionError: division by zero"
+    assert status == {"state": "failed", "reason": reason, "step": 7, "max_steps": 9, "sessions": 2}
+
+
+@pytest.mark.parametrize("content", ["", '{"state": "runn', "[1]", "null"])
+def test_a_torn_status_is_as_none(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text(content)
+    assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["max_steps"]) == ("failed", 0, 0)
+
+
+def test_a_failure_that_cannot_be_written_ends_well_too(tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    ran = in_kernel("1 / 0", tmp_path, "Batch")
+    assert ran.returncode == 0 and "ZeroDivisionError" in ran.stderr
