@@ -1,9 +1,12 @@
 """What a run knows of the kernel it is in: mounted inputs in either layout, the session's end, an end that keeps files."""
 
+import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +138,93 @@ def test_the_age_of_a_session_is_that_of_its_machine(tmp_path, monkeypatch):
     assert env.session_age_s() == 0.0
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert env.session_age_s() == 125.5 - 500 / env.os.sysconf("SC_CLK_TCK")
+
+
+UNREADABLE = {
+    "no files": {},
+    "torn": {"1/stat": "1 (a) S", "uptime": ""},
+    "no uptime": {"1/stat": "1 (a) S " + "1 " * 40},
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_machine_that_does_not_tell_its_age_began_now(tmp_path, monkeypatch, name):
+    for path, text in UNREADABLE[name].items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.session_age_s() == 0.0
+
+
+def without(monkeypatch, module, name, error):
+    """Make `module.name` fail, or be missing as on another system."""
+    if error is None:
+        monkeypatch.delattr(module, name, raising=False)
+    else:
+        monkeypatch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
+
+
+def test_a_system_without_sysconf_began_now(tmp_path, monkeypatch):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "stat").write_text("1 (a) S " + "1 " * 40)
+    (tmp_path / "uptime").write_text("125.5 30.0")
+    monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    for error in (None, ValueError("unrecognized configuration name")):
+        without(monkeypatch, env.os, "sysconf", error)
+        assert env.session_age_s() == 0.0
+
+
+@pytest.mark.parametrize("error", [None, OSError("not permitted")])
+def test_a_system_that_does_not_tell_its_processors_has_one(monkeypatch, error):
+    monkeypatch.setattr(env.os, "cpu_count", lambda: 3)
+    without(monkeypatch, env.os, "sched_getaffinity", error)
+    assert env.num_processors() == 3
+    monkeypatch.setattr(env.os, "cpu_count", lambda: None)
+    assert env.num_processors() == env.describe()["processors"] == 1
+
+
+def test_a_disk_that_does_not_tell_is_not_full(tmp_path, monkeypatch):
+    assert env.free_bytes(tmp_path / "nowhere") == math.inf
+    for error in (None, OSError("statvfs fails")):
+        without(monkeypatch, env.shutil, "disk_usage", error)
+        assert env.free_bytes(tmp_path) == math.inf
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.free_bytes(tmp_path) == env.KEPT_BYTES
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert env.free_bytes(tmp_path) == math.inf
+
+
+def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeypatch):
+    """A checkpoint's thread measures while another renames: files and folders that are listed may not be there."""
+    for name in ("a/first", "a/second", "b/third", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"0" * 1000)
+    (tmp_path / "link").symlink_to("c")
+    (tmp_path / "torn").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    links = sum((tmp_path / name).lstat().st_size for name in ("link", "torn"))
+    assert env.free_bytes("run") == env.KEPT_BYTES - 4000 - links
+    real = env.os.scandir
+
+    @contextlib.contextmanager
+    def vanishing(folder):
+        with real(folder) as entries:
+            listed = list(entries)
+        if Path(folder).name == "a":
+            (tmp_path / "a" / "second").unlink()
+        elif (tmp_path / "b").exists():
+            (tmp_path / "b" / "third").unlink()
+            (tmp_path / "b").rmdir()
+        yield listed
+
+    monkeypatch.setattr(env.os, "scandir", vanishing)
+    assert env.free_bytes("run") == env.KEPT_BYTES - 2000 - links
 
 
 def test_a_complete_run_is_taken_over_whole(settings, tmp_path):
