@@ -34,6 +34,7 @@ COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
 RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
 WITHIN, READING = "test_inside_tokens.py", "test_reading.py"
+CORPUS, GAPS = "test_corpus.py", "test_gaps.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -542,6 +543,23 @@ MUTANTS = {
     "time without the reading": ("foretold.py", "left = read_s + plan", "left = plan", [DOCTOR]),
     "means from the first token on": ("benchmarks/variants.py", "before = torch.where(first, rows - 1, before)", "before = torch.where(first, -1, before)", [QUALITY]),
     "the projector's smallest values": ("benchmarks/variants.py", "values[:rank, None].sqrt() * right[:rank]", "values[-rank:, None].sqrt() * right[-rank:]", [QUALITY]),
+    # files of people and of runs
+    "a table is one text": ("corpus.py", "    if suffix in TEXTS:\n", '    if suffix in (*TEXTS, ".csv"):\n', [CORPUS]),
+    "an unknown file is a text": ("corpus.py", "    if not suffix:\n", "    if False:\n", [CORPUS]),
+    "a licence is a document": ("corpus.py", "if not (tables and suffix", "if not (False and suffix", [CORPUS]),
+    "a text taken for a number": ("corpus.py", "column_types={text_field: pyarrow.string()}, ", "", [CORPUS]),
+    "half a character is text": ("corpus.py", "        _check_characters(text, place)\n", "", [CORPUS]),
+    "a name without a slash is a file": ("corpus.py", 'or part.count("/") > 1:', 'or part.count("/") != 1:', [CORPUS]),
+    "what is mounted walked for each name": ("kernel.py", "located(named[name], kind, walked)", "located(named[name], kind)", [IN_KERNEL]),
+    "a model's JSON is text": ("kernel.py", 'not (_is(folder, "model") or _is(folder, "cache")) and any', "any", [IN_KERNEL]),
+    "a failure forgets the step": ("kernel.py", '"max_steps": 0, **known, "state"', '"max_steps": 0, "state"', [IN_KERNEL]),
+    "a file that vanished ends the run": ("env.py", "                with contextlib.suppress(OSError):\n                    if entry", "                with contextlib.suppress():\n                    if entry", [IN_KERNEL]),
+    "a machine that is silent ends the run": ("memory.py", "    except Exception:  # noqa: BLE001 - a run must", "    except ZeroDivisionError:  # - a run must", [f"{MEMORY}::test_memory_that_is_not_told_stands_in_nobodys_way"]),
+    "null is a number to the alerts": ("alerts.py", "    return math.nan if value is None else value", "    return value", [GAPS]),
+    "a gap spreads": ("style.py", "(0.0 if math.isnan(value) else value)", "value", [GAPS]),
+    "infinity is drawn": ("style.py", "value is not None and math.isfinite(value) else", "value is not None else", [GAPS]),
+    "a run without records is none": ("report.py", 'and not (path / "records.jsonl").exists():', 'or not (path / "records.jsonl").exists():', [GAPS]),
+    "a score with null": ("evaluate.py", "    return math.nan if value is None else value", "    return value", [GAPS]),
 }  # fmt: skip
 
 
