@@ -14,7 +14,8 @@ PLATEAU = 0.2
 class Watch:
     """Looks at the records of one leg; `see(record)` gives the alerts that this record raises, each sign once.
 
-    A sign that comes from steps without a number is told at the first such step and at every tenth after it.
+    A sign that comes from steps without a number is told at the first such step and at every tenth after it. In records from
+    a file NaN and infinity are null, which is a sign of nothing.
     """
 
     def __init__(self, micro_batch=None):
@@ -38,21 +39,21 @@ class Watch:
         return told
 
     def _of_training(self, record):
-        if record["micro_batch"] < (self.micro_batch or 0):
+        if (record["micro_batch"] or math.inf) < (self.micro_batch or 0):
             yield (
                 "memory", str(record["micro_batch"]),
                 f"memory ran out: {record['micro_batch']} windows at once instead of {self.micro_batch}, with as many more "
                 "forward passes; a step stays what it was",
                 "lower batch_size and raise grad_accumulation by as much, to be spared the search",
             )  # fmt: skip
-        self.micro_batch = record["micro_batch"]
+        self.micro_batch = record["micro_batch"] or self.micro_batch
         if record["skipped"]:
             yield from self._skipped(record)
             return
         self.in_a_row = 0
         self.recent.append(record)
-        progress = record["step"] / record["last_step"]
-        if record["parts"].get("layerwise", 0.0) > 2.0:
+        progress = _number(record["step"]) / (record["last_step"] or math.nan)
+        if _number(record["parts"].get("layerwise")) > 2.0:
             yield (
                 "layerwise", "layerwise", f"layerwise is {record['parts']['layerwise']:.2f}; 1 - cosine can't exceed 2",
                 "this is a fault of kdlib: please report it with config.json",
@@ -65,14 +66,14 @@ class Watch:
         """Signs that must hold over the recent records."""
         names = list(self.recent[-1]["shares"])
         for name in names if len(names) > 1 and progress > 0.1 else ():
-            share = sum(r["shares"].get(name, 0.0) for r in self.recent) / RECENT
+            share = sum(_number(r["shares"].get(name, 0.0)) for r in self.recent) / RECENT
             if share > DOMINANT:
                 yield (
                     "dominance", name, f"{name} makes up {share:.0%} of the loss",
                     "look at its share of the gradient, which is what competes; where that is as high, lower "
                     f"{name}_weight, raise another or set balance auto",
                 )  # fmt: skip
-        loss = sum(r["loss"] for r in self.recent) / RECENT
+        loss = sum(_number(r["loss"]) for r in self.recent) / RECENT
         if progress > 0.2 and loss > 15:
             yield (
                 "high_loss", None, f"the loss is {loss:.1f} after a fifth of the plan",
@@ -83,6 +84,8 @@ class Watch:
         """No fall of the mean loss from one tenth of the plan to the next, by the weights of now and the parts that are in
         both: a part that the curriculum brings in is no plateau.
         """
+        if math.isnan(progress):
+            return
         width = max(RECENT, round(PLATEAU / 2 * record["last_step"]))
         self.parts.append((record["step"], record["parts"]))
         while self.parts[0][0] <= record["step"] - 2 * width:
@@ -96,7 +99,8 @@ class Watch:
                 if name in self.parts[0][1] and name in record["shares"]
             }
             losses = [
-                (step > middle, sum(w * parts[name] for name, w in weights.items())) for step, parts in self.parts
+                (step > middle, sum(_number(w) * _number(parts[name]) for name, w in weights.items()))
+                for step, parts in self.parts
             ]
             old, new = ([loss for late, loss in losses if late == side] for side in (False, True))
             before, now = sum(old) / max(1, len(old)), sum(new) / max(1, len(new))
@@ -118,7 +122,7 @@ class Watch:
             )  # fmt: skip
 
     def _of_evaluation(self, record):
-        value = record["bits_per_byte"]
+        value = _number(record["bits_per_byte"])
         self.stale = 0 if value < self.best else self.stale + 1
         self.best = min(self.best, value)
         if self.stale >= STALE_EVALUATIONS:
@@ -126,8 +130,13 @@ class Watch:
                 "no_improvement", None, f"validation has not improved for {self.stale} evaluations (best {self.best:.4f})",
                 "the student learns its text by heart; the best weights are kept. More text, or fewer steps",
             )  # fmt: skip
-        if record.get("progress", 0.0) > 0.5 and record["perplexity"] > 1000:
+        if _number(record.get("progress", 0.0)) > 0.5 and _number(record["perplexity"]) > 1000:
             yield (
                 "high_perplexity", None, f"perplexity is {record['perplexity']:.0f} after half of the plan",
                 "raise lm_weight or learning_rate; is the text in a language the student's tokenizer knows?",
             )  # fmt: skip
+
+
+def _number(value):
+    """A value to compare with: null is NaN, which is neither above nor below anything."""
+    return math.nan if value is None else value

@@ -1,6 +1,21 @@
-"""Records -> one sheet of everything to watch while a run is under way."""
+"""Records -> one sheet of everything to watch while a run is under way. A number that is null leaves a gap."""
 
-from kdlib.style import COLOURS, NAMES, PART_COLOURS, PART_NAMES, PARTS, THEMES, sheet
+from kdlib.style import (
+    COLOURS,
+    NAMES,
+    PART_COLOURS,
+    PART_NAMES,
+    PARTS,
+    THEMES,
+    known,
+    number,
+    numbers,
+    placed,
+    sheet,
+    smooth,
+    time_unit,
+    zoom,
+)
 
 SIZE, DPI = (13.0, 6.4), 80
 MOST_POINTS = 400
@@ -14,6 +29,7 @@ def cockpit(records, theme="light"):
     """
     margins = {"left": 0.045, "right": 0.985, "top": 0.88, "bottom": 0.075, "wspace": 0.18, "hspace": 0.5}
     ink = THEMES[theme]["text"]
+    records = placed(records)
     trained = [r for r in records if r["kind"] == "train"]
     rows = [r for r in trained if r["run"] == "distilled"]
     rows = [r for r in rows if r["repeat"] == rows[-1]["repeat"]]
@@ -40,12 +56,12 @@ def _parts_of_the_loss(above, below, rows):
         return
     steps = [r["step"] for r in rows]
     names = [name for name in PARTS if any(name in r["shares"] for r in rows)]
-    shares = [_smooth([r["shares"].get(name, 0.0) for r in rows]) for name in names]
-    added = [_smooth([r["shares"].get(name, 0.0) * r["loss"] for r in rows]) for name in names]
+    shares = [smooth([r["shares"].get(name, 0.0) for r in rows]) for name in names]
+    added = [smooth([number(r["shares"].get(name, 0.0)) * r["loss"] for r in rows]) for name in names]
     colours = [_colour(name) for name in names]
     above.stackplot(steps, added, colors=colours, alpha=0.9, lw=0)
     below.stackplot(steps, [[100 * x for x in line] for line in shares], colors=colours, alpha=0.9, lw=0)
-    totals = sorted(map(sum, zip(*added, strict=True)))
+    totals = sorted(known(map(sum, zip(*added, strict=True)))) or [0.0]
     above.set_ylim(0, max(1.15 * totals[int(0.98 * (len(totals) - 1))], 1e-6))  # not by one step that leapt
     for axes in (above, below):
         axes.set_xlim(steps[0], steps[-1])
@@ -59,14 +75,14 @@ def _shares_of_the_gradient(axes, rows):
         return
     _from_zero(axes, [r["step"] for r in rows])
     for name in PARTS:
-        points = [(r["step"], 100 * r["grad_shares"][name]) for r in rows if name in r["grad_shares"]]
+        points = [(r["step"], 100 * number(r["grad_shares"][name])) for r in rows if name in r["grad_shares"]]
         if points:
             dots = {"marker": "o", "ms": 2.5} if len(points) < 50 else {}
             axes.plot(*zip(*points, strict=True), color=_colour(name), lw=1.6, **dots)
 
 
 def _learning(axes, points, ink):
-    unit, seconds = _time_unit([r["elapsed_s"] for r in points])
+    unit, seconds = time_unit([r["elapsed_s"] for r in points])
     dotted = "; dotted: averaged" if any(r.get("averaged") for r in points) else ""
     _name(axes, f"Validation text (lower is better{dotted})", f"training time ({unit})", "bits per byte")
     runs = {(r["run"], r["repeat"], r.get("averaged", False)) for r in points if r["run"] != "teacher"}
@@ -77,36 +93,29 @@ def _learning(axes, points, ink):
         kept, looks = ([r for r in line if bool(r.get("asked")) == asked] for asked in (False, True))
         axes.plot(*_over_time(kept, seconds), ":" if averaged else "-", marker="o", label=label, **how)
         axes.plot(*_over_time(looks, seconds), "o", mfc="none", **how)
-    for level in [r["bits_per_byte"] for r in points if r["run"] == "teacher"][:1]:
+    for level in known(r["bits_per_byte"] for r in points if r["run"] == "teacher")[:1]:
         axes.axhline(level, color=COLOURS["teacher"], ls="--", lw=1.4, label=NAMES["teacher"])
     _from_zero(axes, [r["elapsed_s"] / seconds for r in points])
-    _zoom(axes, [r["bits_per_byte"] for r in points if r["step"] or r["run"] == "teacher"])
+    zoom(axes, [r["bits_per_byte"] for r in points if r["step"] or r["run"] == "teacher"])
     _legend(axes, ink, "" if runs else "after the first evaluation")
-
-
-def _zoom(axes, values):
-    """Leave out the fall of the first evaluations, where the end is what matters."""
-    if len(values) > 4:
-        low, high = min(values), sorted(values)[int(0.9 * (len(values) - 1))]
-        margin = max(0.08 * (high - low), 1e-3)
-        axes.set_ylim(low - margin, high + margin)
 
 
 def _memory(axes, rows, ink):
     seconds_of = _wall_clock(rows)
-    rows = _thinned([r for r in rows if r["memory"]["used_bytes"] is not None])
-    unit, seconds = _time_unit([seconds_of(r) for r in rows])
+    rows = _thinned([r for r in rows if known([r["memory"]["used_bytes"]])])
+    unit, seconds = time_unit([seconds_of(r) for r in rows])
     _name(axes, "Memory", f"training time of all students ({unit})", "GiB")
     if rows:
-        last = {name: (number or 0) / GIB for name, number in rows[-1]["memory"].items()}
+        last = {name: size / GIB for name, size in rows[-1]["memory"].items() if known([size])}
         xs = [seconds_of(r) / seconds for r in rows]
         used = [r["memory"]["used_bytes"] / GIB for r in rows]
         axes.plot(xs, used, color=PART_COLOURS[0], lw=1.8, label=f"used {used[-1]:.1f}")
         if last.get("predicted_bytes"):
-            predicted = [(r["memory"].get("predicted_bytes") or float("nan")) / GIB for r in rows]
+            predicted = numbers((r["memory"].get("predicted_bytes") for r in rows), 1 / GIB)
             label = f"predicted peak {last['predicted_bytes']:.1f}"
             axes.plot(xs, predicted, "--", color=PART_COLOURS[5], lw=1.4, label=label)
-        axes.axhline(last["total_bytes"], color=ink, ls=":", lw=1.4, label=f"there are {last['total_bytes']:.1f}")
+        if "total_bytes" in last:
+            axes.axhline(last["total_bytes"], color=ink, ls=":", lw=1.4, label=f"there are {last['total_bytes']:.1f}")
         axes.set_ylim(0, 1.08 * max(last.values()))
         _from_zero(axes, xs)
     _legend(axes, ink, "" if rows else "after the first step")
@@ -116,7 +125,7 @@ def _learning_rate(axes, distilled, control, ink):
     _name(axes, "Learning rate", "optimizer step", "rate (1e-3)")
     for run, rows in (("ce_only", _thinned(control)), ("distilled", _thinned(distilled))):
         if rows:
-            rates = [1000 * r["lr"] for r in rows]
+            rates = numbers((r["lr"] for r in rows), 1000)
             axes.plot([r["step"] for r in rows], rates, color=COLOURS[run], lw=1.6, label=NAMES[run])
     axes.set_ylim(bottom=0)
     _from_zero(axes, [r["step"] for r in distilled + control])
@@ -169,29 +178,14 @@ def _from_zero(axes, xs):
 
 
 def _over_time(rows, seconds):
-    return [r["elapsed_s"] / seconds for r in rows], [r["bits_per_byte"] for r in rows]
+    return [r["elapsed_s"] / seconds for r in rows], numbers(r["bits_per_byte"] for r in rows)
 
 
 def _colour(name):
     return PART_COLOURS[PARTS.index(name)]
 
 
-def _time_unit(seconds):
-    longest = max(seconds, default=0.0)
-    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 180 else ("seconds", 1.0)
-
-
 def _thinned(rows):
     """Every so many rows, and always the last one."""
     every = -(-len(rows) // MOST_POINTS) or 1
     return rows[(len(rows) - 1) % every :: every]
-
-
-def _smooth(values):
-    """A running mean over a fiftieth of the points, so that stacked areas can be read."""
-    width = max(1, len(values) // 50)
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    starts = [max(0, i + 1 - width) for i in range(len(values))]
-    return [(sums[i + 1] - sums[start]) / (i + 1 - start) for i, start in enumerate(starts)]

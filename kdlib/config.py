@@ -41,8 +41,8 @@ class Config:
     student: str = ""
     """Hugging Face id or folder of the student: a causal language model with its own tokenizer."""
     dataset: str = ""
-    """Hugging Face id (`owner/name` or `owner/name:configuration`), a file (.txt .jsonl .parquet), a folder of such
-    files, or several of these separated by commas."""
+    """Hugging Face id (`owner/name` or `owner/name:configuration`), a file (.txt .md .jsonl .json .csv .tsv .parquet, or
+    .gz of these), a folder of such files, or several of these separated by commas."""
     eval_dataset: str = ""
     """Held-out text in the same forms. Empty: a tenth of the documents of `dataset`, chosen by their content."""
     text_field: str = "text"

@@ -16,7 +16,7 @@ import warnings
 
 from kdlib import budget, front, records
 from kdlib.cockpit import cockpit
-from kdlib.style import NAMES
+from kdlib.style import NAMES, known, number, written
 
 TEXT_SHARE, FIGURE_SHARE = 0.0015, 0.006
 """Of the time, what new text and new figures may take; what is left of a hundredth is for reading clicks."""
@@ -208,11 +208,12 @@ class Seen:
         elif kind == "eval":
             self.scored.append(record)
             if record.get("asked") and not record.get("averaged"):
-                self.notice = f"step {record['step']:,}: {record['bits_per_byte']:.4f} bits per byte, for a look"
+                bits = written(record["bits_per_byte"], ".4f")
+                self.notice = f"step {written(record['step'], ',')}: {bits} bits per byte, for a look"
         elif kind == "alert":
             self.alerts.append(record)
         elif kind == "wish" and not record["answer"].startswith("evaluated"):
-            self.notice = f"step {record['step']:,}: {record['answer']}"
+            self.notice = f"step {written(record['step'], ',')}: {record['answer']}"
         self.count += kind in ("train", "eval")
         self.last[kind], self.last["any"] = record, record
         self.at = now if kind == "start" else self.at
@@ -220,12 +221,12 @@ class Seen:
     def _add_trained(self, record):
         leg = record["run"], record["repeat"]
         rows, stride = self.trained.setdefault(leg, []), self.strides.setdefault(leg, 1)
-        if rows and rows[-1]["step"] % stride:
+        if rows and (rows[-1]["step"] or 0) % stride:
             rows.pop()  # the newest one is always there
         rows.append(record)
         if len(rows) > MOST_RECORDS:
             self.strides[leg] = 2 * stride
-            rows[:-1] = [r for r in rows[:-1] if r["step"] % (2 * stride) == 0]
+            rows[:-1] = [r for r in rows[:-1] if (r["step"] or 0) % (2 * stride) == 0]
 
 
 class Widgets:
@@ -294,16 +295,18 @@ def _headline(seen):
     if "train" not in seen.last:
         return "<div>The models are there; scoring them before anything is learned …</div>"
     now = seen.last["train"]
-    loss = "no number" if now["loss"] is None or now["skipped"] else f"{now['loss']:.3f} nats"
-    told = [f"<b>{NAMES[now['run']]}</b>", f"step {now['step']:,} of {now['last_step']:,}", f"loss {loss}"]
+    loss = f"{now['loss']:.3f} nats" if known([now["loss"]]) and not now["skipped"] else "no number"
+    at, last = (written(now[name], ",") for name in ("step", "last_step"))
+    told = [f"<b>{NAMES[now['run']]}</b>", f"step {at} of {last}", f"loss {loss}"]
     scored = [
         r for r in seen.scored if (r["run"], r["repeat"], r["split"]) == (now["run"], now["repeat"], "validation")
     ]
     scored = [r for r in scored if not r.get("asked")]
+    scored = [r for r in scored if known([r["bits_per_byte"]])]
     if scored:
         best = min(scored, key=lambda r: r["bits_per_byte"])
-        told.append(f"best {best['bits_per_byte']:.4f} bits per byte (step {best['step']:,})")
-    told += [f"{now['tokens_per_s']:,.0f} tokens/s", f"learning rate {now['lr']:.2g}"]
+        told.append(f"best {best['bits_per_byte']:.4f} bits per byte (step {written(best['step'], ',')})")
+    told += [f"{written(now['tokens_per_s'], ',.0f')} tokens/s", f"learning rate {written(now['lr'], '.2g')}"]
     return f"<div>{' · '.join(told)}</div>"
 
 
@@ -312,26 +315,36 @@ def _bars(seen, now):
     rows = []
     if "train" in seen.last:
         newest, plan = seen.last["train"], seen.last.get("plan")
-        part = newest["step"] / newest["last_step"]
+        part = _share(newest["step"], newest["last_step"])
         rows.append(("this student", part, f"{part:.0%}"))
-        done = sum(rows[-1]["elapsed_s"] for rows in seen.trained.values())
-        whole = 1.0 if seen.last["any"]["kind"] == "verdict" else done / max(done + newest["left_s"], 1e-9)
-        told = f"{whole:.0%}, {budget.spoken(newest['left_s'])} left"
+        done = sum(known(rows[-1]["elapsed_s"] for rows in seen.trained.values()))
+        whole = 1.0 if seen.last["any"]["kind"] == "verdict" else _share(done, done + number(newest["left_s"]))
+        told = f"{whole:.0%}, {_spoken(newest['left_s'])} left"
         if plan:
             sessions = plan["sessions_needed"] or "none would be enough"
             told += f"; sessions in all: {sessions}; done {plan['finish']} at the earliest"
         rows.append(("whole plan", whole, told))
     start = seen.last.get("start")
-    if start and math.isfinite(start["session_s"]):
+    if start and len(known([start["session_s"], start["session_left_s"]])) == 2:
         left = max(0.0, start["session_left_s"] - (now - seen.at))
         told = f"{budget.spoken(left)} left of {budget.spoken(start['session_s'])}"
-        rows.append(("this session", 1.0 - left / start["session_s"], told))
+        rows.append(("this session", 1.0 - _share(left, start["session_s"]), told))
     cells = "<tr><td>{}</td><td><progress value='{:.4f}' max='1'></progress></td><td>{}</td></tr>"
     return f"<table>{''.join(cells.format(*row) for row in rows)}</table>"
 
 
+def _share(part, whole):
+    """A share in [0, 1]; 0 where it is not known."""
+    share = number(part) / (number(whole) or math.nan)
+    return 0.0 if math.isnan(share) else min(1.0, max(0.0, share))
+
+
+def _spoken(seconds):
+    return budget.spoken(seconds) if known([seconds]) else "unknown time"
+
+
 def _alert(record):
-    where = f"{NAMES.get(record['run'], record['run'])}, step {record['step']:,}"
+    where = f"{NAMES.get(record['run'], record['run'])}, step {written(record['step'], ',')}"
     what, advice = html.escape(record["meaning"]), html.escape(record["advice"])
     return f"<div class='alert'><b>{html.escape(record['sign'])}</b> ({where}): {what}.<br>Try: {advice}.</div>"
 

@@ -1,7 +1,10 @@
-"""The machine and its folders: what is installed, where caches lie."""
+"""The machine and its folders: what is installed, where caches lie. No fact about the machine raises: one that the system
+does not give has a value that stands in nobody's way.
+"""
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -60,8 +63,11 @@ def session_age_s(processes=None):
     if not on_kaggle():
         return 0.0
     processes = processes or Path(os.environ.get("KDLIB_PROC") or "/proc")
-    started = int((processes / "1" / "stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return max(0.0, float((processes / "uptime").read_text().split()[0]) - started)
+    try:
+        started = int((processes / "1" / "stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, float((processes / "uptime").read_text().split()[0]) - started)
+    except (OSError, ValueError, IndexError, AttributeError, ZeroDivisionError):
+        return 0.0
 
 
 KEPT_BYTES = 20 * 10**9
@@ -69,11 +75,31 @@ KEPT_BYTES = 20 * 10**9
 
 
 def free_bytes(folder):
-    """Bytes that a folder still takes: what its disk has free; on Kaggle no more than it keeps of the working folder."""
-    free, working = shutil.disk_usage(folder).free, Path.cwd()
-    if on_kaggle() and Path(folder).resolve().is_relative_to(working):
-        free = min(free, KEPT_BYTES - sum(path.stat().st_size for path in working.rglob("*") if path.is_file()))
+    """Bytes that a folder still takes: what its disk has free; on Kaggle no more than it keeps of the working folder.
+    Infinite where the system does not tell.
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+    except (OSError, AttributeError):
+        free = math.inf
+    with contextlib.suppress(OSError):  # the working folder was removed
+        if on_kaggle() and Path(folder).resolve().is_relative_to(Path.cwd()):
+            free = min(free, KEPT_BYTES - _size_of(Path.cwd()))
     return free
+
+
+def _size_of(folder):
+    """Bytes of all files below a folder. Others may write and remove files meanwhile: what has vanished counts nothing."""
+    size, folders = 0, [folder]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        size += entry.stat(follow_symlinks=False).st_size
+    return size
 
 
 def disk_reserve_bytes():
@@ -82,8 +108,11 @@ def disk_reserve_bytes():
 
 
 def num_processors():
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Processors that this process may use; 1 where the system does not tell."""
+    try:
+        return len(os.sched_getaffinity(0)) or 1
+    except (OSError, AttributeError):
+        return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

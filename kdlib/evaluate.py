@@ -34,17 +34,29 @@ class Score:
     retention: dict | None = None
 
     def to_dict(self):
-        """Plain values that `from_dict` makes the same score of."""
+        """Plain values that `from_dict` makes the same score of, even from JSON, where a NaN became null."""
         return {**dataclasses.asdict(self), "bits": self.bits.tolist(), "num_bytes": self.num_bytes.tolist()}
 
     @classmethod
     def from_dict(cls, values):
-        return cls(**{**values, "bits": np.array(values["bits"]), "num_bytes": np.array(values["num_bytes"])})
+        figures = {name: _numbers(values[name]) for name in ("bits_per_byte", "perplexity")}
+        bits, num_bytes = np.array(values["bits"], dtype=np.float64), np.array(values["num_bytes"])
+        kept = values["retention"] and _numbers(values["retention"])
+        return cls(**{**values, **figures, "bits": bits, "num_bytes": num_bytes, "retention": kept})
 
     def summary(self):
         """The four figures of an `eval` record."""
         names = ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")
         return {name: getattr(self, name) for name in names}
+
+
+def _numbers(value):
+    """Plain values with NaN in place of null."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return math.nan if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)

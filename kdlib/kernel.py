@@ -6,11 +6,12 @@ holds, never by its full path; two candidates are refused.
 """
 
 import contextlib
+import functools
 import sys
 import traceback
 from pathlib import Path
 
-from kdlib import env, records
+from kdlib import corpus, env, records
 from kdlib.config import Config
 
 SESSION_S, MARGIN_S = 12 * 3600, 3600
@@ -19,12 +20,10 @@ KINDS = ("datasets", "notebooks", "models")
 """First parts of the newer layout's paths; the owner follows."""
 MAX_CHECKPOINTS = 20
 """Checkpoints kept in a kernel, at most: some eight files each, of some 500 that Kaggle keeps."""
-MARKS = {
-    "model": ("config.json", "tokenizer*", "*.model"),
-    "text": ("*.txt", "*.jsonl", "*.parquet"),
-    "cache": ("cache.json",),
-}
-"""Files by which a mounted folder is known: any model has a config, and a tokenizer beside it."""
+ENDS = ("paused", "complete", "failed")
+"""States of a session that is over."""
+MARKS = {"model": ("config.json", "tokenizer*", "*.model"), "cache": ("cache.json",)}
+"""Files by which a mounted folder is known: any model has a config, and a tokenizer beside it. `corpus` knows texts."""
 
 
 def time_budget(given):
@@ -42,30 +41,37 @@ def config(teacher, student, dataset, settings, given_budget=""):
         "eval_dataset": "text",
         "teacher_cache": "cache",
     }
-    found = {name: located(named[name], kind) for name, kind in kinds.items() if named.get(name)}
+    walked = functools.cache(_mounted)
+    found = {name: located(named[name], kind, walked) for name, kind in kinds.items() if named.get(name)}
     made = Config.from_dict({"time_budget": time_budget(given_budget), **named, **found})
     return made.replace(keep_checkpoints=min(made.keep_checkpoints, MAX_CHECKPOINTS)) if env.on_kaggle() else made
 
 
-def located(name, kind):
+def located(name, kind, walked=None):
     """The path that `name` means: itself where it exists or where nothing mounted fits (a Hugging Face id, say); else the
     one mounted folder that holds a `kind` (`model`, `text`, `cache`) and whose path has the parts of `name` in a row.
-    Several names may be separated by commas. ValueError for two candidates.
+    Several names may be separated by commas. ValueError for two candidates. `walked()`: all that is mounted.
     """
-    return ",".join(_located(each.strip(), kind) for each in name.split(","))
+    walked = walked or functools.cache(_mounted)
+    return ",".join(_located(each.strip(), kind, walked) for each in name.split(","))
 
 
-def _located(name, kind):
+def _mounted():
+    """Every mounted file and folder, and its path below the root between slashes."""
     root = env.mounts()
-    if not name or Path(name).exists() or not root.is_dir():
+    return [(path, f"/{path.relative_to(root).as_posix()}/") for path in root.rglob("*")]
+
+
+def _located(name, kind, walked):
+    if not name or Path(name).exists() or not env.mounts().is_dir():
         return name
     parts = Path(name).relative_to(env.MOUNTS).parts if Path(name).is_relative_to(env.MOUNTS) else Path(name).parts
-    found = _below(root, parts)
-    if not found and parts[0] in KINDS:
-        found = _below(root, parts[2:])  # the newer layout's path, in the older one
+    found = _below(walked(), parts)
+    if not found and parts[:1] and parts[0] in KINDS:
+        found = _below(walked(), parts[2:])  # the newer layout's path, in the older one
     if len(found) == 1 and found[0].is_file():
         return str(found[0])
-    folders = {path.parent if path.is_file() else path for path in found if _is(path, kind)}
+    folders = {folder for folder in {path if path.is_dir() else path.parent for path in found} if _is(folder, kind)}
     top = sorted(path for path in folders if not any(other in path.parents for other in folders))
     if len(top) > 1:
         listed = ", ".join(str(path) for path in top)
@@ -73,20 +79,20 @@ def _located(name, kind):
     return str(top[0]) if top else name
 
 
-def _below(root, parts):
-    """Files and folders below `root` in whose path `parts` stand in a row."""
-    rows = "/" + "/".join(parts) + "/"
-    return [path for path in root.rglob("*") if len(rows) > 2 and rows in f"/{path.relative_to(root).as_posix()}/"]
+def _below(paths, parts):
+    """Those of the mounted `paths` in which `parts` stand in a row."""
+    row = "/" + "/".join(parts) + "/"
+    return [path for path, below in paths if len(row) > 2 and row in below]
 
 
-def _is(path, kind):
-    """Whether a path is a folder of that kind, or for texts a file of one."""
-    if not path.is_dir():
-        return kind == "text" and any(path.match(mark) for mark in MARKS["text"])
+def _is(folder, kind):
+    """Whether a folder is of that kind. The JSON files of a model or of a cache are no text."""
+    if kind == "text":
+        return not (_is(folder, "model") or _is(folder, "cache")) and any(map(corpus.is_text, folder.iterdir()))
     if kind == "model":
         config, *tokenizers = MARKS["model"]
-        return (path / config).exists() and any(list(path.glob(mark)) for mark in tokenizers)
-    return any(list(path.glob(mark)) for mark in MARKS[kind])
+        return (folder / config).exists() and any(list(folder.glob(mark)) for mark in tokenizers)
+    return any(list(folder.glob(mark)) for mark in MARKS[kind])
 
 
 def previous(out, wanted="auto"):
@@ -107,18 +113,28 @@ def previous(out, wanted="auto"):
 def guard(out):
     """A cell whose failure must not end a batch kernel with an error. There it is written into `status.json` of the run
     folder `out` and to the log, and the notebook's other cells are skipped. Elsewhere it is raised as ever.
+
+    What a session said of its own end (paused, complete, failed) stays: what fails later spoils nothing that is saved.
     """
     try:
         yield
     except Exception as error:
         if not env.in_batch_kernel():
             raise
-        folder = records.RunFolder(out)
-        if folder.last_status().get("state") != "failed":
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.status("failed", reason=f"{type(error).__name__}: {error}".splitlines()[0], step=0, max_steps=0)
+        with contextlib.suppress(OSError):  # a full disk: the log still says it
+            _write_failure(records.RunFolder(out), f"{type(error).__name__}: {error}".splitlines()[0])
         if isinstance(error, ValueError):
             sys.stderr.write(f"kdlib: {error}\n")
         else:
             traceback.print_exc()
         raise SystemExit(0) from None
+
+
+def _write_failure(folder, reason):
+    """Write `failed` into `status.json` where no session has ended, with all else that a running one has written there."""
+    known = folder.last_status()
+    if known.get("state") in ENDS:
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    kept = {"step": 0, "max_steps": 0, **known, "state": "failed", "reason": reason}
+    folder.status(**kept)

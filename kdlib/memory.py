@@ -1,36 +1,45 @@
-"""How much memory is in use, how much there is, and what to do when there was too little."""
+"""How much memory is in use, how much there is, and what to do when there was too little. No question about it raises."""
 
 import contextlib
 import functools
 import gc
-import os
+import math
 import weakref
-from pathlib import Path
 
 import accelerate
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+GUESSED_BYTES = 2**30
+"""Free memory of a device that does not tell."""
+
 
 def usage(device):
-    """`{"used_bytes", "total_bytes"}` of a device: all of the card's for CUDA, this process's and the host's for a CPU."""
+    """`{"used_bytes", "total_bytes"}` of a device: all of the card's for CUDA, this process's and the host's for a CPU. None
+    in use and an infinite total where the system does not tell.
+    """
     if torch.device(device).type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return {"used_bytes": total - free, "total_bytes": total}
-    page = os.sysconf("SC_PAGE_SIZE")
-    statm = Path("/proc/self/statm")
-    used = int(statm.read_text().split()[1]) * page if statm.exists() else None
-    return {"used_bytes": used, "total_bytes": page * os.sysconf("SC_PHYS_PAGES")}
+        free, total = _told(lambda: torch.cuda.mem_get_info(device), (None, math.inf))
+        return {"used_bytes": None if free is None else total - free, "total_bytes": total}
+    used = _told(lambda: psutil.Process().memory_info().rss, None)
+    return {"used_bytes": used, "total_bytes": _told(lambda: psutil.virtual_memory().total, math.inf)}
 
 
 def free(device):
     """Bytes that can still be allocated on a device."""
     if torch.device(device).type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return known[0] if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        kept = _told(lambda: torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), 0)
+        return _told(lambda: torch.cuda.mem_get_info(device)[0], GUESSED_BYTES) + kept
+    return _told(lambda: psutil.virtual_memory().available, GUESSED_BYTES)
+
+
+def _told(ask, otherwise):
+    """What a question about the machine gives, or a value where it fails, however that is."""
+    try:
+        return ask()
+    except Exception:  # noqa: BLE001 - a run must not end with a file of the system that can't be read
+        return otherwise
 
 
 class Tally(TorchDispatchMode):

@@ -1,6 +1,22 @@
-"""Records -> figures of how a run went, over its steps and its time."""
+"""Records -> figures of how a run went, over its steps and its time. A number that is null leaves a gap."""
 
-from kdlib.style import COLOURS, NAMES, PART_COLOURS, PART_NAMES, PARTS, THEMES, figure, legend
+from kdlib.style import (
+    COLOURS,
+    NAMES,
+    PART_COLOURS,
+    PART_NAMES,
+    PARTS,
+    THEMES,
+    figure,
+    known,
+    legend,
+    number,
+    numbers,
+    placed,
+    smooth,
+    time_unit,
+    zoom,
+)
 
 DISTILLED, CONTROL = "distilled", "ce_only"
 SHORT_NAMES = {DISTILLED: "distilled", CONTROL: "control"}
@@ -11,9 +27,9 @@ MANY_SESSIONS, NEAR = 6, 3.0
 
 def learning_curves(records, theme="light"):
     """Validation bits per byte over training time, each run a line, the teacher as a level."""
-    points = [r for r in records if r["kind"] == "eval" and r["split"] == "validation"]
+    points = [r for r in placed(records) if r["kind"] == "eval" and r["split"] == "validation"]
     with figure(theme, height=3.6) as (made, axes):
-        unit, seconds = _time_unit([r["elapsed_s"] for r in points])
+        unit, seconds = time_unit([r["elapsed_s"] for r in points])
         for run in ("ce_only", "distilled"):
             repeats = sorted({r["repeat"] for r in points if r["run"] == run})
             for repeat in repeats:
@@ -23,14 +39,14 @@ def learning_curves(records, theme="light"):
                         for r in points
                         if (r["run"], r["repeat"], r.get("averaged", False)) == (run, repeat, averaged)
                     ]
-                    xs, ys = [r["elapsed_s"] / seconds for r in line], [r["bits_per_byte"] for r in line]
+                    xs, ys = [r["elapsed_s"] / seconds for r in line], numbers(r["bits_per_byte"] for r in line)
                     label = NAMES[run] + (", averaged weights" if averaged else "")
                     label += f", {len(repeats)} runs" if len(repeats) > 1 else ""
                     label = label if line and repeat == repeats[0] else None
                     axes.plot(xs, ys, style, color=COLOURS[run], lw=1.8, marker="o", ms=2.5, alpha=0.85, label=label)
-        _zoom(axes, [r["bits_per_byte"] for r in points if r["step"] or r["run"] == "teacher"])
+        zoom(axes, [r["bits_per_byte"] for r in points if r["step"] or r["run"] == "teacher"])
         for r in points:
-            if r["run"] == "teacher":
+            if r["run"] == "teacher" and known([r["bits_per_byte"]]):
                 axes.axhline(r["bits_per_byte"], color=COLOURS["teacher"], ls="--", lw=1.4, label=NAMES["teacher"])
         axes.set_xlabel(f"training time ({unit})")
         axes.set_ylabel("bits per byte, validation text\n(lower is better)")
@@ -45,12 +61,12 @@ def compared(runs, theme="light"):
     with figure(theme, height=3.6) as (made, axes):
         lines = {name: _scored(records, DISTILLED) for name, records in runs.items()}
         lines[NAMES[CONTROL]] = _scored(next(iter(runs.values()), []), CONTROL)
-        unit, seconds = _time_unit([r["elapsed_s"] for line in lines.values() for r in line])
+        unit, seconds = time_unit([r["elapsed_s"] for line in lines.values() for r in line])
         for place, (name, line) in enumerate(lines.items()):
             colour, style = (THEMES[theme]["text"], "--") if name == NAMES[CONTROL] else (PART_COLOURS[place % 8], "-")
-            xs, ys = [r["elapsed_s"] / seconds for r in line], [r["bits_per_byte"] for r in line]
+            xs, ys = [r["elapsed_s"] / seconds for r in line], numbers(r["bits_per_byte"] for r in line)
             axes.plot(xs, ys, style, color=colour, lw=1.8, marker="o", ms=3, label=name if line else None)
-        _zoom(axes, [r["bits_per_byte"] for line in lines.values() for r in line if r["step"]])
+        zoom(axes, [r["bits_per_byte"] for line in lines.values() for r in line if r["step"]])
         axes.set_xlabel(f"training time ({unit})")
         axes.set_ylabel("bits per byte, validation text\n(lower is better)")
         legend(axes, theme)
@@ -64,9 +80,8 @@ def loss_shares(records, theme="light"):
         if rows:
             names = _parts([r["shares"] for r in rows])
             steps = [r["step"] for r in rows]
-            smooth = _smoother(len(rows))
             shares = [smooth([r["shares"].get(name, 0.0) for r in rows]) for name in names]
-            added = [smooth([r["shares"].get(name, 0.0) * r["loss"] for r in rows]) for name in names]
+            added = [smooth([number(r["shares"].get(name, 0.0)) * r["loss"] for r in rows]) for name in names]
             above.stackplot(steps, added, labels=[PART_NAMES[n] for n in names], colors=_colours(names), alpha=0.9)
             below.stackplot(steps, [[100 * x for x in line] for line in shares], colors=_colours(names), alpha=0.9)
             legend(above, theme)
@@ -85,7 +100,7 @@ def gradient_shares(records, theme="light"):
     with figure(theme, height=2.8) as (made, axes):
         names = _parts([r["grad_shares"] for r in rows])
         for name, colour in zip(names, _colours(names), strict=True):
-            points = [(r["step"], 100 * r["grad_shares"][name]) for r in rows if name in r["grad_shares"]]
+            points = [(r["step"], 100 * number(r["grad_shares"][name])) for r in rows if name in r["grad_shares"]]
             axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, marker="o", ms=3, label=PART_NAMES[name])
         _percent_over_steps(axes, "share of the gradient (%)", theme)
     return made
@@ -96,9 +111,8 @@ def routing(records, theme="light"):
     rows = [r for r in _distilled(records) if "routing_0" in r["figures"]]
     with figure(theme, height=2.6) as (made, axes):
         layers = [name for name in rows[0]["figures"] if name.startswith("routing_")] if rows else []
-        smooth = _smoother(len(rows))
         for i, layer in enumerate(layers):
-            line = [100 * x for x in smooth([r["figures"][layer] for r in rows])]
+            line = [100 * x for x in smooth([r["figures"].get(layer) for r in rows])]
             label = f"tapped layer {i + 1} of {len(layers)}"
             axes.plot([r["step"] for r in rows], line, color=PART_COLOURS[i % len(PART_COLOURS)], lw=1.8, label=label)
         _percent_over_steps(axes, "mean weight (%)", theme)
@@ -108,9 +122,9 @@ def routing(records, theme="light"):
 def averaging(records, theme="light"):
     """What the running average of the weights saves on validation text against the weights as they are."""
     pairs = {}
-    for r in records:
+    for r in placed(records):
         if r["kind"] == "eval" and r["split"] == "validation" and r["run"] in (DISTILLED, CONTROL) and r["repeat"] == 0:
-            pairs.setdefault((r["run"], r["step"]), {})[r["averaged"]] = r["bits_per_byte"]
+            pairs.setdefault((r["run"], r["step"]), {})[r["averaged"]] = number(r["bits_per_byte"])
     with figure(theme, height=2.8) as (made, axes):
         axes.axhline(0, color=THEMES[theme]["text"], lw=1)
         for run in (DISTILLED, CONTROL):
@@ -128,24 +142,34 @@ def averaging(records, theme="light"):
 
 
 def memory(records, theme="light"):
-    """Memory in use over the training time, what there is, and what was foretold."""
-    rows = [r for r in records if r["kind"] == "train"]
+    """Memory in use over the training time, what there is, and what was foretold; what the machine does not tell is left
+    out.
+    """
+    rows = [r for r in placed(records) if r["kind"] == "train"]
     with figure(theme, height=2.8) as (made, axes):
         hours, name = _times(rows)
         for run in (DISTILLED, CONTROL):
-            line = [(x, r["memory"]["used_bytes"] / GIB) for x, r in zip(hours, rows, strict=True) if r["run"] == run]
+            line = [
+                (x, number(r["memory"]["used_bytes"]) / GIB)
+                for x, r in zip(hours, rows, strict=True)
+                if r["run"] == run
+            ]
             if line:
                 axes.plot(*zip(*line, strict=True), color=COLOURS[run], lw=1.8, label=f"in use, {SHORT_NAMES[run]}")
-        if rows:
-            foretold = [r["memory"]["predicted_bytes"] for r in rows if r["memory"]["predicted_bytes"]]
-            there, most = rows[-1]["memory"]["total_bytes"] / GIB, max(r["memory"]["used_bytes"] for r in rows) / GIB
-            most = max([most, *(size / GIB for size in foretold)])
+        told = {
+            name: [size / GIB for size in known(r["memory"].get(f"{name}_bytes") for r in rows)]
+            for name in ("used", "predicted", "total")
+        }
+        most = max(told["used"] + told["predicted"], default=0.0)
+        if told["total"]:
+            there = told["total"][-1]
             near = there < NEAR * most
             label = f"there are {there:.1f} GiB" + ("" if near else " (above)")
             axes.axhline(there, color=THEMES[theme]["text"], ls="--", lw=1.4, label=label)
-            axes.set_ylim(0, 1.1 * (there if near else most))
-            if foretold:
-                axes.axhline(max(foretold) / GIB, color=COLOURS["teacher"], ls=":", lw=1.6, label="foretold")
+            most = there if near else most
+        if told["predicted"]:
+            axes.axhline(max(told["predicted"]), color=COLOURS["teacher"], ls=":", lw=1.6, label="foretold")
+        axes.set_ylim(0, 1.1 * most or 1.0)
         axes.set_xlabel(f"training time ({name})")
         axes.set_ylabel("memory (GiB)")
         legend(axes, theme, ncols=2)
@@ -156,8 +180,8 @@ def throughput(records, theme="light"):
     """The student's tokens a second, and tokens computed for each real one: what is above 1 is padding."""
     with figure(theme, height=4.2, rows=2) as (made, (above, below)):
         for run in (DISTILLED, CONTROL):
-            rows = [r for r in records if r["kind"] == "train" and r["run"] == run and r["repeat"] == 0]
-            smooth, steps = _smoother(len(rows)), [r["step"] for r in rows]
+            rows = [r for r in placed(records) if r["kind"] == "train" and r["run"] == run and r["repeat"] == 0]
+            steps = [r["step"] for r in rows]
             if rows:
                 speeds = smooth([r["tokens_per_s"] for r in rows])
                 above.plot(steps, speeds, color=COLOURS[run], lw=1.8, label=NAMES[run])
@@ -178,9 +202,10 @@ def throughput(records, theme="light"):
 
 def sessions(records, theme="light"):
     """Which session trained which student when, over all training time, with alerts and the best evaluation."""
+    records = placed(records)
     legs = list(dict.fromkeys((r["repeat"], r["run"]) for r in records if r["kind"] == "train"))
     told = [r for r in records if r["kind"] in ("train", "eval", "alert") and (r["repeat"], r["run"]) in legs]
-    unit, seconds = _time_unit([sum(max(r["elapsed_s"] for r in _of(told, leg) if "elapsed_s" in r) for leg in legs)])
+    unit, seconds = time_unit([sum(max(r["elapsed_s"] for r in _of(told, leg) if "elapsed_s" in r) for leg in legs)])
     with figure(theme, height=1.3 + 0.42 * max(1, len(legs))) as (made, axes):
         begin, shown = 0.0, set()
         for place, leg in enumerate(legs):
@@ -197,7 +222,9 @@ def sessions(records, theme="light"):
                 axes.barh(place, end - start, left=start, color=colour, height=0.55, label=label)
                 start = end
             alerts = [at[r["step"]] for r in rows if r["kind"] == "alert" and r["step"] in at]
-            scored = [r for r in rows if r["kind"] == "eval" and r["split"] == "validation"]
+            scored = [
+                r for r in rows if r["kind"] == "eval" and r["split"] == "validation" and known([r["bits_per_byte"]])
+            ]
             ink = THEMES[theme]["text"]
             axes.plot(alerts, [place] * len(alerts), "X", color=ink, ms=7, label=None if place else "alert")
             if scored:
@@ -230,12 +257,12 @@ def _percent_over_steps(axes, label, theme):
 
 
 def _distilled(records):
-    return [r for r in records if r["kind"] == "train" and r["run"] == DISTILLED and r["repeat"] == 0]
+    return [r for r in placed(records) if r["kind"] == "train" and r["run"] == DISTILLED and r["repeat"] == 0]
 
 
 def _scored(records, run):
     """The validation records of a student's weights as they are."""
-    found = [r for r in records if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == run]
+    found = [r for r in placed(records) if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == run]
     return [r for r in found if r["repeat"] == 0 and not r.get("averaged")]
 
 
@@ -257,7 +284,7 @@ def _times(rows):
             begin, leg = begin + last, (r["repeat"], r["run"])
         last = r["elapsed_s"]
         times.append(begin + last)
-    unit, seconds = _time_unit(times)
+    unit, seconds = time_unit(times)
     return [time / seconds for time in times], unit
 
 
@@ -268,30 +295,3 @@ def _parts(shares):
 
 def _colours(names):
     return [PART_COLOURS[PARTS.index(name)] for name in names]
-
-
-def _time_unit(seconds):
-    longest = max(seconds, default=0.0)
-    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 180 else ("seconds", 1.0)
-
-
-def _zoom(axes, values):
-    """Leave out the fall of the first evaluations, where the end is what matters."""
-    if len(values) > 4:
-        low, high = min(values), sorted(values)[int(0.9 * (len(values) - 1))]
-        margin = max(0.08 * (high - low), 1e-3)
-        axes.set_ylim(low - margin, high + margin)
-
-
-def _smoother(count):
-    """A running mean over a fiftieth of the points, so that stacked areas can be read."""
-    width = max(1, count // 50)
-
-    def smooth(values):
-        sums = [0.0]
-        for value in values:
-            sums.append(sums[-1] + value)
-        starts = [max(0, i + 1 - width) for i in range(len(values))]
-        return [(sums[i + 1] - sums[start]) / (i + 1 - start) for i, start in enumerate(starts)]
-
-    return smooth

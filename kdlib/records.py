@@ -26,6 +26,15 @@ def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_known(path):
+    """The object in a JSON file of a run at any age; empty where the file is missing, half written or something else."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 LEFT_BY_A_KILL = {".lock", "config.json.tmp"}
 """All that there may be of a run that was killed before its `config.json` was whole."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -60,8 +69,10 @@ class Records:
 
 
 def read_records(path):
-    """All whole records of a file; a last line cut off by a kill is left out. ValueError names any other bad line."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    """All whole records of a file, none where it is missing: a run that has just begun has none. A last line cut off by a
+    kill is left out. ValueError names any other bad line.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -167,7 +178,4 @@ class RunFolder:
 
     def last_status(self):
         """What `status.json` says, empty where there is none that can be read."""
-        try:
-            return read_json(self.path / "status.json")
-        except (OSError, ValueError):
-            return {}
+        return read_known(self.path / "status.json")

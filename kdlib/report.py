@@ -1,15 +1,17 @@
 """One page that tells what a run came to: self-contained, for phone and laptop, light and dark."""
 
 import base64
+import dataclasses
 import html
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from kdlib import charts, plots, records
 from kdlib.budget import spoken
-from kdlib.style import NAMES
+from kdlib.style import NAMES, known, written
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --back: #ffffff; --soft: #5b6168; --line: #d9d9d9; --card: #f5f6f7; }
@@ -38,26 +40,53 @@ SPAN_COLOURS = [
 """One a piece, in turn; they let light and dark pages shine through."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run folder holds at any age of the run: what is missing yet, or half written, is empty (`verdict`: None)."""
+
+    path: Path
+    status: dict
+    config: dict
+    env: dict
+    records: list
+    verdict: dict | None
+    inside: dict
+
+    @property
+    def state(self):
+        """One line: the state, where it is, and why."""
+        status, place = self.status, []
+        if "step" in status and "max_steps" in status:
+            place.append(f"step {written(status['step'], '')} of {written(status['max_steps'], '')}")
+        if "sessions" in status:
+            place.append(f"session {written(status['sessions'], '')}")
+        said = [status.get("state") or "begun, status.json can't be read", *place, status.get("reason")]
+        return ", ".join(filter(None, said))
+
+
+def read_run(path):
+    """The `Run` in a folder. Raises ValueError where the folder holds none."""
+    path = Path(path)
+    told = {name: records.read_known(path / f"{name}.json") for name in ("status", "config", "env", "verdict")}
+    if "kd_method" not in told["config"] and "state" not in told["status"] and not (path / "records.jsonl").exists():
+        raise ValueError(f"{path} holds no run: none of config.json, status.json and records.jsonl is there")
+    told["verdict"] = told["verdict"] or None
+    inside = records.read_known(path / "figures" / "inside.json")
+    return Run(path, **told, records=records.read_records(path / "records.jsonl"), inside=inside)
+
+
 def write_report(path):
-    """Write `report.html` and `figures/*.png` of a run folder, from its files alone; the report's path.
+    """Write `report.html` and `figures/*.png` of a run folder, from its files alone; the report's path. A folder that can't
+    be written, as a mounted one, is left as it is: they go to the working folder.
 
     Raises ValueError where the folder holds no run.
     """
-    path = Path(path)
-    if not (path / "records.jsonl").exists():
-        raise ValueError(f"{path} holds no run: there is no records.jsonl")
-    found = records.read_records(path / "records.jsonl")
-    status = records.read_json(path / "status.json")
-    verdict = records.read_json(path / "verdict.json") if (path / "verdict.json").exists() else None
-    looked = path / "figures" / "inside.json"
-    inside = records.read_json(looked) if looked.exists() else {}
-    drawn = {
-        name: _draw(path / "figures", name, *picture) for name, picture in _pictures(found, verdict, inside).items()
-    }
-    env = records.read_json(path / "env.json")
-    page = _page(status, verdict, inside, records.read_json(path / "config.json"), env, drawn, found)
-    records.write_text(path / "report.html", page)
-    return path / "report.html"
+    run = read_run(path)
+    out = run.path if os.access(run.path, os.W_OK) else Path.cwd()
+    pictures = _pictures(run.records, run.verdict, run.inside)
+    drawn = {name: _draw(out / "figures", name, *picture) for name, picture in pictures.items()}
+    records.write_text(out / "report.html", _page(run, drawn))
+    return out / "report.html"
 
 
 def _pictures(found, verdict, inside):
@@ -77,16 +106,16 @@ def _pictures(found, verdict, inside):
         pictures |= {
             name: (getattr(charts, name), verdict) for name in ("gain", "bits_per_byte", "agreement", "calibration")
         }
-    if inside:
+    if "coverage" in inside:
         pictures["alignment"] = charts.alignment, inside
-    if inside and "without" not in inside:
+    if inside.get("similarity") and "without" not in inside:
         pictures |= {name: (getattr(charts, name), inside) for name in ("attention_maps", "layer_similarity")}
     return pictures
 
 
 def _draw(folder, name, plot, content):
     """Draw one figure in both themes: PNGs in `folder`, and the HTML that shows the fitting one."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sources = {}
     for theme, suffix in (("light", ""), ("dark", "-dark")):
         image = plot(content, theme).png()
@@ -128,12 +157,13 @@ CAPTIONS = {
 }
 
 
-def _page(status, verdict, inside, config, env, drawn, found):
-    title = verdict["sentence"] if verdict else f"The run is {status['state']}. {status.get('reason') or ''}"
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="soft">{html.escape(_subtitle(status, config))}</p>']
+def _page(run, drawn):
+    verdict, inside, found = run.verdict, run.inside, run.records
+    title = verdict["sentence"] if verdict else _standing(run)
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="soft">{html.escape(_subtitle(run))}</p>']
     if verdict:
-        if verdict["gain"] is not None:
-            marks = "; the upright marks are single runs" if verdict["num_runs"] > 1 else ""
+        if known([verdict["gain"]]):
+            marks = "; the upright marks are single runs" if (verdict["num_runs"] or 1) > 1 else ""
             parts.append(_figure(drawn["gain"], f"The interval is what this run can vouch for{marks}."))
         else:
             parts.append(f"<figure>{drawn['bits_per_byte']}</figure>")
@@ -144,7 +174,7 @@ def _page(status, verdict, inside, config, env, drawn, found):
             parts += [f"<h2>{head}</h2>", *_opening(head, verdict, inside), *shown]
     if verdict and verdict["samples"]:
         parts += ["<h2>What they write</h2>", *_samples(verdict["samples"])]
-    parts += ["<h2>Settings</h2>", _settings(config, env)]
+    parts += ["<h2>Settings</h2>", _settings(run.config, run.env)]
     body = "\n".join(parts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -157,7 +187,7 @@ def _opening(head, verdict, inside):
     """What stands above a section's figures."""
     if head == "How much each model knows":
         yield _table(verdict)
-    if head == "Where the two tokenizers meet":
+    if head == "Where the two tokenizers meet" and "spans" in inside:
         yield f'<div class="wide">{aligned(inside["spans"])}</div>'
 
 
@@ -181,10 +211,29 @@ def aligned(spans):
     return "".join(lines)
 
 
-def _subtitle(status, config):
-    names = f"Teacher {Path(config['teacher']).name}, student {Path(config['student']).name}"
-    steps = f"{status['step']} of {status['max_steps']} steps, {spoken(status['elapsed_s'])}"
-    return f"{names}, text {config['dataset'].split('/')[-1]}; {steps}."
+def _standing(run):
+    """The state of a run that has no verdict and why, as far as its files say."""
+    state, reason = run.status.get("state") or "begun", run.status.get("reason")
+    if not run.status:
+        reason = "Its status.json can't be read"
+    if state == "complete":
+        reason = "Its verdict.json can't be read"
+    trained = any(record["kind"] == "train" for record in run.records)
+    return (
+        f"The run is {state}" + (f". {reason}." if reason else ".") + ("" if trained else " Nothing was trained yet.")
+    )
+
+
+def _subtitle(run):
+    named = {name: str(run.config.get(name) or "unknown").rstrip("/") for name in ("teacher", "student", "dataset")}
+    names = f"Teacher {Path(named['teacher']).name}, student {Path(named['student']).name}"
+    step, last, seconds = (run.status.get(name) for name in ("step", "max_steps", "elapsed_s"))
+    steps = f"{written(step, '')} of {written(last, '')} steps, {_spoken(seconds)}"
+    return f"{names}, text {Path(named['dataset']).name}; {steps}."
+
+
+def _spoken(seconds):
+    return spoken(seconds) if known([seconds]) else "unknown time"
 
 
 def _figure(picture, caption):
@@ -197,14 +246,9 @@ def _table(verdict):
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for name in ("teacher", "student_before", "ce_only", "distilled"):
         figures = [verdict[key][name] for key in ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")]
-        if figures[0] is not None:
-            cells = [
-                NAMES[name],
-                f"{figures[0]:.4f}",
-                f"{figures[1]:.2f}",
-                f"{figures[2]:.3f}",
-                f"{figures[3]:.1%}",
-            ]
+        if verdict["retention"][name] or known(figures):
+            forms = (".4f", ".2f", ".3f", ".1%")
+            cells = [NAMES[name], *(written(figure, form) for figure, form in zip(figures, forms, strict=True))]
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     note = "Perplexity counts each model's own tokens: compare bits per byte across tokenizers, not perplexities."
     return f'<div class="wide"><table>{"".join(rows)}</table></div><p class="soft">{note}</p>'
@@ -220,16 +264,17 @@ def _samples(samples):
 
 def _trust(verdict, found, inside):
     told = verdict["alignment"]
-    signal = [r["figures"]["kd_positions"] for r in found if "kd_positions" in r.get("figures", {})]
+    signal = known(r["figures"].get("kd_positions") for r in found if r.get("figures"))
     more = (
         f"; {np.mean(signal):.0%} got teacher signal, the others inside tokens" if signal else " and got teacher signal"
     )
+    coverage, ours, theirs = (written(told[name], ".0%") for name in ("coverage", "shared_student", "shared_teacher"))
     lines = [
-        f"{told['coverage']:.0%} of the student's tokens lie where the two tokenizations meet{more}.",
-        f"{told['shared_student']:.0%} of the student's vocabulary and {told['shared_teacher']:.0%} of the teacher's are "
-        "the same byte strings.",
-        f"The test text was seen by nobody: {verdict['num_documents']} documents, {verdict['num_bytes']:,} bytes. The best "
-        "weights of each run were chosen on other documents (validation).",
+        f"{coverage} of the student's tokens lie where the two tokenizations meet{more}.",
+        f"{ours} of the student's vocabulary and {theirs} of the teacher's are the same byte strings.",
+        f"The test text was seen by nobody: {written(verdict['num_documents'], '')} documents, "
+        f"{written(verdict['num_bytes'], ',')} bytes. The best weights of each run were chosen on other documents "
+        "(validation).",
     ]
     if verdict["control"] == "off":
         lines.append(
@@ -245,17 +290,17 @@ def _trust(verdict, found, inside):
     if "ce_only" in verdict["train_s"]:
         seconds, steps = verdict["train_s"], verdict["steps"]
         lines.append(
-            f"The control had {steps['ce_only']} steps in {spoken(seconds['ce_only'])}, the distilled student "
-            f"{steps['distilled']} in {spoken(seconds['distilled'])} (of the first pair; the number was fixed "
+            f"The control had {written(steps['ce_only'], '')} steps in {_spoken(seconds['ce_only'])}, the distilled student "
+            f"{written(steps['distilled'], '')} in {_spoken(seconds['distilled'])} (of the first pair; the number was fixed "
             "beforehand by timing both kinds of step in turn)."
         )
     if verdict.get("read_s"):
         lines.append(
-            f"The teacher read the text once, before training, in {spoken(verdict['read_s'])}; each distilled step is "
+            f"The teacher read the text once, before training, in {_spoken(verdict['read_s'])}; each distilled step is "
             "counted with its share of that. KL to the teacher is over its likeliest tokens and a tail: a lower bound."
         )
     for side in ("student", "teacher"):
-        if told[f"faithful_{side}"] < 1.0:
+        if any(share < 1.0 for share in known([told[f"faithful_{side}"]])):
             lines.append(
                 f"The {side}'s tokenizer changes the text: only {told[f'faithful_{side}']:.1%} of its tokens are the bytes "
                 "that stand there; the others give and take no signal."
@@ -264,7 +309,9 @@ def _trust(verdict, found, inside):
         lines.append(f"No look inside the models: {inside['without']}.")
     for alert in (record for record in found if record["kind"] == "alert"):
         name = NAMES[alert["run"]]
-        lines.append(f"Alert, {name}, step {alert['step']}: {alert['meaning']}. What to try: {alert['advice']}.")
+        lines.append(
+            f"Alert, {name}, step {written(alert['step'], '')}: {alert['meaning']}. What to try: {alert['advice']}."
+        )
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +34,8 @@ THEMES = {
     "dark": {"text": "#e8e8e8", "back": "#14171a", "grid": "#3a3f44"},
 }
 
+PLACES = ("repeat", "step", "elapsed_s", "session")
+"""Fields of a record that say where it is drawn."""
 
 PALETTE = 256
 """Colours in a PNG: half of the bytes or less, and no difference that can be seen."""
@@ -99,3 +102,55 @@ def legend(axes, theme, ncols=3):
             frameon=False, labelcolor=THEMES[theme]["text"], ncols=ncols, loc="lower left", bbox_to_anchor=(-0.02, 1.0),
             borderaxespad=0.2, columnspacing=1.4, handlelength=1.6,
         )  # fmt: skip
+
+
+def number(value):
+    """A value to draw: NaN, which leaves a gap, where it is null (what NaN and infinity become in JSON) or infinite."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def numbers(values, scale=1.0):
+    """Values to draw, times `scale`."""
+    return [scale * number(value) for value in values]
+
+
+def known(values):
+    """Those values that are numbers."""
+    return [value for value in map(number, values) if not math.isnan(value)]
+
+
+def written(value, form):
+    """A number as text, by a format; a dash where it is null or no number."""
+    return f"{value:{form}}" if known([value]) else "–"
+
+
+def placed(records):
+    """Records that have a place in a figure: none of their `PLACES` is null."""
+    return [record for record in records if len(known(record.get(name, 0) for name in PLACES)) == len(PLACES)]
+
+
+def time_unit(seconds):
+    """`(name, its seconds)`, to tell the longest of some times in."""
+    longest = max(known(seconds), default=0.0)
+    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 180 else ("seconds", 1.0)
+
+
+def zoom(axes, values):
+    """Leave out the fall of the first evaluations, where the end is what matters."""
+    values = sorted(known(values))
+    if len(values) > 4:
+        low, high = values[0], values[int(0.9 * (len(values) - 1))]
+        margin = max(0.08 * (high - low), 1e-3)
+        axes.set_ylim(low - margin, high + margin)
+
+
+def smooth(values):
+    """A running mean over a fiftieth of the points, so that stacked areas can be read. A gap stays one and no wider."""
+    width = max(1, len(values) // 50)
+    values, sums, counts = numbers(values), [0.0], [0]
+    for value in values:
+        sums.append(sums[-1] + (0.0 if math.isnan(value) else value))
+        counts.append(counts[-1] + (not math.isnan(value)))
+    starts = [max(0, i + 1 - width) for i in range(len(values))]
+    means = ((sums[i + 1] - sums[start]) / max(1, counts[i + 1] - counts[start]) for i, start in enumerate(starts))
+    return [math.nan if math.isnan(value) else mean for value, mean in zip(values, means, strict=True)]

@@ -35,6 +35,7 @@ COPIES, UPLOAD = "test_copies.py", "test_upload.py"
 WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
 RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
 WITHIN, READING = "test_inside_tokens.py", "test_reading.py"
+CORPUS, GAPS = "test_corpus.py", "test_gaps.py"
 CUT, CURVES = f"{RESUME}::test_a_run_cut_off_anywhere_ends_as_if_it_never_was[accumulation]", "[everything]"
 CUT_ALL = CUT.replace("[accumulation]", CURVES)
 
@@ -397,7 +398,7 @@ MUTANTS = {
     "of two inputs the first": ("kernel.py", "    if len(top) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "of two mounted runs the first": ("kernel.py", "    if len(found) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "a failed batch kernel loses its files": ("kernel.py", "        if not env.in_batch_kernel():\n", "        if True:\n", [IN_KERNEL]),
-    "a session's own last words lost": ("kernel.py", 'if folder.last_status().get("state") != "failed":', "if True:", [IN_KERNEL]),
+    "a session's own last words lost": ("kernel.py", '    if known.get("state") in ENDS:', "    if False:", [IN_KERNEL]),
     "a run with nothing to go on with is gone on with": ("kernel.py", "if run.has_begun())", "if run.holds_run())", [IN_KERNEL]),
     "a complete run stays where it is mounted": ("resume.py", "if writes and folder.path.resolve() != found.source.path.resolve():", "if False:", [IN_KERNEL]),
     "more bytes than Kaggle keeps": ("env.py", "        free = min(free, KEPT_BYTES", "        free = max(free, KEPT_BYTES", [IN_KERNEL]),
@@ -561,6 +562,23 @@ MUTANTS = {
     "self-test: no end": ("self_test.py", "if bench.left_s <= 0.0:", "if False:", [SELF_TEST]),
     "self-test: a failure stops the rest": ("self_test.py", "    except Exception as error:  # noqa: BLE001 - whatever it is, the next check is to be made", "    except OSError as error:", [SELF_TEST]),
     "self-test: exit 0 whatever comes": ("cli.py", 'return 1 if any(result.state == "failed" for result in results) else 0', "return 0", [SELF_TEST]),
+    # files of people and of runs
+    "a table is one text": ("corpus.py", "    if suffix in TEXTS:\n", '    if suffix in (*TEXTS, ".csv"):\n', [CORPUS]),
+    "an unknown file is a text": ("corpus.py", "    if not suffix:\n", "    if False:\n", [CORPUS]),
+    "a licence is a document": ("corpus.py", "if not (tables and suffix", "if not (False and suffix", [CORPUS]),
+    "a text taken for a number": ("corpus.py", "column_types={text_field: pyarrow.string()}, ", "", [CORPUS]),
+    "half a character is text": ("corpus.py", "        _check_characters(text, place)\n", "", [CORPUS]),
+    "a name without a slash is a file": ("corpus.py", 'or part.count("/") > 1:', 'or part.count("/") != 1:', [CORPUS]),
+    "what is mounted walked for each name": ("kernel.py", "located(named[name], kind, walked)", "located(named[name], kind)", [IN_KERNEL]),
+    "a model's JSON is text": ("kernel.py", 'not (_is(folder, "model") or _is(folder, "cache")) and any', "any", [IN_KERNEL]),
+    "a failure forgets the step": ("kernel.py", '"max_steps": 0, **known, "state"', '"max_steps": 0, "state"', [IN_KERNEL]),
+    "a file that vanished ends the run": ("env.py", "                with contextlib.suppress(OSError):\n                    if entry", "                with contextlib.suppress():\n                    if entry", [IN_KERNEL]),
+    "a machine that is silent ends the run": ("memory.py", "    except Exception:  # noqa: BLE001 - a run must", "    except ZeroDivisionError:  # - a run must", [f"{MEMORY}::test_memory_that_is_not_told_stands_in_nobodys_way"]),
+    "null is a number to the alerts": ("alerts.py", "    return math.nan if value is None else value", "    return value", [GAPS]),
+    "a gap spreads": ("style.py", "(0.0 if math.isnan(value) else value)", "value", [GAPS]),
+    "infinity is drawn": ("style.py", "value is not None and math.isfinite(value) else", "value is not None else", [GAPS]),
+    "a run without records is none": ("report.py", 'and not (path / "records.jsonl").exists():', 'or not (path / "records.jsonl").exists():', [GAPS]),
+    "a score with null": ("evaluate.py", "    return math.nan if value is None else value", "    return value", [GAPS]),
 }  # fmt: skip
 
 

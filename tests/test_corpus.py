@@ -1,9 +1,32 @@
+import csv
+import gzip
+import io
 import json
 
 import datasets
 import pytest
 
 from kdlib import corpus
+
+ROWS = [{"id": 1, "text": 'One, with a comma and "quotes".'}, {"id": 2, "text": "Two\nlines."}, {"id": 3, "text": "3"}]
+
+
+def as_csv(delimiter):
+    made = io.StringIO()
+    writer = csv.DictWriter(made, ["id", "text"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return made.getvalue()
+
+
+FORMS = {
+    "a.jsonl": "\n".join(map(json.dumps, ROWS)),
+    "lines.json": "\n".join(map(json.dumps, ROWS)) + "\n",
+    "list.json": json.dumps(ROWS, indent=2),
+    "a.csv": as_csv(","),
+    "a.CSV": as_csv(","),
+    "a.tsv": as_csv("\t"),
+}
 
 
 def test_text_with_form_feeds_is_many_documents(tmp_path):
@@ -54,6 +77,32 @@ def test_another_field_and_conversations(tmp_path):
     [
         ("a.jsonl", '{"text": "x"}\nnope\n', "line 2 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 holds a list"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "\\ud800 y"}\n', r"record 2 holds \\ud800, half of a character"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "\\udfff"}]}\n', r"record 1 holds \\udfff, half"),
+        ("a.jsonl", '{"messages": 5}\n', "record 1: messages is int, expected a list"),
+        ("a.jsonl", '{"messages": {"role": "assistant"}}\n', "record 1: messages is dict, expected a list"),
+        ("a.jsonl", '{"text": null}\n', "field 'text' is NoneType, expected a text"),
+        ("a.json", '[{"text": "x"}, 3]', "record 2 holds a int; expected an object"),
+        ("a.json", '{"data": [{"text": "x"}]}', "record 1 has no field 'text'; it has data; set --text-field"),
+        ("a.json", '[{"text": "x"}', "a.json is not JSON"),
+        ("a.json", '{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
+        ("a.json", " \n", "a.json holds no text"),
+        ("a.csv", "", "a.csv is not a table that can be read: Empty CSV file"),
+        ("a.csv", "id,text\n", "a.csv holds no text"),
+        ("a.csv", "id,body\n1,x\n", "record 1 has no field 'text'; it has id, body; set --text-field"),
+        ("a.csv", "id,text\n1,x,y\n", "a.csv is not a table that can be read: CSV parse error"),
+        ("a.csv", b"id,text\n1,\xe9t\xe9\n", r"a.csv is not UTF-8 text \(byte 10\)"),
+        ("a.txt", b"M\0Z\0", r"is not UTF-8 text \(NUL at character 1\)"),
+        ("a.txt", b"", "a.txt holds no text"),
+        ("a.txt.gz", b"nonsense", "is not a gzip file that can be read"),
+        ("a.txt.gz", gzip.compress(b"much text" * 99)[:-12], "is not a gzip file that can be read"),
+        (
+            "a.pdf",
+            b"%PDF",
+            r"a.pdf is not read: its name must end in .txt .md .jsonl .json .csv .tsv .parquet \(or in .gz",
+        ),
+        ("corpus", "words", "corpus is not read: its name must end in"),
         ("a.jsonl", '{"body": "x"}\n', "record 1 has no field 'text'; it has body; set --text-field"),
         ("a.jsonl", '{"text": 3}\n', "field 'text' is int, expected a text"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "hold no answer"),
@@ -66,11 +115,93 @@ def test_another_field_and_conversations(tmp_path):
 )
 def test_what_does_not_load_is_an_error_that_names_it(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         corpus.read_documents(str(tmp_path / name))
+    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("source", ["nowhere.txt", "./nowhere", "nowhere", "*.nothing"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_table_is_read_as_records_and_never_as_one_text(tmp_path, name, packed):
+    content = FORMS[name].encode("utf-8-sig")
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert [d.text for d in corpus.read_documents(str(path))] == [row["text"] for row in ROWS]
+    assert [d.text for d in corpus.read_documents(str(tmp_path))] == [row["text"] for row in ROWS]
+
+
+def test_one_object_is_one_record(tmp_path):
+    (tmp_path / "a.json").write_text('{\n "text": "one"\n}')
+    assert [d.text for d in corpus.read_documents(str(tmp_path / "a.json"))] == ["one"]
+
+
+def test_a_record_of_a_csv_may_be_longer_than_a_block_of_its_reader(tmp_path):
+    text = "word " * 500_000
+    (tmp_path / "a.csv").write_text(f"text,id\nshort,1\n{text},2\n")
+    assert corpus.read_documents(str(tmp_path / "a.csv"))[1].text == text
+
+
+def test_a_text_may_be_packed(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"One\r\ntext."))
+    assert [d.text for d in corpus.read_documents(str(tmp_path / "a.txt.gz"))] == ["One\ntext."]
+
+
+def test_of_a_mixed_folder_the_known_files_are_read(tmp_path):
+    for name, content in {
+        "a.txt": "one",
+        "b.bin": "\0",
+        "c.pdf": "%PDF",
+        ".hidden.txt": "no",
+        ".git/x.txt": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "folder.txt").mkdir()
+    assert [d.text for d in corpus.read_documents(str(tmp_path))] == ["one"]
+
+
+@pytest.mark.parametrize("table", ["train.csv", "train.jsonl"])
+def test_what_is_about_a_data_set_is_no_part_of_it(tmp_path, table):
+    about = ["README.md", "README_en.md", "LICENSE.txt", "licence.txt", "dataset_infos.json", "dataset-metadata.json"]
+    for name in about:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / table).write_text({"c": "text\none\n", "j": '{"text": "one"}\n'}[table[6]])
+    (tmp_path / "noticeable.txt").write_text("two")
+    assert [d.text for d in corpus.read_documents(str(tmp_path))] == ["one", "two"]
+    (tmp_path / "more" / table).unlink()
+    texts = [d.text for d in corpus.read_documents(str(tmp_path))]
+    assert sorted(texts) == ["two", *["{}"] * 4]  # without tables they may be all there is
+
+
+def test_a_folder_without_a_known_file_is_refused_by_name(tmp_path):
+    for i in range(7):
+        (tmp_path / f"{i}.bin").write_text("x")
+    with pytest.raises(ValueError, match=r"ends in .*; it holds 0.bin, 1.bin, 2.bin, 3.bin, 4.bin and 2 more$"):
+        corpus.read_documents(str(tmp_path))
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    assert [d.text for d in corpus.read_documents("~/a.txt")] == ["one"]
+    assert [d.text for d in corpus.read_documents("~/*.txt")] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"no such file or folder: ~/c\.txt"):
+        corpus.read_documents("~/c.txt")
+
+
+@pytest.mark.parametrize("kind", ["arrow", "dict"])
+def test_a_saved_data_set_that_is_broken_is_told_in_one_line(tmp_path, kind):
+    (tmp_path / {"arrow": "dataset_info.json", "dict": "dataset_dict.json"}[kind]).write_text("{}")
+    with pytest.raises(ValueError, match="is not a saved data set that can be read") as refused:
+        corpus.read_documents(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere.txt", "nowhere.csv.gz", "./nowhere", "~/nowhere", "a/b/c", "nowhere", "*.nothing"]
+)
 def test_a_missing_file_is_named(source):
     with pytest.raises(ValueError, match=r"no such file or folder|no file matches"):
         corpus.read_documents(source)
@@ -86,8 +217,10 @@ def test_an_id_that_the_loader_refuses_is_told_in_one_line(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"dataset 'owner/name' does not load: no route$"):
-        corpus.read_documents("owner/name")
+    said = "no such file or folder here, and the Hugging Face hub does not load it: no route"
+    for name in ("owner/name", "imdb"):
+        with pytest.raises(ValueError, match=f"^dataset '{name}': {said}$"):
+            corpus.read_documents(name)
 
 
 def test_an_id_goes_to_the_loader_with_its_configuration(monkeypatch):
@@ -98,8 +231,9 @@ def test_an_id_goes_to_the_loader_with_its_configuration(monkeypatch):
         return [{"text": "hello"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert corpus.read_documents("owner/name:small")[0].text == "hello"
-    assert asked == [("owner/name", "small", "train")]
+    for name in ("owner/name:small", "imdb"):
+        assert corpus.read_documents(name)[0].text == "hello"
+    assert asked == [("owner/name", "small", "train"), ("imdb", None, "train")]
 
 
 def test_documents_are_held_out_by_their_content():

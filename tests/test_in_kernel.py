@@ -1,9 +1,12 @@
 """What a run knows of the kernel it is in: mounted inputs in either layout, the session's end, an end that keeps files."""
 
+import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +47,33 @@ def test_inputs_are_found_by_their_marks_in_either_layout(mounted):
     assert kernel.located("/kaggle/input/datasets/ann/pair/student", "model") == str(root / layout["pair"] / "student")
     assert kernel.located("pair/texts", "text") == str(root / layout["pair"] / "texts")
     assert kernel.located("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
+
+
+def test_a_config_walks_what_is_mounted_once(mounted, monkeypatch):
+    root, layout = mounted
+    walks, real = [], kernel._mounted
+    monkeypatch.setattr(kernel, "_mounted", lambda: walks.append(1) or real())
+    settings = {"eval_dataset": "texts/b.jsonl", "teacher_cache": "elsewhere"}
+    config = kernel.config("qwen", "pair/student", "texts/a.jsonl, imdb", settings)
+    assert config.eval_dataset == str(root / layout["pair"] / "texts" / "b.jsonl")
+    assert len(walks) == 1
+    kernel.config("qwen", "", "", {})
+    assert len(walks) == 2  # what was attached meanwhile is seen
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.md", "a.txt.gz", "a.parquet", "a.jsonl"])
+def test_mounted_text_is_all_that_is_read_as_text(mounted, name):
+    root, layout = mounted
+    folder = root / layout["pair"] / "words"
+    folder.mkdir()
+    (folder / name).touch()
+    assert kernel.located("words", "text") == str(folder)
+    assert kernel.located("pair/words/" + name, "text") == str(folder / name)
+
+
+def test_a_model_next_to_texts_is_no_text(mounted):
+    root, layout = mounted
+    assert kernel.located("pair", "text") == str(root / layout["pair"] / "texts")
 
 
 def test_what_is_not_mounted_is_left_as_it_is(mounted, tmp_path):
@@ -110,6 +140,93 @@ def test_the_age_of_a_session_is_that_of_its_machine(tmp_path, monkeypatch):
     assert env.session_age_s() == 125.5 - 500 / env.os.sysconf("SC_CLK_TCK")
 
 
+UNREADABLE = {
+    "no files": {},
+    "torn": {"1/stat": "1 (a) S", "uptime": ""},
+    "no uptime": {"1/stat": "1 (a) S " + "1 " * 40},
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_machine_that_does_not_tell_its_age_began_now(tmp_path, monkeypatch, name):
+    for path, text in UNREADABLE[name].items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.session_age_s() == 0.0
+
+
+def without(monkeypatch, module, name, error):
+    """Make `module.name` fail, or be missing as on another system."""
+    if error is None:
+        monkeypatch.delattr(module, name, raising=False)
+    else:
+        monkeypatch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
+
+
+def test_a_system_without_sysconf_began_now(tmp_path, monkeypatch):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "stat").write_text("1 (a) S " + "1 " * 40)
+    (tmp_path / "uptime").write_text("125.5 30.0")
+    monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    for error in (None, ValueError("unrecognized configuration name")):
+        without(monkeypatch, env.os, "sysconf", error)
+        assert env.session_age_s() == 0.0
+
+
+@pytest.mark.parametrize("error", [None, OSError("not permitted")])
+def test_a_system_that_does_not_tell_its_processors_has_one(monkeypatch, error):
+    monkeypatch.setattr(env.os, "cpu_count", lambda: 3)
+    without(monkeypatch, env.os, "sched_getaffinity", error)
+    assert env.num_processors() == 3
+    monkeypatch.setattr(env.os, "cpu_count", lambda: None)
+    assert env.num_processors() == env.describe()["processors"] == 1
+
+
+def test_a_disk_that_does_not_tell_is_not_full(tmp_path, monkeypatch):
+    assert env.free_bytes(tmp_path / "nowhere") == math.inf
+    for error in (None, OSError("statvfs fails")):
+        without(monkeypatch, env.shutil, "disk_usage", error)
+        assert env.free_bytes(tmp_path) == math.inf
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert env.free_bytes(tmp_path) == env.KEPT_BYTES
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert env.free_bytes(tmp_path) == math.inf
+
+
+def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeypatch):
+    """A checkpoint's thread measures while another renames: files and folders that are listed may not be there."""
+    for name in ("a/first", "a/second", "b/third", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"0" * 1000)
+    (tmp_path / "link").symlink_to("c")
+    (tmp_path / "torn").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    links = sum((tmp_path / name).lstat().st_size for name in ("link", "torn"))
+    assert env.free_bytes("run") == env.KEPT_BYTES - 4000 - links
+    real = env.os.scandir
+
+    @contextlib.contextmanager
+    def vanishing(folder):
+        with real(folder) as entries:
+            listed = list(entries)
+        if Path(folder).name == "a":
+            (tmp_path / "a" / "second").unlink()
+        elif (tmp_path / "b").exists():
+            (tmp_path / "b" / "third").unlink()
+            (tmp_path / "b").rmdir()
+        yield listed
+
+    monkeypatch.setattr(env.os, "scandir", vanishing)
+    assert env.free_bytes("run") == env.KEPT_BYTES - 2000 - links
+
+
 def test_a_complete_run_is_taken_over_whole(settings, tmp_path):
     config = Config.from_dict({**settings, "control": "off", "max_steps": 2})
     for _ in distill(config, tmp_path / "first"):
@@ -167,8 +284,34 @@ def test_a_failure_before_someones_eyes_is_raised(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_failed_session_says_of_itself_stays(tmp_path):
+@pytest.mark.parametrize("state", ["failed", "paused", "complete"])
+def test_what_a_session_says_of_its_end_stays(tmp_path, state):
     records.RunFolder(tmp_path / "run").path.mkdir()
-    records.RunFolder(tmp_path / "run").status("failed", reason="the loss was no number", step=7, max_steps=9)
+    told = {"reason": "goes on from step-00000007", "step": 7, "max_steps": 9}
+    records.RunFolder(tmp_path / "run").status(state, **told)
     assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 7
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"state": state, **told}
+
+
+def test_a_session_that_fails_while_it_runs_keeps_its_step(tmp_path):
+    records.RunFolder(tmp_path / "run").path.mkdir()
+    records.RunFolder(tmp_path / "run").status("running", reason="", step=7, max_steps=9, sessions=2)
+    assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    reason = "ZeroDivisionError: division by zero"
+    assert status == {"state": "failed", "reason": reason, "step": 7, "max_steps": 9, "sessions": 2}
+
+
+@pytest.mark.parametrize("content", ["", '{"state": "runn', "[1]", "null"])
+def test_a_torn_status_is_as_none(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text(content)
+    assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["max_steps"]) == ("failed", 0, 0)
+
+
+def test_a_failure_that_cannot_be_written_ends_well_too(tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    ran = in_kernel("1 / 0", tmp_path, "Batch")
+    assert ran.returncode == 0 and "ZeroDivisionError" in ran.stderr

@@ -151,7 +151,8 @@ def test_the_package_needs_only_what_the_image_ships():
     assert {re.split(r"[<>=]", line)[0] for line in wanted} == allowed
     import sys
 
-    shipped = allowed | {"tokenizers", "pyarrow", "PIL", "IPython"} | sys.stdlib_module_names  # these come with them
+    come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil"}
+    shipped = allowed | come_with_them | sys.stdlib_module_names
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
     optional = {"bitsandbytes": {"precision"}, **{name: {"copies", "upload"} for name in clients}}
     for room, source in sources().items():

@@ -17,6 +17,7 @@ from kdlib import (
     memory,
     models,
     peak,
+    records,
     session,
     tiny,
     train,
@@ -78,6 +79,32 @@ def test_a_tally_counts_what_is_alive_once():
             torch.nn.functional.linear(torch.ones(5, 10), torch.ones(20, 10), torch.ones(20))
         assert (tally.now, tally.mark()[0]) == (8000, 8000 + 4 * (50 + 200 + 20 + 100))
     assert torch.ones(7).sum() == 7 and tally.now == 8000
+
+
+def test_a_machine_tells_its_memory():
+    told, free = memory.usage("cpu"), memory.free("cpu")
+    assert 2**20 < told["used_bytes"] < told["total_bytes"]
+    assert 0 < free < told["total_bytes"]
+
+
+@pytest.mark.parametrize("error", [OSError("no /proc"), RuntimeError("CUDA error: device lost"), AttributeError("rss")])
+def test_memory_that_is_not_told_stands_in_nobodys_way(settings, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    for module, name in (
+        (memory.psutil, "Process"), (memory.psutil, "virtual_memory"), (torch.cuda, "mem_get_info"),
+        (torch.cuda, "memory_reserved"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, fail)
+    for device in ("cpu", "cuda:0"):
+        assert memory.usage(device) == {"used_bytes": None, "total_bytes": math.inf}
+        assert memory.free(device) == memory.GUESSED_BYTES
+    if isinstance(error, OSError):
+        changes = {"max_steps": 2, "control": "off", "gradient_checkpointing": "auto"}
+        assert distil({**settings, **changes}, tmp_path / "run")[-1]["kind"] == "verdict"
+        trained = [r for r in records.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "train"]
+        assert {(r["memory"]["used_bytes"], r["memory"]["total_bytes"]) for r in trained} == {(None, None)}
 
 
 SHAPES = {

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import refresh
 
+from kdlib import cache, distill
+from kdlib.config import Config
+
 HOUSE = Path(__file__).parent.parent
 NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 SHORT = {"max_steps": 6, "eval_steps": 3, "eval_tokens": 1500, "batch_size": 4}
@@ -166,6 +169,97 @@ def test_papermill_with_other_parameters(name, environment, distilled, tmp_path)
         assert "complete, step 6 of 6, session 1" in shown
         assert shown.count("image/png") == 14  # one more than committed: the layers that were chosen
         assert not (tmp_path / "small-run").exists()
+
+
+@pytest.fixture
+def kernel_of(environment, pair, tmp_path):
+    """A function: the texts of a notebook's outputs after a batch run in a Kaggle kernel, on the small pair."""
+    made = {**environment, "KAGGLE_KERNEL_RUN_TYPE": "Batch", "KDLIB_KAGGLE_INPUT": str(tmp_path / "input")}
+    named = {name: str(pair / file) for name, file in NAMED.items()}
+
+    def run(name, **parameters):
+        given = parameters if name == "results" else {**named, **parameters}
+        outputs = [output for cell in papermill(name, tmp_path, made, given) for output in cell["outputs"]]
+        return json.dumps([output for output in outputs if output.get("name") != "stderr"])
+
+    return run
+
+
+NAMED = {"teacher": "teacher", "student": "student", "dataset": "text.jsonl"}
+OF_A_KERNEL = {"max_length": 48, "batch_size": 2, "max_steps": 4, "check_teacher": False, "eval_tokens": 300}
+SPENT = "1s"
+"""A time budget that is over before anything is trained."""
+
+
+def test_a_session_without_a_record_ends_its_kernel_well(kernel_of, tmp_path):
+    """The budget is over while the models are scored: what there is to see is shown, by results.ipynb too."""
+    shown = kernel_of("distill", out="run", settings=OF_A_KERNEL, time_budget=SPENT)
+    assert not (tmp_path / "run" / "records.jsonl").exists()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "paused"
+    assert "of the time budget of 1 s are used" in shown and "paused ['config.json'" in shown.replace("[\\'", "['")
+    shown = kernel_of("results", run="run")
+    assert "paused, step 0 of 4, session 1, " in shown and "There is no verdict yet." in shown
+    assert "run/report.html" in shown
+    assert not (tmp_path / "status.json").exists()  # nothing failed
+
+
+@pytest.mark.parametrize("files", ["config.json", "config.json status.json"])
+def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
+    (tmp_path / "run").mkdir()
+    for name, content in {"config.json": {"kd_method": "none"}, "status.json": {"state": "running"}}.items():
+        if name in files.split():
+            (tmp_path / "run" / name).write_text(json.dumps(content))
+    shown = kernel_of("results", run="run")
+    assert "There is no verdict yet." in shown and shown.count("image/png") == 5
+    assert ("running" if "status" in files else "begun, status.json can't be read") in shown
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_results_of_no_run_end_their_kernel_well(kernel_of, tmp_path):
+    kernel_of("results", run="nowhere")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["reason"].startswith("ValueError: nowhere holds no run")
+
+
+def test_ways_that_are_finished_are_shown_where_the_time_ends(kernel_of, settings, tmp_path):
+    config = Config.from_dict({**settings, **OF_A_KERNEL, "control": "full"})
+    list(distill(config.replace(kd_method="shared_prefix"), tmp_path / "ways" / "shared_prefix"))
+    ways = {"methods": ["shared_prefix", "shared_vocab", "inside_tokens"], "parts": {}, "out": "ways"}
+    changes = {name: value for name, value in settings.items() if name not in ("teacher", "student", "dataset")}
+    shown = kernel_of("losses_compared", **ways, settings={**changes, **OF_A_KERNEL}, time_budget=SPENT)
+    assert "shared_vocab was paused: " in shown
+    assert "| shared_prefix |" in shown and "| shared_vocab |" not in shown
+    assert shown.count("image/png") == 2
+    assert not (tmp_path / "ways" / "inside_tokens").exists()
+    assert (tmp_path / "ways" / "shared_prefix" / "verdict.json").exists()
+
+
+@pytest.mark.parametrize("name", ["losses_compared", "teacher_cache"])
+def test_a_notebook_whose_time_is_over_at_once_ends_its_kernel_well(kernel_of, tmp_path, name):
+    shown = kernel_of(name, out="made", settings=OF_A_KERNEL, time_budget=SPENT)
+    assert ("was paused: " if name == "losses_compared" else "shards are missing: run this again.") in shown
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_a_comparison_of_caches_may_pause(kernel_of, tmp_path, pair, settings):
+    """The cache is whole, and no time is left to train from it."""
+    named = {name: str(pair / file) for name, file in NAMED.items()}
+    list(cache.write(Config.from_dict({"kd_top_k": 64, **OF_A_KERNEL, **named}), tmp_path / "made"))
+    shown = kernel_of("teacher_cache", out="made", settings=OF_A_KERNEL, time_budget=SPENT)
+    assert "The cache is complete." in shown and "live teacher was paused: " in shown
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_every_cell_that_may_fail_is_guarded():
+    """A batch kernel that ends with an error loses its files: what runs, reads or draws stands under `kernel.guard`."""
+    risky = re.compile(r"\b(distill|cache\.write|examine|sentence|read_\w+|write_report|plots\.\w+|charts\.\w+)\(")
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            for node in ast.parse("".join(cell["source"])).body:
+                guards = ["guard" in ast.unparse(node.items[0])] if isinstance(node, ast.With) else [
+                    "guard" in ast.unparse(item) for item in ast.walk(node) if isinstance(item, ast.With)
+                ]  # fmt: skip
+                assert any(guards) or not risky.search(ast.unparse(node)), (path.stem, ast.unparse(node))
 
 
 def test_what_is_stale_is_seen():
