@@ -28,10 +28,13 @@ class Reader:
 
     @functools.cached_property
     def marks(self):
-        """`(special, added)`: ids of the special tokens, and of all tokens that were added to the vocabulary."""
+        """`(special, added)`: ids of the special tokens, and of all tokens that were added to the vocabulary; without the
+        one for unknown text, unless it also ends a text.
+        """
         added = self.tokenizer.added_tokens_decoder
-        special = {index for index, token in added.items() if token.special}
-        return special | set(self.tokenizer.all_special_ids), set(added)
+        special = {index for index, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
+        unknown = {self.tokenizer.unk_token_id} - {self.tokenizer.eos_token_id}
+        return special - unknown, set(added) - unknown
 
     def prefix_of(self, document):
         """Ids in front of each window of a document: what a chat template renders is complete."""

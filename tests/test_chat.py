@@ -305,7 +305,7 @@ CONVERSATIONS = {
     "ten turns": talk(*(f"{word} {i}" for i in range(10) for word in ("Question", "The answer is: a cat"))),
     "a question at the end": talk("Where?", "a", "And then?"),
     "thoughts": talk("Where?", "<think>\nhm\n</think>\n\nThe mat.", "And?", "<think>\nthe cat\n</think>\n\na"),
-    "placeholders": talk("kdlib0z", "kdlib1z kdlibx0z", "kdlib", "a"),
+    "placeholders": talk("kdlib0z", "<think>\nhm\n</think>\n\nkdlib0z kdlibx0z", "kdlib", "a"),
     "white space of all kinds": talk("\t\r\nx\u3000", "\u3000東京\t", "a\x0b", "\x0b東"),
 }  # fmt: skip
 BASES = ("byte_level", "unigram")
@@ -523,6 +523,13 @@ def test_marks_may_take_in_the_blanks_around_them():
     encoded = data.encode(Document("", talk("Where?", "\n the mat", "And?", "a \n")), reader)
     assert learned_by(encoded, reader) == ["\n the mat<|end|>", "a \n<|end|>"]
     assert encoded.lengths[encoded.learn].sum() == len("\n the mata \n")
+
+
+def test_unknown_text_behind_an_answer_is_no_end_mark():
+    reader = make_reader("{% for m in messages %}{{ m.content }} \u2603 {% endfor %}", [], [], "word_piece")
+    assert reader.tokenizer("\u2603", add_special_tokens=False)["input_ids"] == [reader.tokenizer.unk_token_id]
+    encoded = data.encode(Document("", talk("The dog", "the cat")), reader)
+    assert [part.replace(" ", "") for part in learned_by(encoded, reader)] == ["thecat"]
 
 
 ENDS = {"Llama 2": "</s>", "Mistral": "</s>", "Zephyr": "</s>", "Llama 3": "<|eot|>", "ChatML": "<|im_end|>"}
