@@ -26,10 +26,13 @@ MIN_DOCUMENTS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text, or a conversation: `messages` is a tuple of (role, content) and `text` then stays empty."""
+    """A text, or a conversation: `messages` is a tuple of (role, content) and `text` then stays empty. `source` names the
+    file and record of a conversation, for error messages.
+    """
 
     text: str
     messages: tuple = ()
+    source: str = dataclasses.field(default="", compare=False)
 
     @property
     def key(self):
@@ -231,7 +234,7 @@ def _from_rows(rows, text_field, source):
         place = f"{source} record {number}"
         if row.get("messages"):
             _check_characters(row["messages"], place)
-            documents.append(Document("", _messages(row["messages"], source, number)))
+            documents.append(Document("", _messages(row["messages"], source, number), place))
             continue
         if text_field not in row:
             fields = ", ".join(row) or "no fields"
@@ -261,7 +264,8 @@ def _messages(messages, source, number):
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str) or not content.strip():
+        no_answer = role == "assistant" and isinstance(content, str) and not content.strip()
+        if not isinstance(role, str) or not isinstance(content, str) or no_answer:
             raise ValueError(f"{source} record {number}: a message needs a role and a content that is text")
         turns.append((role, content))
     if "assistant" not in [role for role, _ in turns]:

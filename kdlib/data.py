@@ -4,10 +4,11 @@ The only place that shifts labels: `labels[i]` is the token that follows positio
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
-from kdlib import align
+from kdlib import align, chat
 
 IGNORE = -100
 
@@ -24,6 +25,20 @@ class Reader:
     """Tokens the model can read at once; 0: unknown."""
     suffix: tuple = ()
     """Ids that the tokenizer puts behind a text by itself. kdlib leaves them out: a text goes on in the next window."""
+
+    @functools.cached_property
+    def marks(self):
+        """`(special, added)`: ids of the special tokens, and of all tokens that were added to the vocabulary; without the
+        one for unknown text, unless it also ends a text.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        special = {index for index, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
+        unknown = {self.tokenizer.unk_token_id} - {self.tokenizer.eos_token_id}
+        return special - unknown, set(added) - unknown
+
+    def prefix_of(self, document):
+        """Ids in front of each window of a document: what a chat template renders is complete."""
+        return [] if document.messages and self.tokenizer.chat_template else self.prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,67 +153,64 @@ def _after_a_line_break(reader, byte_strings):
 def encode(document, reader):
     """One document through one tokenizer, as `Encoded`.
 
-    A conversation goes through the tokenizer's own chat template, each content is tokenised by itself, and only contents
-    are text; in the shared count of bytes they lie behind each other, one byte apart. Answers (role `assistant`) are
-    learned, with the special token that ends them.
+    A conversation goes through the tokenizer's own chat template and is tokenized at once, so its ids are those of
+    `apply_chat_template`. Only contents are text; in the shared count of bytes they follow each other, one byte apart.
+    Answers (role `assistant`) are learned, with all that the template puts behind them up to the last special token of
+    their turn. Raises ValueError that names the record if the template does not take the conversation.
     """
-    if not document.messages:
-        return _encode_text(document.text, 0, True, reader)
-    pieces = _chat_pieces(document.messages, reader.tokenizer)
-    parts = [
-        _encode_marks(text, answer, reader) if base is None else _encode_text(text, base, answer, reader)
-        for text, base, answer in pieces
-    ]
-    for part, (_, base, _) in zip(parts, pieces[1:], strict=False):
-        if base is not None and len(part) and not part.is_text[-1]:
-            part.ends[-1], part.boundary[-1] = base, True  # has read up to the content's first byte
-    return Encoded(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Encoded)))
-
-
-def _encode_text(text, base, learn, reader):
-    coded = reader.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if document.messages:
+        return _encode_chat(document, reader)
+    coded = reader.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.array(coded["input_ids"], dtype=np.int64)
-    spans = align.spans(text, coded["input_ids"], coded["offset_mapping"], reader.vocabulary)
+    spans = align.spans(document.text, coded["input_ids"], coded["offset_mapping"], reader.vocabulary)
     every = np.ones(len(ids), dtype=bool)
     lengths = np.diff(spans.ends, prepend=0)
-    return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every & learn)
+    return Encoded(ids, spans.ends, spans.boundary, spans.faithful, lengths, every, every)
 
 
-def _encode_marks(text, after_answer, reader):
-    """Marks of a chat template; the first of them is learned where it is the special token that ends an answer."""
-    ids = np.array(reader.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    never = np.zeros(len(ids), dtype=bool)
-    learn = never.copy()
-    learn[:1] = after_answer and len(ids) and int(ids[0]) in reader.tokenizer.all_special_ids
-    zeros = np.zeros(len(ids), dtype=np.int64)
-    return Encoded(ids, zeros, never.copy(), never.copy(), zeros.copy(), never, learn)
+def _encode_chat(document, reader):
+    try:
+        text, contents = chat.lay_out(document.messages, reader.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{document.source}: {error}" if document.source else str(error)) from None
+    tokens = chat.tokenize(text, contents, reader)
+    made = Encoded(tokens.ids, *(np.zeros(len(tokens.ids), kind) for kind in (int, bool, bool, int, bool, bool)))
+    for content in contents:
+        _encode_content(made, tokens, content, text, reader)
+    return made
 
 
-def _chat_pieces(messages, tokenizer):
-    """A conversation as (text, base, answer) in order: base is None for marks of the template, else the shared byte
-    where this content starts.
-    """
-    if tokenizer.chat_template:
-        turns = [{"role": role, "content": content} for role, content in messages]
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    else:
-        end = {"assistant": tokenizer.eos_token or ""}
-        rendered = "".join(f"{role.capitalize()}: {text.strip()}{end.get(role, '')}\n" for role, text in messages)
-    pieces, cursor, base, answer = [], 0, 1, False
-    for role, content in messages:
-        content = content.strip()
-        start = rendered.find(content, cursor)
-        if start < 0:
-            raise ValueError(f"the chat template of {tokenizer.name_or_path} leaves out or changes a {role} message")
-        if start > cursor:
-            pieces.append((rendered[cursor:start], None, answer))
-        answer = role == "assistant"
-        pieces.append((content, base, answer))
-        base += len(content.encode()) + 1
-        cursor = start + len(content)
-    if cursor < len(rendered):
-        pieces.append((rendered[cursor:], None, answer))
-    return pieces
+def _encode_content(made, tokens, content, text, reader):
+    """Fill in one content of a conversation: its tokens, the boundary in front of them, the end mark behind them."""
+    first, after = np.searchsorted(tokens.ends, [content.start, content.end], "right")
+    if first and not made.is_text[first - 1]:
+        made.ends[first - 1], made.boundary[first - 1] = content.base, True  # has read up to the content's first byte
+    if first < after:
+        run, start = slice(first, after), min(int(tokens.starts[first]), content.start)
+        blanks = len(text[start : content.start].encode())  # the first token may begin with blanks of the template
+        offsets = np.stack([tokens.starts[run], tokens.ends[run]], axis=1) - start
+        spans = align.spans(text[start : content.end], tokens.ids[run].tolist(), offsets, reader.vocabulary)
+        ends = np.maximum(spans.ends - blanks, 0)
+        made.ends[run], made.boundary[run], made.faithful[run] = ends + content.base, spans.boundary, spans.faithful
+        made.lengths[run] = np.diff(ends, prepend=0)
+        made.faithful[first] &= not blanks
+        made.is_text[run], made.learn[run] = True, content.is_answer
+    special, added = reader.marks
+    tail = _tail(tokens, after, content.turn_end, text)
+    ends = [i for i in tail if tokens.ids[i] in special] or [i for i in tail if tokens.ids[i] in added]
+    if ends:
+        made.learn[after : ends[-1] + 1] = True
+
+
+def _tail(tokens, first, turn_end, text):
+    """The tokens from `first` on that lie in a turn; blanks behind it, which some special tokens take in, do not count."""
+    tail = []
+    for i in range(first, len(tokens.ids)):
+        start = int(tokens.starts[i])
+        if start + len(text[start : tokens.ends[i]].rstrip()) > turn_end:
+            break
+        tail.append(i)
+    return tail
 
 
 def cut_windows(document, student, teacher, student_reader, teacher_reader, max_length, number=0):
@@ -206,11 +218,12 @@ def cut_windows(document, student, teacher, student_reader, teacher_reader, max_
 
     A text is cut where both tokenizations have read the same bytes, so nothing is tokenised twice and no token is torn;
     each window starts with what the tokenizer puts before a text, and the last one ends with the student's
-    end-of-text. A conversation is one window, cut off at `max_length`.
+    end-of-text. A conversation is one window, cut off at `max_length`, with nothing around what its chat template renders.
     """
     pairs = align.align(student, teacher)
-    room = max_length - len(student_reader.prefix) - (0 if document.messages else len(student_reader.eos))
-    teacher_room = (teacher_reader.context or 10**9) - len(teacher_reader.prefix)
+    prefixes = [reader.prefix_of(document) for reader in (student_reader, teacher_reader)]
+    room = max_length - len(prefixes[0]) - (0 if document.messages else len(student_reader.eos))
+    teacher_room = (teacher_reader.context or 10**9) - len(prefixes[1])
     if room < 1 or teacher_room < 1:
         raise ValueError(f"max_length {max_length} leaves no room for text beside the tokenizer's own marks")
     if document.messages:
@@ -225,7 +238,7 @@ def cut_windows(document, student, teacher, student_reader, teacher_reader, max_
         rows = slice(low, max(low, high))
         near = align.Alignment(pairs.student[rows] - s0, pairs.teacher[rows] - t0, pairs.ends[rows], pairs.usable[rows])
         ours, theirs = student.cut(s0, s1), teacher.cut(t0, t1)
-        windows.append(_window(ours, theirs, near, student_reader.prefix, teacher_reader.prefix, eos, number))
+        windows.append(_window(ours, theirs, near, *prefixes, eos, number))
     return windows
 
 
@@ -250,12 +263,7 @@ def _cuts(student, teacher, pairs, room, teacher_room):
 def _window(student, teacher, pairs, student_prefix, teacher_prefix, eos, number):
     learned = pairs.usable & np.append(student.learn, False)[pairs.student + 1]
     learned &= (pairs.student + 1 < len(student)) & (pairs.teacher + 1 < len(teacher))
-    # both sides score the bytes after their first common boundary and up to their last
-    first, last = (pairs.ends[0], pairs.ends[-1]) if len(pairs) else (0, 0)
-    ours, num_bytes = _scored(student, first, last)
-    theirs, their_bytes = _scored(teacher, first, last)
-    if num_bytes != their_bytes:  # a normaliser ate text at the end of a content: nothing here to compare
-        ours, theirs, num_bytes = ours & False, theirs & False, 0
+    (ours, theirs), num_bytes = _scored(student, teacher, pairs.ends)
     targets = student.learn & student.is_text
     whole = _spans(student, teacher, pairs)[learned]
     ends = np.append(pairs.student[1:], 0)[learned], np.append(pairs.teacher[1:], 0)[learned]
@@ -285,10 +293,21 @@ def _spans(student, teacher, pairs):
     return whole
 
 
-def _scored(encoded, first, last):
-    """The tokens whose end lies in `(first, last]` and that are learned text, and the bytes they cover."""
-    counts = encoded.learn & encoded.is_text & (encoded.ends > first) & (encoded.ends <= last)
-    return counts, int(encoded.lengths[counts].sum())
+def _scored(student, teacher, boundaries):
+    """`((student's, teacher's), bytes)`: the tokens that are learned text between common boundaries, and the bytes that
+    they cover. Between two boundaries where one side covers fewer bytes nothing is scored: there a template trimmed a
+    content, or a normaliser ate its end.
+    """
+    stretches, counted, covered = [], [], []
+    for side in (student, teacher):
+        stretch = np.searchsorted(boundaries, side.ends)  # 0 before the first boundary, len(boundaries) after the last
+        counted.append(side.learn & side.is_text & (stretch > 0) & (stretch < len(boundaries)))
+        lengths = np.where(counted[-1], side.lengths, 0)
+        covered.append(np.bincount(stretch, lengths, minlength=len(boundaries) + 1).astype(np.int64))
+        stretches.append(stretch)
+    same = covered[0] == covered[1]
+    scored = [mask & same[stretch] for mask, stretch in zip(counted, stretches, strict=True)]
+    return scored, int(covered[0][same].sum())
 
 
 def _shifted(encoded, scored, prefix, suffix):

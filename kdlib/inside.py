@@ -89,7 +89,10 @@ def _pieces(reader, ids, rows):
     if reader.eos and ids[-1] == reader.eos[-1]:
         last -= len(reader.eos)
     texts = [(vocabulary.tokens[index] or b"").decode("utf-8", "backslashreplace") for index in ids]
-    edges = [len(reader.prefix), *(int(row) + 1 for row in rows), last]
+    first = (
+        len(reader.prefix) if list(ids[: len(reader.prefix)]) == reader.prefix else 0
+    )  # a chat template may write none
+    edges = [first, *(int(row) + 1 for row in rows), last]
     return [texts[start:stop] for start, stop in itertools.pairwise(edges)]
 
 

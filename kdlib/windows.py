@@ -20,8 +20,8 @@ import pyarrow as pa
 from kdlib import data, env, records
 from kdlib.corpus import Document
 
-FORMAT = 1
-"""Goes up when what is made of the same text changes, here or in `data`, `align` and `vocab`."""
+FORMAT = 2
+"""Goes up when what is made of the same text changes, here or in `data`, `chat`, `align` and `vocab`."""
 PARALLEL_CHARS, SHOWN_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
 """Text for each process beyond the first; text that takes so long that a bar is shown; text in one batch of a file."""
 
@@ -35,6 +35,8 @@ SCHEMA = pa.schema(
     + [(name, pa.list_(pa.bool_())) for name in MARKS]
     + [(name, pa.int64()) for name in NUMBERS + COUNTS]
 )
+DOCUMENT = pa.schema([(name, pa.large_string()) for name in ("text", "messages", "source")] + [("number", pa.int64())])
+"""A document on its way to the processes that tokenize it."""
 
 
 class Windows(collections.abc.Sequence):
@@ -231,8 +233,8 @@ def _mapping(num_chars, num_documents):
 def _read(batch, student, teacher, max_length):
     """The table of the windows of some documents."""
     windows, counts = [], []
-    for text, messages, number in zip(batch["text"], batch["messages"], batch["number"], strict=True):
-        document = Document(text, tuple(map(tuple, json.loads(messages))))
+    for text, messages, source, number in zip(*(batch[name] for name in DOCUMENT.names), strict=True):
+        document = Document(text, tuple(map(tuple, json.loads(messages))), source)
         ours, theirs = (data.encode(document, reader) for reader in (student, teacher))
         cut = data.cut_windows(document, ours, theirs, student, teacher, max_length, number)
         told = [int(n) for side in (ours, theirs) for n in ((side.faithful & side.is_text).sum(), side.is_text.sum())]
@@ -260,16 +262,16 @@ def _document_columns(batch):
     return {
         "text": [document.text for _, document in batch],
         "messages": [json.dumps(document.messages) for _, document in batch],
+        "source": [document.source for _, document in batch],
         "number": [number for number, _ in batch],
     }
 
 
 def _write_documents(path, documents):
     """The documents as a file that several processes can read."""
-    schema = pa.schema([("text", pa.large_string()), ("messages", pa.large_string()), ("number", pa.int64())])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, DOCUMENT) as stream:
         for batch in _batched(documents):
-            stream.write_table(pa.table(_document_columns(batch), schema))
+            stream.write_table(pa.table(_document_columns(batch), DOCUMENT))
 
 
 def _clear(folder):

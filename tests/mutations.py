@@ -32,6 +32,7 @@ GPU_FACTS, SELF_TEST = "test_gpu_facts.py", "test_self_test.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
+CHAT = "test_chat.py"
 WISHES, PANEL = "test_wishes.py", "test_dashboard.py"
 RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
 WITHIN, READING = "test_inside_tokens.py", "test_reading.py"
@@ -69,8 +70,25 @@ MUTANTS = {
     "BOS forgotten in the rows": ("data.py", "student_rows=rows[0] + len(student_prefix)", "student_rows=rows[0]", [DATA]),
     "teacher fed student ids": ("batching.py", '_side(windows, "teacher", theirs', '_side([dataclasses.replace(w, teacher_ids=w.student_ids, teacher_labels=w.student_labels, teacher_scored=w.student_scored) for w in windows], "teacher", theirs', [DATA, TRAIN]),
     "rows of a batch not moved": ("batching.py", "[row * shape[1] + start for row, start, _ in spots]", "[start for row, start, _ in spots]", [DATA]),
-    "prompts learned too": ("data.py", "return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every & learn)",
-                            "return Encoded(ids, spans.ends + base, spans.boundary, spans.faithful, lengths, every, every)", [DATA]),
+    "a space in front for what has none": ("inside.py", "if list(ids[: len(reader.prefix)]) == reader.prefix else 0", "if True else 0", [CHAT]),
+    "placeholders that a content may hold": ("chat.py", "while stem in text or any(stem in content for _, content in messages):", "while False:", [CHAT]),
+    "a place that was not verified": ("chat.py", "if text.startswith(form + behind, cursor):", "if True:", [CHAT]),
+    "contents counted as they are trimmed": ("chat.py", "content[: _skipped(content, text[start:end])]", "content[:0]", [CHAT]),
+    "contents in the template's order": ("chat.py", "if start >= cursor and end <= min(", "if True or end <= min(", [CHAT]),
+    "the end of the last turn behind every answer": ("chat.py", "_common(ending, text[end : end + len(ending)])", "len(ending)", [CHAT]),
+    "tokens torn between template and content": ("chat.py", "        if not torn:", "        if True:", [CHAT]),
+    "a space in front of every piece": ("chat.py", 'for lead in LEADS if start and reader.vocabulary.adds_space else ("",):', 'for lead in ("",):', [CHAT]),
+    "a traceback of the template's": ("chat.py", "    except Exception as error:  # noqa: BLE001 - a template", "    except KeyError as error:  # noqa: BLE001 - a template", [CHAT]),
+    "a record without a name": ("data.py", 'f"{document.source}: {error}" if document.source else str(error)', "str(error)", [CHAT, WINDOWS]),
+    "a name that gets lost": ("windows.py", '"source": [document.source for _, document in batch]', '"source": ["" for _, document in batch]', [WINDOWS]),
+    "two beginnings of a conversation": ("data.py", "return [] if document.messages and self.tokenizer.chat_template else self.prefix", "return self.prefix", [CHAT]),
+    "an end of the turn that comes first": ("data.py", "made.learn[after : ends[-1] + 1] = True", "made.learn[after : after + 1] = ends[0] == after", [CHAT]),
+    "only tokens with a role are special": ("data.py", "return special - unknown, set(added) - unknown", "return set(self.tokenizer.all_special_ids) - unknown, set()", [CHAT]),
+    "unknown text ends a turn": ("data.py", "return special - unknown, set(added) - unknown", "return special, set(added)", [CHAT]),
+    "blanks of the template are the content's": ("data.py", "made.faithful[first] &= not blanks", "pass", [CHAT]),
+    "an end that takes in what follows": ("data.py", "len(text[start : tokens.ends[i]].rstrip()) > turn_end", "len(text[start : tokens.ends[i]]) > turn_end", [CHAT]),
+    "scored where one side covers less": ("data.py", "same = covered[0] == covered[1]", "same = covered[0] >= 0", [CHAT]),
+    "prompts learned too": ("data.py", "made.learn[run] = True, content.is_answer", "made.learn[run] = True, True", [DATA]),
     "padding not masked": ("batching.py", "(pad, np.int64), (0, np.int64),", "(pad, np.int64), (1, np.int64),", [DATA]),
     "boundaries inside characters": ("align.py", "alone & _between_characters(data, ends) & _last_with_its_end(ends)",
                                      "alone & _last_with_its_end(ends)", [ALIGN]),
@@ -416,7 +434,7 @@ MUTANTS = {
     "attention of the last layer only": ("inside.py", "torch.stack(maps).double().mean(dim=0)", "maps[-1].double()", [INSIDE]),
     "a watched model stays watched": ("inside.py", "        hooks.watch_attention(model, was_watched)\n", "", [INSIDE]),
     "layers at the positions before": ("inside.py", "seen.layers[i][0][rows.to(model.device)]", "seen.layers[i][0][(rows - 1).clamp(min=0).to(model.device)]", [INSIDE]),
-    "pieces with what stands around the text": ("inside.py", "edges = [len(reader.prefix), *", "edges = [0, *", [INSIDE]),
+    "pieces with what stands around the text": ("inside.py", "edges = [first, *", "edges = [0, *", [INSIDE]),
     "any failure inside is let pass": ("inside.py", "if not isinstance(error, ValueError) and not memory.ran_out(error):", "if False:", [INSIDE]),
     "sizes of the other side": ("inside.py", "np.minimum(ours[known], MANY) - 1, np.minimum(theirs[known], MANY) - 1", "np.minimum(theirs[known], MANY) - 1, np.minimum(ours[known], MANY) - 1", [INSIDE]),
     "averaging upside down": ("plots.py", "both[False] - both[True]", "both[True] - both[False]", [FIGURES]),

@@ -143,6 +143,13 @@ def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
     assert len(set(keys)) == 4
 
 
+def test_the_name_does_not_tell_where_a_document_comes_from(read):
+    cut_all()
+    read.clear()
+    cut_all([dataclasses.replace(document, source="a.jsonl record 1") for document in DOCUMENTS])
+    assert read == []
+
+
 def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
     """In a process of its own, by SIGKILL, when some windows lie in the file: half-made files are left, and cleared away."""
     monkeypatch.setattr(windows, "BATCH_CHARS", 100)
@@ -228,8 +235,12 @@ def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request
         request.getfixturevalue("two_processes")
     monkeypatch.setattr(windows, "BATCH_CHARS", 100)
     rude = other(PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "Hello"))
-    with pytest.raises(ValueError, match="leaves out or changes a user message") as raised:
-        cut_all(ours=dataclasses.replace(PAIR[0], tokenizer=rude))
+    named = [dataclasses.replace(each, source=f"a.jsonl record {i}") for i, each in enumerate(DOCUMENTS, start=1)]
+    first = 1 + DOCUMENTS.index(CHAT)
+    with pytest.raises(
+        ValueError, match=rf"^a.jsonl record {first}: .* leaves out or changes a user message$"
+    ) as raised:
+        cut_all(named, ours=dataclasses.replace(PAIR[0], tokenizer=rude))
     assert "\n" not in str(raised.value)
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
 
