@@ -1,19 +1,16 @@
 """The command line: `kdlib demo | doctor | distill | cache | evaluate | report`."""
 
-import io
 import json
 import os
 import sys
-import threading
 import traceback
 from pathlib import Path
-
-import tqdm
 
 import kdlib.config
 from kdlib import keys
 from kdlib.budget import Clock, spoken
 from kdlib.config import Config
+from kdlib.progress import Progress
 
 USAGE = """kdlib distils a large language model into a small one that has another tokenizer.
 
@@ -32,9 +29,6 @@ cache: --resume A,B takes over parts that others wrote, --writer 2/3 makes this 
 doctor looks at the machine alone where no models are named; --accelerator NvidiaTeslaT4 tells it what was asked for.
 Keys of distill, demo, cache and doctor, with their defaults:
 """
-SHOWN = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-FIRST_LINE_S, LINE_EVERY_S = 2.0, 5.0
-"""Outside a terminal: seconds to the first line of progress, longer than a refusal takes, and between lines."""
 PLAIN = ("out", "json", "help", "resume", "writer", "accelerator", "self_test")
 
 
@@ -235,92 +229,6 @@ def _show(record, config, out, progress):
         progress.say("\n".join(_verdict_lines(record, out)))
     elif record["kind"] == "paused":
         progress.say(f"Paused: {record['reason']}.")
-
-
-class Progress:
-    """Shows on stderr what is being done now and how far the training is: as bars in a terminal, as a line every few seconds
-    elsewhere. A thread keeps the clocks moving, so that a long piece of work is never silent.
-    """
-
-    def __init__(self, phase):
-        self.is_terminal = sys.stderr.isatty()
-        self.phase_bar, self.training_bar, self.phase, self.training = None, None, "", ""
-        self.ended, self.lock = threading.Event(), threading.RLock()
-        self(phase, 0, 0)
-        threading.Thread(target=self._keep_moving, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.ended.set()
-        with self.lock:
-            self._end_phase()
-            self._end_training()
-
-    def __call__(self, phase, done, total):
-        """Says that `done` of `total` pieces of a phase are done; a total of 0 is unknown, an empty phase is none."""
-        with self.lock:
-            if phase != self.phase:
-                self._end_phase()
-                self.phase, self.phase_bar = phase, self._bar(phase, total, leave=False) if phase else None
-            if self.phase_bar is not None:
-                _set(self.phase_bar, done, total)
-
-    def train(self, name, step, last_step, more):
-        """The same of a training, whose bar stays between phases; `more` is shown behind it."""
-        with self.lock:
-            self._end_phase()
-            if name != self.training:
-                self._end_training()
-                self.training, self.training_bar = name, self._bar(name, last_step)
-            self.training_bar.set_postfix_str(more, refresh=False)
-            _set(self.training_bar, step, last_step)
-            if step == last_step:
-                self._end_training()
-
-    def say(self, text):
-        """Prints lines on stdout, between the bars."""
-        with self.lock:
-            self._end_phase()
-            tqdm.tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def _bar(self, name, total, leave=True):
-        shown = SHOWN if total else "{desc} [{elapsed}]"
-        file = sys.stderr if self.is_terminal else io.StringIO()
-        return tqdm.tqdm(total=total or None, desc=name, bar_format=shown, mininterval=0.3, leave=leave, file=file)
-
-    def _show(self, bar):
-        if self.is_terminal:
-            bar.refresh()
-        else:
-            print(bar, file=sys.stderr, flush=True)
-
-    def _end_phase(self):
-        if self.phase_bar is not None:
-            self.phase_bar.close()
-        self.phase, self.phase_bar = "", None
-
-    def _end_training(self):
-        if self.training_bar is not None:
-            self._show(self.training_bar)
-            self.training_bar.close()
-        self.training, self.training_bar = "", None
-
-    def _keep_moving(self):
-        wait_s = 1.0 if self.is_terminal else FIRST_LINE_S
-        while not self.ended.wait(wait_s):
-            wait_s = wait_s if self.is_terminal else LINE_EVERY_S
-            with self.lock:
-                for bar in (self.training_bar, self.phase_bar):
-                    if bar is not None and not self.ended.is_set():
-                        self._show(bar)
-
-
-def _set(bar, done, total):
-    bar.total, bar.n = total or None, done
-    bar.update(0)
 
 
 def _start_lines(start):

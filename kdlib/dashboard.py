@@ -1,12 +1,12 @@
 """The panel of a run under way: what it is at, what it looks like, and buttons to pause it, save it, look at it.
 
     panel = dashboard.Panel()
-    for record in distill(config, out, wishes=panel.wishes):
+    for record in distill(config, out, wishes=panel.wishes, on_progress=panel.progress):
         panel.show(record)
     panel.close()
 
 It takes less than a hundredth of the time, and whatever goes wrong in it is no business of the run's. Where nobody sits in
-front it shows nothing until `close`, and then one plain figure.
+front it writes a line of progress on stderr every minute and at `close` shows one plain figure.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import html
 import math
 import warnings
 
-from kdlib import budget, front, records
+from kdlib import budget, front, progress, records
 from kdlib.cockpit import cockpit
 from kdlib.style import NAMES, known, number, written
 
@@ -26,6 +26,8 @@ READ_EVERY_S = 0.2
 MOST_RECORDS = 1500
 """Train records kept of one student; of longer runs every second, every fourth."""
 MOST_ALERTS = 4
+LINE_EVERY_S = 60.0
+"""Seconds between two lines of progress where nobody sits in front."""
 BUTTONS = {
     "pause": ("Pause and save", "pause", "Stop here with everything saved; the same cell goes on from there"),
     "save": ("Save now", "save", "Write a checkpoint and go on"),
@@ -104,6 +106,7 @@ class Panel:
                 empty_s = -self.clock.now()
                 cockpit([]).png()
                 empty_s += self.clock.now()
+        self.lines = None if self.widgets else progress.Progress("loading", LINE_EVERY_S)
         self.opened, self.spent_s, self.read_at = self.clock.now(), 0.0, -math.inf
         self.text = Account(self.clock, TEXT_SHARE, GUESSED_TEXT_S)
         self.figure = Account(self.clock, FIGURE_SHARE, EMPTY_FIGURES * empty_s)
@@ -129,11 +132,26 @@ class Panel:
                 self._see(record)
         self.spent_s += self.clock.now() - started
 
+    def progress(self, phase, done, total):
+        """Shows what is being done between two records, as `distill` says it to its `on_progress`. Never raises."""
+        self._read_clicks()
+        started = self.clock.now()
+        with self._at_own_risk():
+            self.seen.phase = f"{phase}: {done:,} of {total:,}" if total else phase
+            if self.lines:
+                self.lines(phase, done, total)
+            elif self.problem is None and self.text.allows():
+                with self.text.spending():
+                    self.widgets.show_text(self.seen, started)
+        self.spent_s += self.clock.now() - started
+
     def close(self):
         """The last state; without a front end the figure: displayed in a notebook, given back elsewhere."""
         if self.closed:
             return None
         self.closed, made = True, None
+        if self.lines:
+            self.lines.close()
         if self.problem is None or not self.widgets:
             with self._at_own_risk():
                 made = self._last()
@@ -172,6 +190,9 @@ class Panel:
             for earlier in records.read_records(records.RunFolder(self.out).records.path):
                 self.seen.add(earlier, self.clock.now())
         self.seen.add(record, self.clock.now())
+        if self.lines and record["kind"] == "train":
+            name = f"{NAMES[record['run']]} {record['repeat'] + 1}"
+            self.lines.train(name, record["step"] or 0, record["last_step"] or 0, f"{_spoken(record['left_s'])} left")
         if not self.widgets:
             return
         if self.text.allows():
@@ -195,7 +216,7 @@ class Seen:
 
     def __init__(self):
         self.trained, self.strides, self.scored, self.alerts, self.last = {}, {}, [], [], {}
-        self.count, self.notice, self.at = 0, "", 0.0
+        self.count, self.notice, self.at, self.phase = 0, "", 0.0, "loading"
 
     def all(self):
         return [*self.scored, *(record for rows in self.trained.values() for record in rows)]
@@ -215,7 +236,7 @@ class Seen:
         elif kind == "wish" and not record["answer"].startswith("evaluated"):
             self.notice = f"step {written(record['step'], ',')}: {record['answer']}"
         self.count += kind in ("train", "eval")
-        self.last[kind], self.last["any"] = record, record
+        self.last[kind], self.last["any"], self.phase = record, record, ""
         self.at = now if kind == "start" else self.at
 
     def _add_trained(self, record):
@@ -284,7 +305,12 @@ def _box(inside):
 
 
 def _headline(seen):
-    """What it is at, in one line."""
+    """What it is at, in one line, and the phase under way below it."""
+    phase = f"<div class='quiet'>{html.escape(seen.phase)} …</div>" if seen.phase else ""
+    return (_state(seen) if seen.last else "") + phase
+
+
+def _state(seen):
     end = seen.last["any"]
     if end["kind"] == "verdict":
         return f"<div><b>Done.</b> {html.escape(end['sentence'])}</div>"

@@ -34,7 +34,7 @@ FLOORS = [
     "memory precision schedule records env alerts",
     "keys",
     "config",
-    "budget findings style wishes files",
+    "budget findings style wishes files progress",
 ]
 FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 STANDARD_LIBRARY_ONLY = {
