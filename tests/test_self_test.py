@@ -257,7 +257,9 @@ def test_a_process_that_fails_or_takes_too_long_fails_its_check(bench, monkeypat
 
 def test_benchmarks_on_a_processor_have_one_thread(bench, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(bench, "_run", lambda command, room, environment: json.dumps(environment.get("OMP_NUM_THREADS")))
+    monkeypatch.setattr(
+        bench, "_run", lambda command, room, environment: json.dumps(environment.get("OMP_NUM_THREADS"))
+    )
     assert bench.process("benchmarks.step") == (None if bench.cuda else "1")
 
 
