@@ -16,7 +16,7 @@ USAGE = """kdlib distils a large language model into a small one that has anothe
 
   kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
   kdlib doctor [CONFIG.json] [--key value ...] [--json]       will it work here? machine, pair, memory, hours; 1 if not
-  kdlib doctor --self-test [--out DIR]                        run kdlib's own checks on this machine: 8 minutes on a card
+  kdlib doctor --self-test [--out DIR]                        run kdlib's own checks on this machine, with small models
   kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict; or the next session of it
   kdlib cache [CONFIG.json] --out DIR [--key value ...]       the teacher's part of a run, once: the same keys, then
                                                               distill ... --teacher-cache DIR needs no teacher

@@ -267,7 +267,7 @@ class Course:
         leg.since_best += 1
         found = []
         for model, record in scored:
-            if record["bits_per_byte"] < leg.best:
+            if leg.best_weights is None or math.isnan(leg.best) or record["bits_per_byte"] < leg.best:
                 leg.best, leg.best_step, leg.since_best = record["bits_per_byte"], leg.step, 0
                 leg.best_averaged, leg.best_weights = record["averaged"], models.copy_of(model)
             found += [record] if record["averaged"] else self._watched(leg, record)

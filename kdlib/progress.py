@@ -21,7 +21,8 @@ class Progress:
         self.phase_bar, self.training_bar, self.phase, self.training = None, None, "", ""
         self.ended, self.lock = threading.Event(), threading.RLock()
         self(phase, 0, 0)
-        threading.Thread(target=self._keep_moving, daemon=True).start()
+        self.thread = threading.Thread(target=self._keep_moving, name="kdlib-progress", daemon=True)
+        self.thread.start()
 
     def __enter__(self):
         return self
@@ -60,9 +61,9 @@ class Progress:
     def close(self):
         """Removes the bars and ends the thread."""
         self.ended.set()
-        with self.lock:
-            self._end_phase()
-            self._end_training()
+        self.thread.join()
+        self._end_phase()
+        self._end_training()
 
     def _bar(self, name, total, leave=True):
         shown = BAR if total else "{desc} [{elapsed}]"

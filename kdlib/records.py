@@ -159,6 +159,7 @@ class RunFolder:
     def open(self, config, env):
         """Write `config.json` and `env.json` of the session that begins."""
         try:
+            files.settle(self.path / "student")
             write_json(self.path / "config.json", config)
             write_json(self.path / "env.json", env)
             self.records.path.touch()

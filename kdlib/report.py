@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib import charts, plots, records
+from kdlib import charts, files, plots, records
 from kdlib.budget import spoken
 from kdlib.style import NAMES, known, written
 
@@ -119,7 +119,8 @@ def _draw(folder, name, plot, content):
     sources = {}
     for theme, suffix in (("light", ""), ("dark", "-dark")):
         image = plot(content, theme).png()
-        (folder / f"{name}{suffix}.png").write_bytes(image)
+        with files.atomic(folder / f"{name}{suffix}.png") as beside:
+            beside.write_bytes(image)
         sources[theme] = "data:image/png;base64," + base64.b64encode(image).decode()
     return (
         f'<picture><source srcset="{sources["dark"]}" media="(prefers-color-scheme: dark)">'

@@ -95,7 +95,7 @@ def take_over(found, folder):
 
 def bring_complete(found, folder, writes):
     """Releases `folder`, which holds the complete run: a copy if that came from elsewhere and this process writes. What a
-    kill at the end left of its teacher cache goes.
+    kill at the end left of its teacher cache, or half-written, goes.
     """
     if writes and folder.path.resolve() != found.source.path.resolve():
         for path in found.source.path.iterdir():
@@ -104,4 +104,6 @@ def bring_complete(found, folder, writes):
         files.copy(found.source.path / "status.json", folder.path / "status.json")  # last: it says that all is there
     elif writes:
         files.remove(folder.cache)
+        for left in list(folder.path.rglob("*.tmp")):
+            files.remove(left)
     folder.release()

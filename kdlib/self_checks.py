@@ -97,7 +97,8 @@ class Bench:
         """The last line of what a module of the checkout prints, as JSON. It runs in a process of its own."""
         if not (checkout() / "benchmarks" / "peak.py").exists():
             raise Skipped("benchmarks are in a checkout of kdlib only")
-        out = self._run([sys.executable, "-W", "ignore", "-m", *words], checkout(), env.of_a_process())
+        one_thread = {} if self.cuda else {"OMP_NUM_THREADS": "1"}  # as benchmarks are run: more would wait busily
+        out = self._run([sys.executable, "-W", "ignore", "-m", *words], checkout(), env.of_a_process(**one_thread))
         return json.loads(out.splitlines()[-1])
 
     def notebook(self, name, parameters):

@@ -74,7 +74,7 @@ class Session:
                 self.folder.acquire()
             self.found = resume.find(self.folder, wanted)
             self.before = self.found.status if self.found else {}
-            self.num_sessions = self.before.get("sessions", 0) + 1
+            self.num_sessions = (self.before.get("sessions") or 0) + 1
             if self.found and self.found.verdict is not None:
                 resume.refuse_another_run(self.found, {"config": config.to_dict()})
                 return

@@ -6,20 +6,21 @@ scarce. Made once and kept in the user's cache folder.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import math
-import shutil
 import sys
 import sysconfig
 import warnings
 from pathlib import Path
 
+import filelock
 import tokenizers
 import torch
 import transformers
 
-from kdlib import budget, data, env, models, precision, train
+from kdlib import budget, data, env, files, models, precision, train
 from kdlib.config import Config
 from kdlib.corpus import Document
 from kdlib.objective import Objective
@@ -32,6 +33,7 @@ TEACHER = {"vocab": 2048, "width": 128, "layers": 4, "heads": 4, "steps": 1200}
 STUDENT = {"vocab": 1024, "width": 64, "layers": 2, "heads": 4}
 STUDENT_CHARS = 200_000
 WINDOW = 128
+WAIT_S = 1.0
 TEACHER_CONFIG = Config(
     max_length=WINDOW, batch_size=8, learning_rate=3e-3, weight_decay=0.1, kd_method="none", lm_weight=1.0, warmup=0.03
 )
@@ -124,30 +126,42 @@ def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHA
     how long its teacher is trained; `student_chars`: how much text of its own the student gets; `chars`: of how much text in
     all.
 
-    Nothing half-made is ever taken for whole: everything is built beside and renamed at the end.
+    Nothing half-made is ever taken for whole. If another process is making it, this one waits and takes what it made.
     """
-    clock = clock or budget.Clock()
     home = folder(cache)
-    beside = home.with_name(home.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield "reading the standard library's docstrings", 0, 1
-    teacher_texts, student_texts, held = split(docstrings(chars), student_chars)
-    write_jsonl(beside / "train.jsonl", student_texts)
-    write_jsonl(beside / "held_out.jsonl", held)
-    yield "training two tokenizers", 0, 1
-    teacher_tokenizer = byte_level_bpe(teacher_texts, TEACHER["vocab"])
-    student_tokenizer = unigram(teacher_texts, STUDENT["vocab"])
-    torch.manual_seed(0)
-    teacher = llama(teacher_tokenizer, **TEACHER)
-    for record in train_teacher(teacher, teacher_tokenizer, teacher_texts, clock, steps):
-        yield "training the teacher, once", record.step, steps
-    save(teacher, teacher_tokenizer, beside / "teacher")
-    torch.manual_seed(0)
-    save(llama(student_tokenizer, **STUDENT), student_tokenizer, beside / "student")
-    (beside / "complete.json").write_text(json.dumps({"recipe": RECIPE, "bytes": sum(map(len, teacher_texts))}))
-    shutil.rmtree(home, ignore_errors=True)
-    beside.rename(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    lock, waited = filelock.FileLock(home.with_name(home.name + ".lock")), False
+    while not lock.is_locked:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=WAIT_S)
+            break
+        waited = True
+        yield "another process makes the embedded default", 0, 0
+    try:
+        if not (waited and is_ready(cache)):
+            yield from _make(home, clock or budget.Clock(), steps, student_chars, chars)
+    finally:
+        lock.release()
+
+
+def _make(home, clock, steps, student_chars, chars):
+    with files.atomic(home) as beside:
+        beside.mkdir()
+        yield "reading the standard library's docstrings", 0, 0
+        teacher_texts, student_texts, held = split(docstrings(chars), student_chars)
+        write_jsonl(beside / "train.jsonl", student_texts)
+        write_jsonl(beside / "held_out.jsonl", held)
+        yield "training two tokenizers", 0, 0
+        teacher_tokenizer = byte_level_bpe(teacher_texts, TEACHER["vocab"])
+        student_tokenizer = unigram(teacher_texts, STUDENT["vocab"])
+        torch.manual_seed(0)
+        teacher = llama(teacher_tokenizer, **TEACHER)
+        for record in train_teacher(teacher, teacher_tokenizer, teacher_texts, clock, steps):
+            yield "training the teacher, once", record.step, steps
+        save(teacher, teacher_tokenizer, beside / "teacher")
+        torch.manual_seed(0)
+        save(llama(student_tokenizer, **STUDENT), student_tokenizer, beside / "student")
+        (beside / "complete.json").write_text(json.dumps({"recipe": RECIPE, "bytes": sum(map(len, teacher_texts))}))
 
 
 def train_teacher(model, tokenizer, texts, clock, steps):

@@ -141,6 +141,11 @@ def test_a_record_of_a_csv_may_be_longer_than_a_block_of_its_reader(tmp_path):
     assert corpus.read_documents(str(tmp_path / "a.csv"))[1].text == text
 
 
+def test_a_text_of_digits_is_a_text(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,007\n2,1.50\n")
+    assert [d.text for d in corpus.read_documents(str(tmp_path / "a.csv"))] == ["007", "1.50"]
+
+
 def test_a_text_may_be_packed(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"One\r\ntext.", mtime=0))
     assert [d.text for d in corpus.read_documents(str(tmp_path / "a.txt.gz"))] == ["One\ntext."]

@@ -226,7 +226,15 @@ def test_what_was_drawn_is_on_the_page(panel, hand):
     assert panel.widgets.picture.layout.display is None
 
 
-NONSENSE = [{}, None, {"kind": "train"}, {"kind": "eval", "split": 3}, train(1, last_step=0), {"kind": "start"}, "word"]
+NONSENSE = [
+    {},
+    None,
+    {"kind": "train"},
+    {"kind": "eval", "split": 3},
+    train(1, last_step="no"),
+    {"kind": "start"},
+    "word",
+]
 
 
 @pytest.mark.parametrize("record", NONSENSE, ids=map(str, range(len(NONSENSE))))

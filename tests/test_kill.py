@@ -1,6 +1,10 @@
 """SIGKILL at any instant: the run goes on from its last whole checkpoint, and ends as if nothing had happened."""
 
+import itertools
+import os
 import random
+import shutil
+import signal
 import sys
 import time
 
@@ -12,6 +16,8 @@ from kdlib import checkpoint, records, report, saving, session
 from kdlib.config import Config
 
 SAVE_STEPS = 3
+READ_FIRST = {"max_length": 160, "batch_size": 8, "max_steps": 12, "eval_steps": 4, "save_steps": 3, "control": "off"}
+"""Changes of a run that writes its teacher cache first, and a student at a pause and at its end."""
 
 
 def drive(settings, out, by_the_clock, figures=True):
@@ -116,3 +122,69 @@ def test_a_run_killed_a_hundred_times_goes_on(settings, tmp_path, capsys):
     assert seen["into a save"] >= 25
     with capsys.disabled():
         sys.stdout.write(f"\n{seen}\n")
+
+
+def drive_to_a_call(settings, out, kill_at, pause_at):
+    """The run in a process of its own, killed before its `kill_at`th rename of a file or folder (0: never), or paused after
+    step `pause_at` (0: never).
+    """
+    torch.set_num_threads(1)
+    real, calls, wishes = os.replace, itertools.count(1), set()
+
+    def dying(source, target):
+        if next(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.replace = dying
+    for record in session.distill(Config.from_dict(settings), out, wishes=wishes):
+        if record["kind"] == "train" and record["step"] == pause_at:
+            wishes.add("pause")
+
+
+def in_a_process(*arguments):
+    process = CONTEXT.Process(target=drive_to_a_call, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def killed_at_calls(settings, folder, places):
+    """Kills before the given renames (None: all) of a run that begins and of one that goes on; each is then driven to its
+    end and compared. How many kills there were, and what the last rename before each was of.
+    """
+    settings = Config.from_dict({**settings, **READ_FIRST}).to_dict()
+    assert in_a_process(settings, folder / "whole", 0, 0) == 0
+    assert in_a_process(settings, folder / "paused", 0, 4) == 0
+    wanted, kills = (folder / "whole" / "student" / "model.safetensors").read_bytes(), 0
+    for begun in (False, True):
+        for kill_at in places or itertools.count(1):
+            out = folder / "run"
+            shutil.rmtree(out, ignore_errors=True)
+            if begun:
+                shutil.copytree(folder / "paused", out)
+            ended = in_a_process(settings, out, kill_at, 0)
+            if ended == 0:
+                break
+            assert ended == -signal.SIGKILL
+            kills += 1
+            assert in_a_process(settings, out, 0, 0) == 0
+            assert records.read_json(out / "status.json")["state"] == "complete"
+            assert (out / "student" / "model.safetensors").read_bytes() == wanted, (begun, kill_at)
+            assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".old")], (begun, kill_at)
+            assert (out / "verdict.json").exists() and (out / "report.html").exists()
+            assert not (out / "teacher_cache").exists()
+    return kills
+
+
+def test_a_kill_before_a_rename_costs_nothing(settings, tmp_path):
+    """Of a shard, a checkpoint and the student, which replaces the one of a pause."""
+    assert killed_at_calls(settings, tmp_path, [6, 19]) == 4
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_rename_costs_nothing(settings, tmp_path, capsys):
+    kills = killed_at_calls(settings, tmp_path, None)
+    assert kills > 30
+    with capsys.disabled():
+        sys.stdout.write(f"\n{kills} kills\n")

@@ -151,7 +151,7 @@ def test_the_package_needs_only_what_the_image_ships():
     assert {re.split(r"[<>=]", line)[0] for line in wanted} == allowed
     import sys
 
-    come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil"}
+    come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil", "filelock"}
     shipped = allowed | come_with_them | sys.stdlib_module_names
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
     optional = {"bitsandbytes": {"precision"}, **{name: {"copies", "upload"} for name in clients}}

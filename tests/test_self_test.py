@@ -255,6 +255,14 @@ def test_a_process_that_fails_or_takes_too_long_fails_its_check(bench, monkeypat
             bench._run([self_checks.sys.executable, "-c", code], ".", None)
 
 
+def test_benchmarks_on_a_processor_have_one_thread(bench, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(
+        bench, "_run", lambda command, room, environment: json.dumps(environment.get("OMP_NUM_THREADS"))
+    )
+    assert bench.process("benchmarks.step") == (None if bench.cuda else "1")
+
+
 def test_without_a_checkout_or_papermill_a_check_is_skipped(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(self_checks.importlib.util, "find_spec", lambda name: None)
     assert outcome("distill notebook", bench)[:2] == ("skipped", "papermill and ipykernel is not here")

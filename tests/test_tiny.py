@@ -62,6 +62,19 @@ def test_a_half_made_default_is_never_taken_for_whole(tmp_path, monkeypatch):
     assert (config.max_steps, config.control, config.kd_method) == (7, "full", "inside_tokens")
 
 
+def test_of_two_processes_one_makes_the_default_and_the_other_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "docstrings", lambda *_: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(400)})
+    monkeypatch.setitem(tiny.TEACHER, "vocab", 320)
+    monkeypatch.setitem(tiny.STUDENT, "vocab", 400)
+    monkeypatch.setattr(tiny, "WAIT_S", 0.01)
+    first, second = tiny.prepare(tmp_path, steps=2), tiny.prepare(tmp_path, steps=2)
+    assert next(first)[0] == "reading the standard library's docstrings"
+    assert [next(second)[0] for _ in range(2)] == ["another process makes the embedded default"] * 2
+    assert len(list(first)) == 3
+    assert list(second) == []
+    assert tiny.is_ready(tmp_path)
+
+
 def test_a_small_form_takes_as_much_text_as_it_is_given_from_all_over(texts):
     some = tiny.docstrings(150_000)
     size = sum(map(len, some.values()))
