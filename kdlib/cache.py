@@ -44,6 +44,7 @@ class Pass:
 
     def __init__(self, config, loaded, out, clock, others, writer, on_progress=lambda phase, done, total: None):
         self.on_progress, self.num_done, self.num_planned = on_progress, 0, 0
+        self.batch_s, self.batch_at = 0.0, None
         self.config, self.out, self.clock, self.others = config, out, clock, [Path(folder) for folder in others]
         self.mine, self.writers = writer
         self.loaded, self.pair = loaded, loaded.pair
@@ -105,10 +106,12 @@ class Pass:
         return sum(len(window.student_rows) for window in self.windows[split][first:last])
 
     def _stop_reason(self):
-        """Why nothing further may begin; empty if it may."""
+        """Why no further batch may begin; empty if one as long as the longest before may."""
+        now = self.clock.now()
+        self.batch_s, self.batch_at = max(self.batch_s, now - (self.batch_at or now)), now
         if self.interrupts.asked:
             return self.interrupts.asked
-        return "the time budget is used up" if self.clock.now() > self.ends else ""
+        return "the time budget is used up" if now + self.batch_s > self.ends else ""
 
     def _every(self):
         return [(split, number) for split in signals.SPLITS for number in range(len(self.facts["shards"][split]))]
@@ -224,7 +227,7 @@ class Pass:
         `size`; the reason instead if the session ends before that.
         """
         order = sorted(range(len(windows)), key=lambda place: len(windows[place].teacher_ids))
-        found, num_done = {}, self.num_done
+        found, num_done, self.batch_at = {}, self.num_done, None
         for i in range(0, len(order), size):
             if reason := self._stop_reason():
                 return reason

@@ -3,12 +3,13 @@
 import io
 import sys
 import threading
+import weakref
 
 import tqdm
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 FIRST_LINE_S = 2.0
-"""Outside a terminal: seconds to the first line, longer than a refusal takes."""
+"""Seconds to the first line outside a terminal, longer than a refusal takes."""
 
 
 class Progress:
@@ -21,7 +22,8 @@ class Progress:
         self.phase_bar, self.training_bar, self.phase, self.training = None, None, "", ""
         self.ended, self.lock = threading.Event(), threading.RLock()
         self(phase, 0, 0)
-        self.thread = threading.Thread(target=self._keep_moving, name="kdlib-progress", daemon=True)
+        how = {"name": "kdlib-progress", "daemon": True}
+        self.thread = threading.Thread(target=_keep_moving, args=(weakref.ref(self), self.ended), **how)
         self.thread.start()
 
     def __enter__(self):
@@ -35,7 +37,8 @@ class Progress:
         with self.lock:
             if phase != self.phase:
                 self._end_phase()
-                self.phase, self.phase_bar = phase, self._bar(phase, total, leave=False) if phase else None
+                below = 1 if self.training_bar is not None else 0
+                self.phase, self.phase_bar = phase, self._bar(phase, total, below, leave=False) if phase else None
             if self.phase_bar is not None:
                 _set(self.phase_bar, done, total)
 
@@ -45,7 +48,7 @@ class Progress:
             self._end_phase()
             if name != self.training:
                 self._end_training()
-                self.training, self.training_bar = name, self._bar(name, last_step)
+                self.training, self.training_bar = name, self._bar(name, last_step, 0)
             self.training_bar.set_postfix_str(more, refresh=False)
             _set(self.training_bar, step, last_step)
             if step == last_step:
@@ -65,10 +68,16 @@ class Progress:
         self._end_phase()
         self._end_training()
 
-    def _bar(self, name, total, leave=True):
-        shown = BAR if total else "{desc} [{elapsed}]"
-        file = sys.stderr if self.is_terminal else io.StringIO()
-        return tqdm.tqdm(total=total or None, desc=name, bar_format=shown, mininterval=0.3, leave=leave, file=file)
+    def _bar(self, name, total, place, leave=True):
+        shown = {
+            "bar_format": BAR if total else "{desc} [{elapsed}]",
+            "mininterval": 0.3,
+            "leave": leave,
+            "position": place,
+        }
+        return tqdm.tqdm(
+            total=total or None, desc=name, file=sys.stderr if self.is_terminal else io.StringIO(), **shown
+        )
 
     def _show(self, bar):
         if self.is_terminal:
@@ -88,14 +97,24 @@ class Progress:
             self.training_bar.close()
         self.training, self.training_bar = "", None
 
-    def _keep_moving(self):
-        wait_s = 1.0 if self.is_terminal else FIRST_LINE_S
-        while not self.ended.wait(wait_s):
-            wait_s = wait_s if self.is_terminal else self.every_s
-            with self.lock:
-                for bar in (self.training_bar, self.phase_bar):
-                    if bar is not None and not self.ended.is_set():
-                        self._show(bar)
+    def refresh(self):
+        """Shows how far everything is, now; the seconds until that is due again."""
+        with self.lock:
+            for bar in (self.training_bar, self.phase_bar):
+                if bar is not None and not self.ended.is_set():
+                    self._show(bar)
+        return 1.0 if self.is_terminal else self.every_s
+
+
+def _keep_moving(reference, ended):
+    """Refreshes a `Progress` until it ends or nobody holds it any more."""
+    wait_s = FIRST_LINE_S
+    while not ended.wait(wait_s):
+        shown = reference()
+        if shown is None:
+            return
+        wait_s = shown.refresh()
+        del shown
 
 
 def _set(bar, done, total):

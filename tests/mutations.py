@@ -611,13 +611,13 @@ MUTANTS = {
     "a skipped step under a scaler is taken": ("train.py", "        if skipped:\n            self.optimizer.zero_grad()", "        if skipped and self.accelerator.scaler is None:\n            self.optimizer.zero_grad()", [ENDINGS]),
     "a checkpoint is loaded at once": ("checkpoint.py", "        return Groups(groups), records", "        return {name: Groups(groups)[name] for name in groups}, records", [ENDINGS]),
     "a shard is deaf": ("cache.py", "            if reason := self._stop_reason():", '            if reason := "":', [ENDINGS]),
-    "a shard knows no time": ("cache.py", "if self.clock.now() > self.ends else", "if False else", [ENDINGS]),
+    "a shard knows no time": ("cache.py", "if now + self.batch_s > self.ends else", "if False else", [ENDINGS]),
     "held-out text is read without a word": ("evaluate.py", "        on_batch(done, len(batches))\n        states, moved", "        states, moved", [ENDINGS]),
     "nothing comes back after a kill": ("files.py", "    if former.exists() and not path.exists():\n        os.replace(former, path)\n", "", [FILES]),
     "a folder that is there ends the run": ("files.py", "    os.replace(path, former)\n    try:", "    try:", [FILES]),
     "a failed write leaves its file": ("files.py", "    except BaseException:\n        remove(beside)\n        raise", "    except ZeroDivisionError:\n        raise", [FILES]),
     "read-only for ever": ("files.py", "        shutil.copyfile(source, target)", "        shutil.copy2(source, target)", [FILES]),
-    "silent until somebody calls": ("progress.py", "            wait_s = wait_s if self.is_terminal else self.every_s\n", "            wait_s = 60.0\n", [PROGRESS]),
+    "silent until somebody calls": ("progress.py", "        wait_s = shown.refresh()\n", "        wait_s = 60.0\n", [PROGRESS]),
     "two processes make the default": ("tiny.py", "        if not (waited and is_ready(cache)):", "        if True:", ["test_tiny.py"]),
 }  # fmt: skip
 

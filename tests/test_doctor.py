@@ -34,6 +34,7 @@ from kdlib import (
     models,
     pairing,
     precision,
+    progress,
     saving,
     session,
     tiny,
@@ -408,7 +409,7 @@ def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkey
 
     monkeypatch.setattr(cache.Pass, "run", run)
     monkeypatch.setattr(doctor.signals, "CachedTeacher", lambda folders: None)
-    look = doctor.Look(config, loaded, precision.accelerator("fp32"), clock, 5.0)
+    look = doctor.Look(config, loaded, precision.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
     with look.rest:
         look._read_first()
     few = 4 * (doctor.NUM_STEPS + 2)
@@ -713,18 +714,18 @@ def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
     assert doctor.wanted_tokens(config, {"validation": 100, "test": 200}) == [80, 200]
     assert doctor.wanted_tokens(config, {"validation": 60, "test": 999}) == [60, 320]
     loaded = inputs.load(config)
-    look = doctor.Look(config, loaded, precision.accelerator("fp32"), budget.Clock(), 5.0)
+    look = doctor.Look(config, loaded, precision.accelerator("fp32"), budget.Clock(), 5.0, 3.0, lambda *_: None)
     loaded.held_out_tokens, loaded.validation, loaded.test = {"validation": 100, "test": 200}, 40, 50
     monkeypatch.setattr(doctor, "_num_tokens", lambda size: size)
     look.budget.took("evaluate", 3.0)
-    look._know_costs(teacher_s=3.0, both_s=4.0)
+    look._know_costs(4.0)
     assert look.budget.costs["evaluate"] == 3.0 * 2 and look.budget.costs["test"] == 3.0 * 5
-    assert look.budget.costs["start"] == 5 + 3 * (280 - 90) / 40 + 2 * 3 + 5 * 4
+    assert look.budget.costs["start"] == pytest.approx(5 + 3 * (280 / 90 - 1) + 5 * 4)
     changed = {}
     monkeypatch.setattr(inputs, "load", lambda config, *given: changed.update(config.to_dict()) or loaded)
     for more, eval_tokens in (({"eval_tokens": 9999}, doctor.READ_TOKENS), ({"eval_tokens": 90}, 90),
                               ({"eval_tokens": 9999, "teacher_cache": "x"}, 9999)):  # fmt: skip
-        doctor._look(Config.from_dict({**settings, **more}), precision.accelerator("fp32"), budget.Clock())
+        doctor._look(Config.from_dict({**settings, **more}), precision.accelerator("fp32"), budget.Clock(), print)
         assert changed["eval_tokens"] == eval_tokens and not changed["check_teacher"]
 
 
@@ -817,11 +818,12 @@ def test_the_command_looks_at_the_machine_alone(capsys):
         assert status == 1 and "asked for NvidiaTeslaP100, no card is there" in out and "Remedy: " in out
 
 
-def test_the_command_says_what_it_found(capsys, settings, tmp_path):
+def test_the_command_says_what_it_found(capsys, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**settings, "batch_size": 99}))
     status, out, err = run(capsys, str(path), "--batch-size", "2")
-    assert status == 0 and "reading held-out text" in err
+    assert status == 0 and "loading" in err
     assert [line for line in out.split("\n") if line and line[0] != " "][:-1] == list(findings.GROUPS.values())
     status, out, _ = run(capsys, *flags(settings), "--json")
     told = json.loads(out)

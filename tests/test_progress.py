@@ -1,5 +1,6 @@
 """Progress on stderr: never silent, and nothing left over."""
 
+import gc
 import io
 import sys
 import threading
@@ -49,9 +50,18 @@ def test_a_long_piece_of_work_is_never_silent(monkeypatch):
         while "distilled 1/1:  50%|" not in next_line(screen):
             pass
         assert "loss 2.5" in screen.getvalue()
-    assert not [
-        thread for thread in threading.enumerate() if thread.name.startswith("kdlib-progress") and thread.is_alive()
-    ]
+    assert not shown.thread.is_alive()
+
+
+def test_one_that_nobody_holds_ends(monkeypatch):
+    screen = watched(monkeypatch, 0.001)
+    shown = Progress("loading", every_s=0.001)
+    next_line(screen)
+    thread = shown.thread
+    del shown
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_what_ends_at_once_shows_nothing(monkeypatch):

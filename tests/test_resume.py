@@ -462,7 +462,7 @@ def test_a_status_is_written_even_where_not_a_byte_is_free(tmp_path, monkeypatch
     folder = records.RunFolder(tmp_path)
     folder.status("running", step=1)
 
-    def full(path, text):
+    def full(path, text, writer=0):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(records, "write_text", full)
