@@ -316,7 +316,8 @@ def _out(positional, flags):
 def _check_out(out, wanted):
     from kdlib.records import RunFolder
 
-    RunFolder(out).refuse_foreign(may_hold_run=wanted == "auto")
+    folder = RunFolder(out)
+    folder.refuse_foreign(may_hold_run=wanted == "auto" or (wanted != "never" and not folder.has_begun()))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class Session:
         self.folder = records.RunFolder(out)
         if former := LIVE.pop(str(self.folder.path.resolve()), None):
             former.leave("given up for a new session")
-        self.folder.refuse_foreign(may_hold_run=wanted == "auto")
+        begun_again = wanted not in ("auto", "never") and not self.folder.has_begun()  # a kill as it was brought here
+        self.folder.refuse_foreign(may_hold_run=wanted == "auto" or begun_again)
         self.accelerator = precision.accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
         self.own_folder = self.folder if self.writes else None

@@ -246,6 +246,30 @@ def test_the_budget_may_end_while_the_models_load(settings, tmp_path, monkeypatc
         assert weights(where) == weights(tmp_path / "whole")
 
 
+def test_a_run_that_is_brought_from_elsewhere_may_be_brought_again(settings, tmp_path, monkeypatch):
+    """The process dies as it copies the checkpoint: the same command goes on with it."""
+    settings = {**settings, "control": "off", "max_steps": 4, "save_steps": 2}
+    steps = session.distill(Config.from_dict(settings), tmp_path / "first")
+    while next(steps).get("step", 0) < 3:
+        pass
+    steps.close()
+    real = files.copy
+
+    def dying(source, target, *more):
+        if target.name.startswith("step-"):
+            raise KeyboardInterrupt
+        real(source, target, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "copy", dying)
+        with pytest.raises(KeyboardInterrupt):
+            distil(settings, tmp_path / "second", resume=str(tmp_path / "first"))
+    found = distil(settings, tmp_path / "second", resume=str(tmp_path / "first"))
+    assert [record["resumed"] for record in found if record["kind"] == "start"] == ["step-00000003"]
+    with pytest.raises(ValueError, match="holds another run"):
+        distil(settings, tmp_path / "second", resume=str(tmp_path / "first"))
+
+
 def test_a_signal_while_the_models_load_is_a_pause(settings, tmp_path):
     def on_progress(phase, done, total):
         if phase.startswith("the teacher reads") and done == 1:

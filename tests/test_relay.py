@@ -350,6 +350,35 @@ def test_four_sessions_end_with_the_bytes_of_one(image, attached, tmp_path, layo
     assert ends["one"] == ends["four"] and "model.safetensors" in ends["one"]
 
 
+@pytest.mark.slow
+def test_a_reading_over_two_sessions_ends_with_the_bytes_of_one(image, tmp_path):
+    """The first session ends before its first training record, and its kernel ends well: what was read is mounted next."""
+    folder = tmp_path / "much"
+    for name, tokenizer, width in (("teacher", byte_level(), 24), ("student", unigram(), 16)):
+        tiny.save(tiny_model(tokenizer, width), tokenizer, folder / name)
+    (folder / "texts").mkdir()
+    lines = [json.dumps({"text": f"{LINES[i % 6]} {LINES[(i + 1) % 6]} Number {i}."}) for i in range(2500)]
+    (folder / "texts" / "text.jsonl").write_text("\n".join(lines) + "\n")
+    ends, more = {}, ["--param", "batch_size=64", "--param", "max_length=128"]
+    for name in ("one", "several"):
+        server = KaggleServer(tmp_path / f"kaggle-{name}", image, "new", ())
+        server.attach("ann/pair", folder)
+        if name == "several":
+            done = records.read_json(tmp_path / "one" / "outputs" / "run" / "status.json")
+            more += ["--param", f"time_budget={done['costs']['start'] + 0.6 * done['read_s']:.0f}s"]
+        ran = really(server, tmp_path, name, "10m", 80, *more)
+        server.close()
+        assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
+        ends[name] = student_of(tmp_path / name)
+        sessions = records.read_json(tmp_path / name / "relay.json")["sessions"]
+        assert [each["state"] for each in sessions] == ["paused"] * (len(sessions) - 1) + ["complete"]
+        if name == "several":
+            assert len(sessions) >= 3
+            steps = [each.get("step") for each in sessions]
+            assert steps[0] == 0, steps  # it has read, and learned nothing yet
+    assert ends["one"] == ends["several"] and "model.safetensors" in ends["one"]
+
+
 def quarter(folder):
     """Seconds of a session that does between a fourth and a fifth of what the run in `folder` did."""
     status = records.read_json(folder / "outputs" / "run" / "status.json")
