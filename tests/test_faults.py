@@ -85,7 +85,7 @@ def test_memory_that_runs_out_within_an_update_is_no_step_to_go_on_from(settings
 
 def test_an_evaluation_that_runs_out_of_memory_is_taken_in_smaller_batches(settings, tmp_path, monkeypatch):
     wanted = distil(settings, tmp_path / "whole")
-    monkeypatch.setattr(evaluate._Tally, "add_text", failing(evaluate._Tally.add_text, OUT_OF_MEMORY, {2, 4, 9}))
+    monkeypatch.setattr(evaluate._Tally, "add_pairs", failing(evaluate._Tally.add_pairs, OUT_OF_MEMORY, {2, 4, 9}))
     found = distil(settings, tmp_path / "run")
     same_run(found, wanted)
     _, _, facts, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")

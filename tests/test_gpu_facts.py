@@ -290,7 +290,10 @@ def changed(source, values):
     return compile(ast.fix_missing_locations(tree), "notebook", "exec")
 
 
-@pytest.mark.parametrize("name", ["distill", "losses_compared", "results", "teacher_cache"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("losses_compared", "results", "teacher_cache")]
+
+
+@pytest.mark.parametrize("name", ["distill", *SLOW])
 def test_every_notebook_runs_in_any_arithmetic_after_any_other(small_default, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for amp_dtype in ("bf16", "fp32"):

@@ -177,11 +177,6 @@ def killed_at_calls(settings, folder, places):
     return kills
 
 
-def test_a_kill_before_a_rename_costs_nothing(settings, tmp_path):
-    """Of a shard, a checkpoint and the student, which replaces the one of a pause."""
-    assert killed_at_calls(settings, tmp_path, [6, 19]) == 4
-
-
 @pytest.mark.slow
 def test_a_kill_before_any_rename_costs_nothing(settings, tmp_path, capsys):
     kills = killed_at_calls(settings, tmp_path, None)

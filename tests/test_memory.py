@@ -276,7 +276,8 @@ def test_every_process_does_as_the_first_one(settings, monkeypatch):
     limited(monkeypatch, 10**12)
     monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda own: [True])
     training = training_of(settings)
-    here = types.SimpleNamespace(config=training.config, accelerator=training.accelerator)
+    scorer = types.SimpleNamespace(on_progress=lambda *_: None)
+    here = types.SimpleNamespace(config=training.config, accelerator=training.accelerator, scorer=scorer)
     course.Course._make_fit(here, training)
     assert training.recomputes
 

@@ -203,6 +203,7 @@ def test_a_session_without_a_record_ends_its_kernel_well(kernel_of, tmp_path):
     assert not (tmp_path / "status.json").exists()  # nothing failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", ["config.json", "config.json status.json"])
 def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
     (tmp_path / "run").mkdir()
@@ -215,6 +216,7 @@ def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
     assert not (tmp_path / "status.json").exists()
 
 
+@pytest.mark.slow
 def test_results_of_no_run_end_their_kernel_well(kernel_of, tmp_path):
     kernel_of("results", run="nowhere")
     status = json.loads((tmp_path / "status.json").read_text())
@@ -234,6 +236,7 @@ def test_ways_that_are_finished_are_shown_where_the_time_ends(kernel_of, setting
     assert (tmp_path / "ways" / "shared_prefix" / "verdict.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["losses_compared", "teacher_cache"])
 def test_a_notebook_whose_time_is_over_at_once_ends_its_kernel_well(kernel_of, tmp_path, name):
     shown = kernel_of(name, out="made", settings=OF_A_KERNEL, time_budget=SPENT)
@@ -241,6 +244,7 @@ def test_a_notebook_whose_time_is_over_at_once_ends_its_kernel_well(kernel_of, t
     assert not (tmp_path / "status.json").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_of_caches_may_pause(kernel_of, tmp_path, pair, settings):
     """The cache is whole, and no time is left to train from it."""
     named = {name: str(pair / file) for name, file in NAMED.items()}

@@ -277,7 +277,7 @@ def test_people_are_told(config, tmp_path, capsys):
     assert cli.main(["distill", *flags, "--out", str(tmp_path / "run")]) == 0
     told = capsys.readouterr()
     assert "the teacher reads it first (1.4 MB in" in told.out
-    assert "shards" in told.err
+    assert "distilled 1/1: 100%" in told.err
 
 
 def drive(values, out):
