@@ -278,8 +278,8 @@ OF_PAIR = {
 }  # fmt: skip
 
 
-def really(server, tmp_path, out, timeout, max_steps, *more, code=""):
-    parameters = {**OF_PAIR, "max_steps": max_steps, "eval_steps": max_steps // 4}
+def really(server, tmp_path, out, timeout, max_steps, *more, code="", **changes):
+    parameters = {**OF_PAIR, "max_steps": max_steps, "eval_steps": max_steps // 4, **changes}
     words = ["--owner", "ann", "--dataset", "ann/pair", "--accelerator", "none", "--timeout", timeout, "--out", out]
     words += [f"--param={name}={value}" for name, value in parameters.items()]
     return command(server, tmp_path, "relay", [*words, "--poll", "0.5", *more], more=HURRY + "\n" + code)
@@ -359,14 +359,14 @@ def test_a_reading_over_two_sessions_ends_with_the_bytes_of_one(image, tmp_path)
     (folder / "texts").mkdir()
     lines = [json.dumps({"text": f"{LINES[i % 6]} {LINES[(i + 1) % 6]} Number {i}."}) for i in range(2500)]
     (folder / "texts" / "text.jsonl").write_text("\n".join(lines) + "\n")
-    ends, more = {}, ["--param", "batch_size=64", "--param", "max_length=128"]
+    ends, more = {}, []
     for name in ("one", "several"):
         server = KaggleServer(tmp_path / f"kaggle-{name}", image, "new", ())
         server.attach("ann/pair", folder)
         if name == "several":
             done = records.read_json(tmp_path / "one" / "outputs" / "run" / "status.json")
-            more += ["--param", f"time_budget={done['costs']['start'] + 0.6 * done['read_s']:.0f}s"]
-        ran = really(server, tmp_path, name, "10m", 80, *more)
+            more = ["--param", f"time_budget={done['costs']['start'] + 0.6 * done['read_s']:.0f}s"]
+        ran = really(server, tmp_path, name, "10m", 80, *more, batch_size=64, max_length=128)
         server.close()
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
         ends[name] = student_of(tmp_path / name)
