@@ -202,7 +202,7 @@ def _depends_on_length(config):
     sizes = [
         name for name, value in settings.items() if isinstance(value, int) and not isinstance(value, bool) and value
     ]
-    if any(re.search("window|chunk|local|block", name) for name in sizes):
+    if any(re.search("window|chunk|local|block", name) and not name.endswith("layers") for name in sizes):
         return True
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     return re.search("dynamic|longrope", str(rope)) is not None

@@ -155,3 +155,20 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     (tmp_path / "other").mkdir()
     checkpoint.keep_last(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "step-00000200", "step-00003000"]
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (lambda: transformers.LlamaConfig(), False),
+        (lambda: transformers.Qwen2Config(), False),
+        (lambda: transformers.Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0), True),
+        (lambda: transformers.MistralConfig(sliding_window=64), True),
+        (lambda: transformers.MistralConfig(sliding_window=None), False),
+        (lambda: transformers.Gemma2Config(), True),
+        (lambda: transformers.LlamaConfig(
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), True),
+    ],
+)  # fmt: skip
+def test_a_model_that_reads_long_rows_otherwise_is_tried_with_long_ones(made, expected):
+    assert models._depends_on_length(made()) is expected
