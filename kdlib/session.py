@@ -317,7 +317,7 @@ class Session:
             raise Paused(self.interrupts.asked)
         if "pause" in self.wishes:
             self._pause_as_wished()
-        reserve = self.budget.cost("batch", "save") if self.course and self.course.training else 0.0
+        reserve = self.budget.cost("batch", *["save"] * bool(self.course and self.course.training))
         if self.budget.left() < reserve + 0.5 * self.budget.margin():
             raise Paused(self._time_is_up())
 
@@ -341,7 +341,8 @@ class Session:
         """The state on disk, and the last record of the session."""
         reason = f"{reason}; {self._kept()}"
         self._end("paused", reason)
-        known = {"step": self.course.step if self.course else 0, "session": self.num_sessions, "plan": self.outlook}
+        step = self.course.step if self.course else self.before.get("step") or 0
+        known = {"step": step, "session": self.num_sessions, "plan": self.outlook}
         return {"kind": "paused", "reason": reason, **known}
 
     def _fail(self, error):
