@@ -69,7 +69,7 @@ class Session:
         self.writes = self.accelerator.is_main_process
         self.own_folder = self.folder if self.writes else None
         self.course, self.saving, self.ended, self.outlook, self.trained_from = None, None, None, None, None
-        self.stopped_loading = ""
+        self.stopped_loading, self.phase = "", ("", 0.0)
         try:
             if self.writes and self.folder.holds_run():
                 self.folder.acquire()
@@ -317,7 +317,11 @@ class Session:
             raise Paused(self.interrupts.asked)
         if "pause" in self.wishes:
             self._pause_as_wished()
-        reserve = self.budget.cost("batch", *["save"] * bool(self.course and self.course.training))
+        now, (former, at) = self.clock.now(), self.phase
+        if done and phase == former and not self.course:  # a `Scorer` measures its own batches
+            self.budget.took("batch", now - at)
+        self.phase = phase, now
+        reserve = self.budget.cost("batch", *["save"] * bool(self.course))
         if self.budget.left() < reserve + 0.5 * self.budget.margin():
             raise Paused(self._time_is_up())
 
