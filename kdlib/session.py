@@ -68,7 +68,8 @@ class Session:
         self.accelerator = precision.accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
         self.own_folder = self.folder if self.writes else None
-        self.course, self.saving, self.ended, self.outlook, self.trained_from = None, None, None, None, None
+        self.course, self.saving, self.ended, self.outlook = None, None, None, None
+        self.trained_from, self.began_at = None, 0
         self.stopped_loading, self.phase = "", ("", 0.0)
         try:
             if self.writes and self.folder.holds_run():
@@ -264,9 +265,10 @@ class Session:
             return
         if self.trained_from is None:
             self.budget.took("start", self.budget.used() - self.reading.now_s)
-            self.trained_from = self.clock.now()
+            self.trained_from, self.began_at = self.clock.now(), self.course.step
         ahead = ["step"] + ["evaluate"] * self.course.evaluation_due(leg, leg.step + 1)
-        fits = leg.done or self.budget.allows(*ahead, "save", "evaluate", "export")
+        shown = ["evaluate", "export"] * (self.course.step > self.began_at)  # a step comes before something to look at
+        fits = leg.done or self.budget.allows(*ahead, "save", *shown)
         in_vain = "evaluate" in self.wishes and not self.budget.allows(*ahead, "save", "evaluate", "evaluate", "export")
         here = (self.saving.due(leg), bool(self.interrupts.asked), not fits, *self.wishes.all(), in_vain)
         save, asked, late, *wanted = precision.agreed(self.accelerator, here)
