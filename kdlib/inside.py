@@ -48,7 +48,8 @@ def look(config, inputs, students):
             ours = layer_states(pair.student, windows, "student")
             told["similarity"][name] = [[round(cka(a, b), 4) for b in theirs] for a in ours]
     except Exception as error:  # noqa: BLE001 - a look at models of any kind, on a run that is complete
-        told["without"] = f"the models could not be watched: {error}".splitlines()[0]
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        told["without"] = f"the models could not be watched: {reason}".splitlines()[0]
     return told
 
 

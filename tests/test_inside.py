@@ -141,13 +141,16 @@ def test_what_can_not_be_watched_is_said_not_raised(settings, tmp_path, monkeypa
     assert "layer similarity" not in page
 
 
-def test_any_other_failure_is_raised(settings, tmp_path, monkeypatch):
+def test_any_other_failure_costs_the_look_alone(settings, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyError("ours")
 
     monkeypatch.setattr(inside, "layer_states", fail)
-    with pytest.raises(KeyError):
-        list(distill(Config.from_dict({**settings, "control": "off"}), tmp_path / "run"))
+    found = list(distill(Config.from_dict({**settings, "control": "off"}), tmp_path / "run"))
+    assert found[-1]["kind"] == "verdict"
+    told = json.loads((tmp_path / "run" / "figures" / "inside.json").read_text())
+    assert "KeyError: 'ours'" in told["without"]
+    assert "No look inside the models" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_sentence_needs_tokenizers_only(settings, tmp_path, monkeypatch):

@@ -136,8 +136,8 @@ def test_a_session_that_ends_while_the_teacher_reads_says_what_is_kept(config, t
 
 
 def test_a_budget_that_is_over_ends_it_between_two_shards(config, tmp_path):
-    """Each look at this clock is a second later, so that some shards fit into half a minute, and not all."""
-    found = list(session.distill(config.replace(time_budget="30s"), tmp_path / "run", Ticks(1.0)))
+    """Each look at this clock is a second later, so that some shards fit into a minute, and not all."""
+    found = list(session.distill(config.replace(time_budget="60s"), tmp_path / "run", Ticks(1.0)))
     assert kinds(found)[-1] == ("paused", None)
     read = status(tmp_path / "run")["shards_read"]
     assert 0 < read < found[0]["shards"]
