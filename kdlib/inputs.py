@@ -21,6 +21,8 @@ TEST_FACTOR = 4
 HELD_OUT = ("validation", "test")
 MEASURED_TOKENS = 4096
 """Student tokens on which the size of each feature is measured before training."""
+JOINED_TOKENS = 2**20
+"""Student tokens, at most, that tell which buckets the two tokenizers take for each other."""
 
 
 class Unfit(ValueError):
@@ -48,6 +50,7 @@ class Pair:
     widest: tuple = (0, 0)
     buckets: dict = dataclasses.field(default_factory=dict)
     sample: list = dataclasses.field(default_factory=list)
+    text: list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -90,7 +93,7 @@ def load(
     train, validation, test = (_windows(part, pair, config) for part in documents)
     _check_amount(train, config)
     pair.widest = _widest(pair, config, (train, validation, test))
-    pair.sample = _sample(train, MEASURED_TOKENS)
+    pair.sample, pair.text = _sample(train, MEASURED_TOKENS), _sample(train, JOINED_TOKENS)
     _check_scored({"validation": validation, "test": test})
     alignment = _report(train, pair)
     if alignment["coverage"] < MIN_COVERAGE:

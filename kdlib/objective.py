@@ -43,6 +43,7 @@ class Objective(torch.nn.Module):
         self.parts = parts_of(config)
         self.layers, self.attention_layers, self.tries = layers, attention_layers, tries
         self.rows_at_once = None
+        self.buckets = buckets
         if buckets is not None:
             self.num_buckets = buckets.num
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
@@ -111,6 +112,7 @@ class Objective(torch.nn.Module):
         labels = self.head.columns(batch.labels.flatten())[order]
         figures = ["kd_covered"] if "kd" in live and self._is_cut(signal) else []
         figures += ["kd_positions"] if inside else []
+        agreeing = self._agreeing(batch).to(hidden.device) if self.buckets and "kd" in live else None
 
         def losses_of(logits, other, block):
             known = block.known.stop - block.known.start
@@ -118,7 +120,8 @@ class Objective(torch.nn.Module):
             spans = None if signal is None or signal.spans is None else signal.spans[block.known]
             top = None if signal is None or signal.top is None else signal.top.rows(block.known)
             within, other = inside.split(other, block) if inside else (None, other)
-            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within)
+            agrees = None if agreeing is None else agreeing[block.known]
+            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within, agrees)
             values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
             values += [losses.token_mean(rows.figures[name], counts[COUNTED[name]]) for name in figures]
             return torch.stack(values)
@@ -142,6 +145,11 @@ class Objective(torch.nn.Module):
                     alone, _ = fused.head_losses(rows, *fixed, chunks, losses_of, only, compared)
                     squares[name] = torch.autograd.grad(alone, rows)[0].float().square().sum()
         return loss, dict(zip([*live, *figures], parts, strict=True)), squares
+
+    def _agreeing(self, batch):
+        """Whether at the aligned positions `[N]` the text's own next tokens lie in one bucket."""
+        following = [labels[firsts] for labels, firsts, _ in map(batch.spans_of, ("student", "teacher"))]
+        return torch.from_numpy(self.buckets.student[following[0]] == self.buckets.teacher[following[1]])
 
     def _on_features(self, match, counts, weights, measure):
         """The parts on features: their means, and the squared gradient norms where `measure`d."""

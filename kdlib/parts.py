@@ -21,7 +21,7 @@ class Rows:
     they are compared with (the teacher's in its own vocabulary, or projected into the student's), if any; `span_of` `[n]`:
     which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods; `top`:
     the teacher's `TopTokens` at the m rows, where these are all that is known. `inside`: the block's `spelled.Inside`, if
-    any. `figures` collects values worth a record, which are counted as in COUNTED.
+    any. `agrees` `[m]`: whether the text's own next tokens lie in one bucket, where buckets are compared. `figures` collects values worth a record, which are counted as in COUNTED.
     """
 
     logits: torch.Tensor
@@ -32,6 +32,7 @@ class Rows:
     spans: torch.Tensor | None
     top: object | None = None
     inside: object | None = None
+    agrees: torch.Tensor | None = None
     figures: dict = dataclasses.field(default_factory=dict)
     made: dict = dataclasses.field(default_factory=dict)
 
@@ -92,7 +93,7 @@ def shared_tokens(objective, rows):
     """
     if rows.top is not None:
         ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
-        return _divergence_from_top(objective, rows, ours)
+        return torch.where(rows.agrees, _divergence_from_top(objective, rows, ours), 0.0)
     return _shared_tokens(objective, rows, losses.log_probs(rows.other))
 
 
@@ -240,28 +241,43 @@ def contrastive(objective, match):
 def _shared_tokens(objective, rows, teacher):
     """`T^2 D` over shared buckets, from the teacher's log-probabilities `[m, Vt]`."""
     ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
-    return _divergence(objective, rows, ours, _in_buckets(objective, teacher, objective.teacher_buckets))
+    values = _divergence(objective, rows, ours, _in_buckets(objective, teacher, objective.teacher_buckets))
+    return torch.where(rows.agrees, values, 0.0)
 
 
 def _inside(objective, ours, theirs, inside):
     """Divergences at the positions inside tokens of the other side, of the student and of the teacher."""
     how = objective.config.kd_divergence, objective.config.kd_temperature
-    told = losses.log_probs(inside.logits), np.arange(len(inside.logits))
+    ours_in_pieces = _of_pieces(objective, ours, inside)
+    theirs_in_pieces = losses.bucket_log_probs(
+        losses.log_probs(inside.logits), objective.teacher_buckets, objective.num_buckets
+    )
+    told = theirs_in_pieces, np.arange(len(inside.logits))
     sides = (
-        ((theirs, inside.span_of), (ours, inside.at), inside.nodes),
+        ((theirs, inside.span_of), ours_in_pieces, inside.nodes),
         ((ours, inside.inner_span_of), told, inside.inner_nodes),
     )
     return [trie.divergence(*each, *how) for trie, each in zip(objective.tries, sides, strict=True)]
 
 
+def _of_pieces(objective, log_probs, inside):
+    """The student's buckets at its positions inside a token of the teacher's, and which of them each place reads."""
+    told = losses.bucket_log_probs(log_probs[inside.at], objective.student_buckets, objective.num_buckets)
+    return told, np.arange(len(inside.at))
+
+
 def _inside_from_cache(objective, ours, inside):
     """The same from what a cached teacher said there, in short."""
     config = objective.config
-    sides = (inside.said, inside.at, inside.nodes), (inside.inner_said, inside.inner_span_of, inside.inner_nodes)
+    in_pieces = _of_pieces(objective, ours, inside)
+    sides = (
+        (inside.said, *in_pieces, inside.nodes),
+        (inside.inner_said, ours, inside.inner_span_of, inside.inner_nodes),
+    )
     values = []
-    for trie, (said, rows, nodes) in zip(objective.tries, sides, strict=True):
+    for trie, (said, log_probs, rows, nodes) in zip(objective.tries, sides, strict=True):
         said = said.cut(config.kd_top_k) if config.kd_top_k else said
-        values.append(trie.divergence_from(said, ours, rows, nodes, config.kd_divergence, config.kd_temperature))
+        values.append(trie.divergence_from(said, log_probs, rows, nodes, config.kd_divergence, config.kd_temperature))
     return values
 
 

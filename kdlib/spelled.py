@@ -6,6 +6,7 @@ begin with these, is one over what comes next: the chain rule over a trie of one
 Phan et al. 2024, arXiv 2410.09303, get next-byte probabilities by the same restriction.
 """
 
+import collections
 import dataclasses
 import math
 
@@ -15,6 +16,8 @@ import torch
 from kdlib import data, losses, vocab
 from kdlib.teacher import TopTokens
 
+OFTEN, RARE = 2, 2e-5
+"""Buckets that part at least so many times, and at so large a share of the common boundaries, are joined."""
 END = -1
 """Stands for a token that ends where another could follow."""
 LEAST = 1e-6
@@ -35,17 +38,53 @@ def buckets_of(pair, kd_method):
             pair.buckets[kind] = vocab.tail_buckets(*both)
         else:
             first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
-            pair.buckets[kind] = vocab.prefix_buckets(*both, *first)
+            apart = vocab.prefix_buckets(*both, *first)
+            found, total = partings(pair.text, apart, spellings_of(pair))
+            often = [each for each, count in found.items() if count >= max(OFTEN, RARE * total)]
+            pair.buckets[kind] = vocab.joined(apart, often)
     return pair.buckets[kind]
+
+
+def spellings_of(pair):
+    """`(of the teacher's tokens, of the student's)`: each vocabulary in tokens of the other (`data.spellings`), made once."""
+    if "spellings" not in pair.buckets:
+        readers = pair.student_reader, pair.teacher.reader
+        sides = zip(readers, readers[::-1], strict=True)
+        pair.buckets["spellings"] = [data.spellings(reader, other.vocabulary.tokens) for reader, other in sides]
+    return pair.buckets["spellings"]
+
+
+def partings(windows, buckets, spellings):
+    """`({(bucket, bucket): times}, common boundaries)`: where the text's own tokens, in a teacher and a student that are
+    certain of it, would contradict each other: at a common boundary, as the next tokens of the two lie in different buckets;
+    inside a token, as the other side's token is spelled on in another way than the text goes on. Nothing of the tail.
+    """
+    found, total, tail = collections.Counter(), 0, buckets.num - 1
+    for window in windows:
+        labels, firsts, stops = (
+            [getattr(window, f"{side}_{name}") for side in ("student", "teacher")] for name in ("labels", "rows", "stops")
+        )
+        following = [each[rows] for each, rows in zip(labels, firsts, strict=True)]
+        total += len(firsts[0])
+        ours, theirs = buckets.student[following[0]], buckets.teacher[following[1]]
+        found.update((int(a), int(b)) for a, b in zip(ours, theirs, strict=True) if a != b)
+        for side, of in enumerate((buckets.student, buckets.teacher)):
+            for i in np.flatnonzero(stops[side] > firsts[side] + 1):
+                read = labels[side][firsts[side][i] : stops[side][i]]
+                spelled = spellings[side][following[1 - side][i]]
+                depth = next((d for d, both in enumerate(zip(spelled, read)) if both[0] != both[1]), 0)  # noqa: B905
+                if depth and of[spelled[depth]] != of[read[depth]]:
+                    found[int(of[spelled[depth]]), int(of[read[depth]])] += 1
+    return {pair: count for pair, count in found.items() if tail not in pair}, total
 
 
 def tries_of(pair):
     """`(of the teacher's tokens, of the student's)`: each vocabulary's `Trie` in tokens of the other, made once a pair."""
     if "tries" not in pair.buckets:
-        sides = (pair.student_reader, pair.head), (pair.teacher.reader, pair.teacher.head)
+        buckets, heads = buckets_of(pair, "inside_tokens"), (pair.teacher.head, pair.head)
+        sides = zip(spellings_of(pair), ("pieces", "wholes"), (buckets.student, buckets.teacher), heads, strict=True)
         pair.buckets["tries"] = tuple(
-            Trie.of(data.spellings(reader, whole.vocabulary.tokens), student, *map(_columns_of, (whole_head, head)))
-            for student, ((reader, head), (whole, whole_head)) in (("pieces", sides), ("wholes", sides[::-1]))
+            Trie.of(spelled, student, of, buckets.num, _columns_of(head)) for spelled, student, of, head in sides
         )
     return pair.buckets["tries"]
 
@@ -74,22 +113,29 @@ class Trie:
     keys: np.ndarray
     nodes: np.ndarray
     firsts: np.ndarray
+    wholes: np.ndarray
     columns: np.ndarray
     places: np.ndarray
     begins: np.ndarray
     outcomes: np.ndarray
     ends: np.ndarray
+    bucket_of: np.ndarray
+    num_buckets: int
 
     @classmethod
-    def of(cls, spellings, student, whole_columns=lambda ids: ids, piece_columns=lambda ids: ids):
-        """From `data.spellings`, one for each id of the wholes; `*_columns` make ids columns of a head (`models.Head`)."""
+    def of(cls, spellings, student, bucket_of, num_buckets, whole_columns=lambda ids: ids):
+        """From `data.spellings`, one for each id of the wholes; `bucket_of` `[pieces]` is the bucket of each piece, the last
+        of them the tail; `whole_columns` makes ids columns of a head (`models.Head`).
+        """
         under, num = {}, 1 + max((max(spelling) for spelling in spellings if spelling), default=0)
         for whole, spelling in enumerate(spellings):
             for depth in range(1, len(spelling) + 1):
-                following = spelling[depth] if depth < len(spelling) else END
+                following = int(bucket_of[spelling[depth]]) if depth < len(spelling) else END
                 under.setdefault(spelling[:depth], []).append((whole, following))
         under = {read: np.array(pairs).T for read, pairs in under.items()}
         under = {read: pairs for read, pairs in under.items() if (pairs[1] != END).any()}
+        for pairs in under.values():
+            pairs[1, pairs[1] == num_buckets - 1] = END
         number = {(): 0} | {read: node for node, read in enumerate(under, 1)}
         leads = sorted((number[read[:-1]] * num + read[-1], number[read]) for read in under)
         keys, nodes = np.array(leads, dtype=np.int64).reshape(-1, 2).T
@@ -101,9 +147,26 @@ class Trie:
             outcomes.append(names)
         ends = np.array([False] + [student == "pieces" or bool((each[1] == END).any()) for each in under.values()])
         firsts, begins = (np.append(0, np.cumsum([len(part) for part in each])) for each in (wholes, outcomes))
-        columns = whole_columns(torch.from_numpy(np.concatenate(wholes))).numpy()
-        named = piece_columns(torch.from_numpy(np.concatenate(outcomes))).numpy()
-        return cls(student, num, keys, nodes, firsts, columns, np.concatenate(places), begins, named, ends)
+        wholes, places, outcomes = map(np.concatenate, (wholes, places, outcomes))
+        columns = whole_columns(torch.from_numpy(wholes)).numpy()
+        return cls(
+            student, num, keys, nodes, firsts, wholes, columns, places, begins, outcomes, ends, bucket_of, num_buckets
+        )
+
+    def agrees(self, nodes, wholes, pieces):
+        """Whether at places of these `nodes` `[P]` the text's own tokens fall into one outcome: the whole that the text has
+        there, and the piece that follows, ids `[P]` both.
+        """
+        if not len(self.wholes):
+            return np.zeros(len(nodes), dtype=bool)
+        num = 1 + max(self.wholes.max(), wholes.max(initial=0))
+        owner = np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))
+        at, is_whole = _find(owner * num + self.wholes, nodes * num + wholes)
+        owner = np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
+        keys = owner * self.num_buckets + self.outcomes
+        place, is_outcome = _find(keys, nodes * self.num_buckets + self.bucket_of[pieces])
+        place = np.where(is_outcome, place - self.begins[nodes], END)
+        return is_whole & (self.places[at] == place) & (is_outcome | self.ends[nodes])
 
     def walk(self, labels, firsts, stops):
         """`(positions, spans, nodes)`: positions of the pieces' side inside a span after which something may follow, span by
@@ -121,12 +184,9 @@ class Trie:
         return every[:, np.lexsort((every[0], every[1]))]
 
     def _next(self, nodes, pieces):
-        if not len(self.keys):
-            return np.zeros_like(nodes)
-        keys = nodes * self.num_pieces + pieces
-        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        fits = (self.keys[places] == keys) & (pieces >= 0) & (pieces < self.num_pieces)
-        return np.where(fits, self.nodes[places], 0)
+        places, fits = _find(self.keys, nodes * self.num_pieces + pieces)
+        fits &= (pieces >= 0) & (pieces < self.num_pieces)
+        return np.where(fits, self.nodes[places], 0) if len(self.keys) else np.zeros_like(nodes)
 
     def divergence(self, wholes, pieces, nodes, divergence="forward_kl", temperature=1.0):
         """`T^2 D(teacher || student)` of what comes next at P positions of the pieces' side inside a token of the wholes',
@@ -236,6 +296,14 @@ class Places:
     def softened(self, logs, temperature):
         """The distributions at a temperature."""
         return logs if temperature == 1.0 else losses.log_probs_by(logs, self.owner, len(self.nodes), temperature)
+
+
+def _find(keys, wanted):
+    """`(places, whether it is there)` of each wanted one in ascending `keys`."""
+    if not len(keys):
+        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+    places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return places, keys[places] == wanted
 
 
 def _moved(arrays, device):

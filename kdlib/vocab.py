@@ -149,6 +149,25 @@ def prefix_buckets(student, teacher, shared, student_first, teacher_first):
     return buckets
 
 
+def joined(buckets, pairs):
+    """The `Buckets` with the two of each pair made one, and so on along chains of pairs: the lowest number stays, the others
+    are empty. Nothing is joined with the tail.
+    """
+    lowest = np.arange(buckets.num)
+
+    def root(bucket):
+        while lowest[bucket] != bucket:
+            lowest[bucket] = bucket = lowest[lowest[bucket]]
+        return bucket
+
+    for pair in pairs:
+        first, second = sorted(map(root, pair))
+        if second != buckets.num - 1:
+            lowest[second] = first
+    lowest = np.array([root(bucket) for bucket in range(buckets.num)])
+    return Buckets(lowest[buckets.student], lowest[buckets.teacher], buckets.num)
+
+
 def _first_ids(vocabulary):
     ids = {}
     for index, token in enumerate(vocabulary.tokens):
