@@ -6,7 +6,7 @@ import torch
 from kdlib import fused, losses, models, schedule
 from kdlib.data import IGNORE
 from kdlib.parts import BY_BUCKETS, COUNTED, Match, Rows, parts_of
-from kdlib.walk import Walk
+from kdlib.walk import Walk, agreeing
 
 LIFT = 2.0**12
 """Gradients that are only measured are made this much larger first: under autocast some pass through float16."""
@@ -45,7 +45,6 @@ class Objective(torch.nn.Module):
         self.rows_at_once = None
         self.buckets = buckets
         if buckets is not None:
-            self.num_buckets = buckets.num
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
         if buckets is not None and teacher_head is not None:
             self.register_buffer("teacher_buckets", teacher_head.by_column(buckets.teacher), persistent=False)
@@ -112,7 +111,7 @@ class Objective(torch.nn.Module):
         labels = self.head.columns(batch.labels.flatten())[order]
         figures = ["kd_covered"] if "kd" in live and self._is_cut(signal) else []
         figures += ["kd_positions"] if inside else []
-        agreeing = self._agreeing(batch).to(hidden.device) if self.buckets and "kd" in live else None
+        agrees = agreeing(self.buckets, batch).to(hidden.device) if self.buckets and "kd" in live else None
 
         def losses_of(logits, other, block):
             known = block.known.stop - block.known.start
@@ -120,8 +119,8 @@ class Objective(torch.nn.Module):
             spans = None if signal is None or signal.spans is None else signal.spans[block.known]
             top = None if signal is None or signal.top is None else signal.top.rows(block.known)
             within, other = inside.split(other, block) if inside else (None, other)
-            agrees = None if agreeing is None else agreeing[block.known]
-            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within, agrees)
+            agree = None if agrees is None else agrees[block.known]
+            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within, agree)
             values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
             values += [losses.token_mean(rows.figures[name], counts[COUNTED[name]]) for name in figures]
             return torch.stack(values)
@@ -145,11 +144,6 @@ class Objective(torch.nn.Module):
                     alone, _ = fused.head_losses(rows, *fixed, chunks, losses_of, only, compared)
                     squares[name] = torch.autograd.grad(alone, rows)[0].float().square().sum()
         return loss, dict(zip([*live, *figures], parts, strict=True)), squares
-
-    def _agreeing(self, batch):
-        """Whether at the aligned positions `[N]` the text's own next tokens lie in one bucket."""
-        following = [labels[firsts] for labels, firsts, _ in map(batch.spans_of, ("student", "teacher"))]
-        return torch.from_numpy(self.buckets.student[following[0]] == self.buckets.teacher[following[1]])
 
     def _on_features(self, match, counts, weights, measure):
         """The parts on features: their means, and the squared gradient norms where `measure`d."""

@@ -21,7 +21,8 @@ class Rows:
     they are compared with (the teacher's in its own vocabulary, or projected into the student's), if any; `span_of` `[n]`:
     which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods; `top`:
     the teacher's `TopTokens` at the m rows, where these are all that is known. `inside`: the block's `spelled.Inside`, if
-    any. `agrees` `[m]`: whether the text's own next tokens lie in one bucket, where buckets are compared. `figures` collects values worth a record, which are counted as in COUNTED.
+    any. `agrees` `[m]`: whether the text's own next tokens lie in one bucket, where buckets are compared. `figures` collects
+    values worth a record, which are counted as in COUNTED.
     """
 
     logits: torch.Tensor
@@ -85,6 +86,13 @@ def shared_tokens(objective, rows):
     can say next (data-processing inequality; Cover and Thomas 2006, section 2.8). T softens the buckets and not the tokens:
     a bucket of many tokens would swell with T (LOG.md has what that costs).
 
+    Where both models would be certain of the text, each in its own tokens, they have to agree: a position where the text's
+    next tokens lie in different buckets has no signal, and with `shared_prefix` the buckets that part so at least twice are
+    joined (`spelled.buckets_of`). A loss that compares them all the same teaches the student the teacher's way to cut the
+    text, above all line breaks and indentation (byte-prefix marginalization, arXiv 2607.22334, met it on code). Left is
+    that a teacher's cut tells it a little of what comes next, where it would have cut otherwise had the text gone on
+    otherwise.
+
     Helps where the vocabularies share much (84 % for GPT-2 and Qwen); `shared_prefix` also uses the rest. Cost: the
     teacher's own head, `N Vt Dt` multiplications, the dearest way; no memory that stays. Start: 0.6 for `shared_prefix`,
     0.1 for `shared_vocab`, which gained 0.03 bits per byte over plain training in the same time on one of three pairs, and
@@ -108,7 +116,9 @@ def inside_tokens(objective, rows):
     The default: on three pairs with students trained before 0.03 to 0.09 bits per byte better than `shared_prefix` in the
     same time (0.00 to 0.08 from a teacher cache), and better than any rival (RESULTS.md). Helps most where tokens of the
     two differ much. Cost: as `shared_prefix`, and the teacher's head once more at its own positions inside the student's
-    tokens: 1.06 to 1.13 of its step. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it
+    tokens: 1.06 to 1.13 of its step. As there, outcomes are joined buckets, and a place where the text's own tokens are
+    different outcomes has no signal. Not exact where the teacher could also have read a shorter token: what it would have
+    said after that one is not known. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it
     softens buckets; `kd_top_k` cuts the buckets. Only tokens of whole characters, in text that is learned and that no
     normaliser changed; others give and take no signal. A teacher cache holds the likeliest outcomes of each position inside
     a token and a tail. Recorded: `kd_positions`, the share of the learned positions with a signal.
@@ -121,7 +131,7 @@ def inside_tokens(objective, rows):
         theirs = losses.log_probs(rows.other)
         values = _shared_tokens(objective, rows, theirs)
         more = _inside(objective, ours, theirs, inside)
-    rows.figures["kd_positions"] = values.new_ones(rows.num_known + len(inside.at))
+    rows.figures["kd_positions"] = torch.cat([rows.agrees.to(values.dtype), values.new_ones(len(inside.at))])
     for each, span_of in zip(more, (inside.span_of, inside.inner_span_of), strict=True):
         values = values.index_add(0, torch.from_numpy(span_of).to(values.device), each)
     return values
@@ -250,7 +260,7 @@ def _inside(objective, ours, theirs, inside):
     how = objective.config.kd_divergence, objective.config.kd_temperature
     ours_in_pieces = _of_pieces(objective, ours, inside)
     theirs_in_pieces = losses.bucket_log_probs(
-        losses.log_probs(inside.logits), objective.teacher_buckets, objective.num_buckets
+        losses.log_probs(inside.logits), objective.teacher_buckets, objective.buckets.num
     )
     told = theirs_in_pieces, np.arange(len(inside.logits))
     sides = (
@@ -262,7 +272,7 @@ def _inside(objective, ours, theirs, inside):
 
 def _of_pieces(objective, log_probs, inside):
     """The student's buckets at its positions inside a token of the teacher's, and which of them each place reads."""
-    told = losses.bucket_log_probs(log_probs[inside.at], objective.student_buckets, objective.num_buckets)
+    told = losses.bucket_log_probs(log_probs[inside.at], objective.student_buckets, objective.buckets.num)
     return told, np.arange(len(inside.at))
 
 
@@ -283,7 +293,7 @@ def _inside_from_cache(objective, ours, inside):
 
 def _in_buckets(objective, log_probs, bucket_of):
     """Log-probabilities of the buckets at the config's temperature."""
-    told = losses.bucket_log_probs(log_probs, bucket_of, objective.num_buckets)
+    told = losses.bucket_log_probs(log_probs, bucket_of, objective.buckets.num)
     temperature = objective.config.kd_temperature
     return told if temperature == 1.0 else losses.log_probs(told, temperature)
 

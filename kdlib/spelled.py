@@ -13,11 +13,16 @@ import math
 import numpy as np
 import torch
 
-from kdlib import data, losses, vocab
+from kdlib import data, losses, vocab, windows
 from kdlib.teacher import TopTokens
 
+SIDES = ("student", "teacher")
+JOINED_TOKENS = 2**20
+"""Student tokens of the text, at most, that tell which buckets to join."""
 OFTEN, RARE = 2, 2e-5
-"""Buckets that part at least so many times, and at so large a share of the common boundaries, are joined."""
+"""Buckets that part at least so many times, and at so large a share of the common boundaries, are joined; others that part
+are left out where they do.
+"""
 END = -1
 """Stands for a token that ends where another could follow."""
 LEAST = 1e-6
@@ -29,24 +34,34 @@ NONE = -68.0
 
 
 def buckets_of(pair, kd_method):
-    """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks."""
+    """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks. But for
+    `shared_vocab`, those are joined that the two tokenizations of the pair's own text take for each other.
+    """
     kind = kd_method if kd_method == "shared_vocab" else "shared_prefix"
     if kind not in pair.buckets:
-        ours, theirs = pair.student_reader, pair.teacher.reader
-        both = ours.vocabulary, theirs.vocabulary, pair.shared
         if kind == "shared_vocab":
-            pair.buckets[kind] = vocab.tail_buckets(*both)
+            vocabularies = pair.student_reader.vocabulary, pair.teacher.reader.vocabulary
+            pair.buckets[kind] = vocab.tail_buckets(*vocabularies, pair.shared)
         else:
-            first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
-            apart = vocab.prefix_buckets(*both, *first)
-            found, total = partings(pair.text, apart, spellings_of(pair))
+            apart = buckets_apart(pair)
+            text = windows.spread(pair.text, JOINED_TOKENS)
+            found, total = partings(text, apart, spellings_of(pair))
             often = [each for each, count in found.items() if count >= max(OFTEN, RARE * total)]
-            pair.buckets[kind] = vocab.joined(apart, often)
+            pair.buckets[kind] = vocab.joined(apart, [each for each in often if apart.tail not in each])
     return pair.buckets[kind]
 
 
+def buckets_apart(pair):
+    """The pair's `vocab.prefix_buckets`, before any are joined, made once."""
+    if "apart" not in pair.buckets:
+        ours, theirs = pair.student_reader, pair.teacher.reader
+        first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
+        pair.buckets["apart"] = vocab.prefix_buckets(ours.vocabulary, theirs.vocabulary, pair.shared, *first)
+    return pair.buckets["apart"]
+
+
 def spellings_of(pair):
-    """`(of the teacher's tokens, of the student's)`: each vocabulary in tokens of the other (`data.spellings`), made once."""
+    """`(the teacher's tokens, the student's)`, each in tokens of the other side (`data.spellings`), made once."""
     if "spellings" not in pair.buckets:
         readers = pair.student_reader, pair.teacher.reader
         sides = zip(readers, readers[::-1], strict=True)
@@ -54,28 +69,28 @@ def spellings_of(pair):
     return pair.buckets["spellings"]
 
 
-def partings(windows, buckets, spellings):
-    """`({(bucket, bucket): times}, common boundaries)`: where the text's own tokens, in a teacher and a student that are
-    certain of it, would contradict each other: at a common boundary, as the next tokens of the two lie in different buckets;
-    inside a token, as the other side's token is spelled on in another way than the text goes on. Nothing of the tail.
+def partings(text, buckets, spellings):
+    """`({(bucket, bucket): times}, common boundaries)` of windows: where a teacher and a student that are certain of the
+    text, each in its own tokens, would contradict each other. At a common boundary: the next tokens of the two lie in
+    different buckets. Inside a token: the text's pieces go on in another bucket than the other side's token is spelled.
     """
-    found, total, tail = collections.Counter(), 0, buckets.num - 1
-    for window in windows:
-        labels, firsts, stops = (
-            [getattr(window, f"{side}_{name}") for side in ("student", "teacher")] for name in ("labels", "rows", "stops")
-        )
-        following = [each[rows] for each, rows in zip(labels, firsts, strict=True)]
-        total += len(firsts[0])
-        ours, theirs = buckets.student[following[0]], buckets.teacher[following[1]]
-        found.update((int(a), int(b)) for a, b in zip(ours, theirs, strict=True) if a != b)
-        for side, of in enumerate((buckets.student, buckets.teacher)):
-            for i in np.flatnonzero(stops[side] > firsts[side] + 1):
-                read = labels[side][firsts[side][i] : stops[side][i]]
-                spelled = spellings[side][following[1 - side][i]]
-                depth = next((d for d, both in enumerate(zip(spelled, read)) if both[0] != both[1]), 0)  # noqa: B905
-                if depth and of[spelled[depth]] != of[read[depth]]:
-                    found[int(of[spelled[depth]]), int(of[read[depth]])] += 1
-    return {pair: count for pair, count in found.items() if tail not in pair}, total
+    found, total = collections.Counter(), 0
+    for window in text:
+        ours, theirs = ([getattr(window, f"{side}_{name}") for name in ("labels", "rows", "stops")] for side in SIDES)
+        total += len(ours[1])
+        following = ours[0][ours[1]], theirs[0][theirs[1]]
+        told = zip(buckets.student[following[0]], buckets.teacher[following[1]], strict=True)
+        found.update((int(a), int(b)) for a, b in told if a != b)
+        for (labels, firsts, stops), of, wholes, spelled in (
+            (ours, buckets.student, following[1], spellings[0]),
+            (theirs, buckets.teacher, following[0], spellings[1]),
+        ):
+            for i in np.flatnonzero(stops > firsts + 1):
+                pieces = zip(spelled[wholes[i]], labels[firsts[i] : stops[i]])  # noqa: B905 - as far as both go
+                depth, (a, b) = next(((d, both) for d, both in enumerate(pieces) if both[0] != both[1]), (0, (0, 0)))
+                if depth and of[a] != of[b]:
+                    found[int(of[a]), int(of[b])] += 1
+    return found, total
 
 
 def tries_of(pair):
@@ -84,7 +99,7 @@ def tries_of(pair):
         buckets, heads = buckets_of(pair, "inside_tokens"), (pair.teacher.head, pair.head)
         sides = zip(spellings_of(pair), ("pieces", "wholes"), (buckets.student, buckets.teacher), heads, strict=True)
         pair.buckets["tries"] = tuple(
-            Trie.of(spelled, student, of, buckets.num, _columns_of(head)) for spelled, student, of, head in sides
+            Trie.of(spelled, student, of, buckets.tail, _columns_of(head)) for spelled, student, of, head in sides
         )
     return pair.buckets["tries"]
 
@@ -120,12 +135,12 @@ class Trie:
     outcomes: np.ndarray
     ends: np.ndarray
     bucket_of: np.ndarray
-    num_buckets: int
+    tail: int
 
     @classmethod
-    def of(cls, spellings, student, bucket_of, num_buckets, whole_columns=lambda ids: ids):
-        """From `data.spellings`, one for each id of the wholes; `bucket_of` `[pieces]` is the bucket of each piece, the last
-        of them the tail; `whole_columns` makes ids columns of a head (`models.Head`).
+    def of(cls, spellings, student, bucket_of, tail, whole_columns=lambda ids: ids):
+        """From `data.spellings`, one for each id of the wholes; `bucket_of` `[pieces]` is the bucket of each piece, `tail`
+        the last of them; `whole_columns` makes ids columns of a head (`models.Head`).
         """
         under, num = {}, 1 + max((max(spelling) for spelling in spellings if spelling), default=0)
         for whole, spelling in enumerate(spellings):
@@ -135,7 +150,7 @@ class Trie:
         under = {read: np.array(pairs).T for read, pairs in under.items()}
         under = {read: pairs for read, pairs in under.items() if (pairs[1] != END).any()}
         for pairs in under.values():
-            pairs[1, pairs[1] == num_buckets - 1] = END
+            pairs[1, pairs[1] == tail] = END
         number = {(): 0} | {read: node for node, read in enumerate(under, 1)}
         leads = sorted((number[read[:-1]] * num + read[-1], number[read]) for read in under)
         keys, nodes = np.array(leads, dtype=np.int64).reshape(-1, 2).T
@@ -149,9 +164,7 @@ class Trie:
         firsts, begins = (np.append(0, np.cumsum([len(part) for part in each])) for each in (wholes, outcomes))
         wholes, places, outcomes = map(np.concatenate, (wholes, places, outcomes))
         columns = whole_columns(torch.from_numpy(wholes)).numpy()
-        return cls(
-            student, num, keys, nodes, firsts, wholes, columns, places, begins, outcomes, ends, bucket_of, num_buckets
-        )
+        return cls(student, num, keys, nodes, firsts, wholes, columns, places, begins, outcomes, ends, bucket_of, tail)
 
     def agrees(self, nodes, wholes, pieces):
         """Whether at places of these `nodes` `[P]` the text's own tokens fall into one outcome: the whole that the text has
@@ -163,10 +176,11 @@ class Trie:
         owner = np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))
         at, is_whole = _find(owner * num + self.wholes, nodes * num + wholes)
         owner = np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
-        keys = owner * self.num_buckets + self.outcomes
-        place, is_outcome = _find(keys, nodes * self.num_buckets + self.bucket_of[pieces])
+        keys = owner * self.tail + self.outcomes
+        place, is_outcome = _find(keys, nodes * self.tail + self.bucket_of[pieces].clip(max=self.tail - 1))
+        is_outcome &= self.bucket_of[pieces] < self.tail
         place = np.where(is_outcome, place - self.begins[nodes], END)
-        return is_whole & (self.places[at] == place) & (is_outcome | self.ends[nodes])
+        return is_whole & (self.places[at] == place)
 
     def walk(self, labels, firsts, stops):
         """`(positions, spans, nodes)`: positions of the pieces' side inside a span after which something may follow, span by

@@ -70,7 +70,7 @@ class Walk:
             log_probs = losses.log_probs(decode(states))
             if trie.student == "pieces":
                 return log_probs
-            return losses.bucket_log_probs(log_probs, bucket_of.to(log_probs.device), trie.num_buckets)
+            return losses.bucket_log_probs(log_probs, bucket_of.to(log_probs.device), trie.tail + 1)
 
         kinds = (
             (tries[0], signal.hidden, self.span_of, self.nodes), (tries[1], signal.inner, self.inner, self.inner_nodes)
@@ -115,6 +115,12 @@ class Walk:
         ours = self.positions[mine] - block.rows.start, self.span_of[mine] - known, self.nodes[mine], said
         theirs = self.inner_span_of[block.more] - known, self.inner_nodes[block.more], inner_said
         return Inside(*ours, *theirs, None if other is None else other[num:]), None if other is None else other[:num]
+
+
+def agreeing(buckets, batch):
+    """Whether at the aligned positions of a `Batch` the text's own next tokens lie in one bucket, `[N]`."""
+    ours, theirs = (labels[firsts] for labels, firsts, _ in map(batch.spans_of, ("student", "teacher")))
+    return torch.from_numpy(buckets.student[ours] == buckets.teacher[theirs])
 
 
 def _agreeing(trie, pieces, wholes):
