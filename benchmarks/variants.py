@@ -84,7 +84,7 @@ def unsure_student(objective, rows):
 
 def right_teacher(objective, rows):
     """`2 q` of the bucket of the label: more where the teacher agrees with the text."""
-    buckets = losses.bucket_log_probs(losses.log_probs(rows.other), objective.teacher_buckets, objective.num_buckets)
+    buckets = losses.bucket_log_probs(losses.log_probs(rows.other), objective.teacher_buckets, objective.buckets.num)
     labels = rows.labels[: rows.num_known]
     return 2.0 * _label_probabilities(buckets, objective.student_buckets[labels.clamp_min(0)])
 

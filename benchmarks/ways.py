@@ -153,7 +153,7 @@ def _buckets(world):
     chance, sizes = np.random.default_rng(0), [config.vocab_size for config in world.configs]
     num = int(SHARED * sizes[0])
     buckets = [chance.permutation(np.append(np.arange(num), chance.integers(0, num + 1, size - num))) for size in sizes]
-    return vocab.Buckets(*buckets, num + 1)
+    return vocab.Buckets(*buckets, np.arange(num))
 
 
 def floor(world):

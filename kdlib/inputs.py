@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 
-import numpy as np
 import torch
 
 from kdlib import batching, corpus, data, evaluate, hooks, identity, memory, models, parts, precision, signals, vocab
@@ -14,7 +13,7 @@ from kdlib.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.router import LayerRouter
 from kdlib.spelled import buckets_of, tries_of
 from kdlib.teacher import Teacher
-from kdlib.windows import Windows, cut_all, lengths_of
+from kdlib.windows import Windows, cut_all, lengths_of, spread
 
 MIN_COVERAGE = 0.01
 TEST_FACTOR = 4
@@ -36,7 +35,7 @@ class Pair:
     """A teacher and a student that have been checked against each other. `pads`: padding ids of student and teacher;
     `widest`: how wide their rows of several windows may be, 0 where they can't be shared; `buckets`: the `vocab.Buckets` by
     `kd_method`, and the `spelled.Trie`s, as far as they were asked for; `sample`: training windows that features are
-    measured on.
+    measured on; `text`: those that tell which buckets to join.
     """
 
     teacher: Teacher
@@ -48,6 +47,7 @@ class Pair:
     widest: tuple = (0, 0)
     buckets: dict = dataclasses.field(default_factory=dict)
     sample: list = dataclasses.field(default_factory=list)
+    text: Windows | list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ def load(
     train, validation, test = (_windows(part, pair, config) for part in documents)
     _check_amount(train, config)
     pair.widest = _widest(pair, config, (train, validation, test))
-    pair.sample = _sample(train, MEASURED_TOKENS)
+    pair.sample, pair.text = list(spread(train, MEASURED_TOKENS)), train
     _check_scored({"validation": validation, "test": test})
     alignment = _report(train, pair)
     if alignment["coverage"] < MIN_COVERAGE:
@@ -105,7 +105,7 @@ def load(
     known = identity.of_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
     if config.cached:
         pair.teacher.refuse_other(known)
-    samples = _sample(validation, config.eval_tokens), _sample(test, TEST_FACTOR * config.eval_tokens)
+    samples = list(spread(validation, config.eval_tokens)), list(spread(test, TEST_FACTOR * config.eval_tokens))
     held_out = _both_held_out([_numbered(part) for part in samples], pair, config, train, on_progress)
     if config.check_teacher:
         check_teacher(pair.teacher, train, held_out[0])
@@ -389,14 +389,3 @@ def _check_scored(parts):
     for name, windows in parts.items():
         if not windows.total("num_bytes"):
             raise Unfit(f"the {name} text is too short to score", "give more text")
-
-
-def _sample(windows, num_tokens):
-    """Windows of about `num_tokens` student tokens, spread over the documents; the same ones every time."""
-    chosen, size, lengths = [], 0, lengths_of(windows)
-    for index in np.random.default_rng(0).permutation(len(windows)):
-        if size >= num_tokens:
-            break
-        chosen.append(windows[index])
-        size += lengths[index]
-    return chosen

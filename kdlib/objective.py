@@ -6,7 +6,7 @@ import torch
 from kdlib import fused, losses, models, schedule
 from kdlib.data import IGNORE
 from kdlib.parts import BY_BUCKETS, COUNTED, Match, Rows, parts_of
-from kdlib.walk import Walk
+from kdlib.walk import Walk, agreeing
 
 LIFT = 2.0**12
 """Gradients that are only measured are made this much larger first: under autocast some pass through float16."""
@@ -43,8 +43,8 @@ class Objective(torch.nn.Module):
         self.parts = parts_of(config)
         self.layers, self.attention_layers, self.tries = layers, attention_layers, tries
         self.rows_at_once = None
+        self.buckets = buckets
         if buckets is not None:
-            self.num_buckets = buckets.num
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
         if buckets is not None and teacher_head is not None:
             self.register_buffer("teacher_buckets", teacher_head.by_column(buckets.teacher), persistent=False)
@@ -111,6 +111,7 @@ class Objective(torch.nn.Module):
         labels = self.head.columns(batch.labels.flatten())[order]
         figures = ["kd_covered"] if "kd" in live and self._is_cut(signal) else []
         figures += ["kd_positions"] if inside else []
+        agrees = agreeing(self.buckets, batch).to(hidden.device) if self.buckets and "kd" in live else None
 
         def losses_of(logits, other, block):
             known = block.known.stop - block.known.start
@@ -118,7 +119,8 @@ class Objective(torch.nn.Module):
             spans = None if signal is None or signal.spans is None else signal.spans[block.known]
             top = None if signal is None or signal.top is None else signal.top.rows(block.known)
             within, other = inside.split(other, block) if inside else (None, other)
-            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within)
+            agree = None if agrees is None else agrees[block.known]
+            rows = Rows(logits, labels[block.rows], known, other, local, spans, top, within, agree)
             values = [losses.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
             values += [losses.token_mean(rows.figures[name], counts[COUNTED[name]]) for name in figures]
             return torch.stack(values)

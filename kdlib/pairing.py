@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from kdlib import evaluate, inputs
+from kdlib import batching, evaluate, inputs, spelled, walk
 from kdlib.config import KD_METHODS, Config
 from kdlib.findings import Finding
 
@@ -16,6 +16,8 @@ SAVED = (0.10, 0.13)
 """Bits per byte that it saved there over plain training in the same time, as a share of those between teacher and student,
 where the student was trained before.
 """
+MUCH_LEFT = 0.02
+"""Share of the common positions left out because the two cut the text apart there, above which it is worth a note."""
 ODD_ROWS = 0.1
 """Share of a head's rows without a token above which the tokenizer may be a smaller relative's."""
 
@@ -28,7 +30,7 @@ def findings_of(config, loaded, scores, sampled=False):
     text = "a sample" if sampled else "your text"
     made = [_shared(pair.shared), _coverage(told["coverage"], text), _one_to_one(pair.sample, text), _faithful(told)]
     made += [_rows("student", pair.head)] + ([_rows("teacher", pair.teacher.head)] if pair.teacher.head else [])
-    made += [_marks("student", pair.student_reader), _marks("teacher", pair.teacher.reader)]
+    made += [_cuts(pair), _marks("student", pair.student_reader), _marks("teacher", pair.teacher.reader)]
     made += [_ids(side, loaded, score, config.check_teacher, sampled) for side, score in scores.items()]
     made += [_method(name, pair, config) for name in KD_METHODS if name != "none"]
     return [*made, _advice(config), _prospect(pair, **scores)]
@@ -142,7 +144,7 @@ def _method(name, pair, config):
         share = len(_spans(pair.sample)) / max(1, rows)
         return _found(shown, f"{share:.1%} of the common positions begin a span of text to compare", number=share)
     if name == "inside_tokens":
-        return _inside(shown, pair, rows)
+        return _inside(shown, pair)
     buckets = inputs.buckets_of(pair, name)
     held = {}
     for side, of in (("student", buckets.student), ("teacher", buckets.teacher)):
@@ -188,16 +190,30 @@ def _prospect(pair, teacher, student):
     return _found("to be gained", f"{said}; {low:.2f} to {high:.2f} better", "ok", means, number=low)
 
 
-def _inside(shown, pair, rows):
-    """What share of the student's positions `inside_tokens` has a signal for, on the sample: `rows` lie at common
-    boundaries."""
-    inside = []
-    for trie, side in zip(inputs.tries_of(pair), ("student", "teacher"), strict=True):
-        spans = [[getattr(w, f"{side}_{what}") for what in ("labels", "rows", "stops")] for w in pair.sample]
-        inside.append(sum(trie.walk(*each).shape[1] for each in spans))
-    counts = rows + inside[0], *inside
-    shares = [count / max(1, sum(window.num_positions for window in pair.sample)) for count in counts]
+def _inside(shown, pair):
+    """What share of the student's positions `inside_tokens` has a signal for, on the sample."""
+    batches, tries = [batching.collate([window]) for window in pair.sample], inputs.tries_of(pair)
+    agreeing = sum(int(walk.agreeing(inputs.buckets_of(pair, "inside_tokens"), batch).sum()) for batch in batches)
+    walks = [walk.Walk.of(tries, batch) for batch in batches]
+    ours, theirs = (sum(len(getattr(each, name)) for each in walks) for name in ("positions", "inner"))
+    shares = [count / max(1, sum(w.num_positions for w in pair.sample)) for count in (agreeing + ours, ours, theirs)]
     said = (
         "{:.1%} of the student's positions have a signal, {:.1%} inside a teacher's token; {:.1%} more inside its own"
     )
     return _found(shown, said.format(*shares), number=shares[0])
+
+
+def _cuts(pair):
+    """How often the two tokenizers cut the sample's text so that a certain teacher would teach its own cut, and what is left
+    of that.
+    """
+    spellings = spelled.spellings_of(pair)
+    apart, joined = spelled.buckets_apart(pair), inputs.buckets_of(pair, "inside_tokens")
+    (before, total), (after, _) = (spelled.partings(pair.sample, each, spellings) for each in (apart, joined))
+    before, after = (sum(found.values()) / max(1, total) for found in (before, after))
+    said = f"they part at {before:.1%} of the common positions"
+    said += f"; {apart.num - joined.num} buckets are joined, {after:.1%} left out"
+    if after > MUCH_LEFT:
+        means = "there the teacher would teach its own way to cut the text, so nothing is learned from it"
+        return _found("other cuts of the text", said, "note", means, number=before)
+    return _found("other cuts of the text", said, number=before)

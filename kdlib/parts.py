@@ -21,7 +21,8 @@ class Rows:
     they are compared with (the teacher's in its own vocabulary, or projected into the student's), if any; `span_of` `[n]`:
     which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods; `top`:
     the teacher's `TopTokens` at the m rows, where these are all that is known. `inside`: the block's `spelled.Inside`, if
-    any. `figures` collects values worth a record, which are counted as in COUNTED.
+    any. `agrees` `[m]`: whether the text's own next tokens lie in one bucket, where buckets are compared. `figures` collects
+    values worth a record, which are counted as in COUNTED.
     """
 
     logits: torch.Tensor
@@ -32,6 +33,7 @@ class Rows:
     spans: torch.Tensor | None
     top: object | None = None
     inside: object | None = None
+    agrees: torch.Tensor | None = None
     figures: dict = dataclasses.field(default_factory=dict)
     made: dict = dataclasses.field(default_factory=dict)
 
@@ -84,6 +86,13 @@ def shared_tokens(objective, rows):
     can say next (data-processing inequality; Cover and Thomas 2006, section 2.8). T softens the buckets and not the tokens:
     a bucket of many tokens would swell with T (LOG.md has what that costs).
 
+    Where both models would be certain of the text, each in its own tokens, they have to agree: a position where the text's
+    next tokens lie in different buckets has no signal, and with `shared_prefix` the buckets that part so at least twice are
+    joined (`spelled.buckets_of`). A loss that compares them all the same teaches the student the teacher's way to cut the
+    text, above all line breaks and indentation (byte-prefix marginalization, arXiv 2607.22334, met it on code). Left is
+    that a teacher's cut tells it a little of what comes next, where it would have cut otherwise had the text gone on
+    otherwise.
+
     Helps where the vocabularies share much (84 % for GPT-2 and Qwen); `shared_prefix` also uses the rest. Cost: the
     teacher's own head, `N Vt Dt` multiplications, the dearest way; no memory that stays. Start: 0.6 for `shared_prefix`,
     0.1 for `shared_vocab`, which gained 0.03 bits per byte over plain training in the same time on one of three pairs, and
@@ -92,7 +101,7 @@ def shared_tokens(objective, rows):
     """
     if rows.top is not None:
         ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
-        return _divergence_from_top(objective, rows, ours)
+        return torch.where(rows.agrees, _divergence_from_top(objective, rows, ours), 0.0)
     return _shared_tokens(objective, rows, losses.log_probs(rows.other))
 
 
@@ -107,7 +116,9 @@ def inside_tokens(objective, rows):
     The default: on three pairs with students trained before 0.03 to 0.09 bits per byte better than `shared_prefix` in the
     same time (0.00 to 0.08 from a teacher cache), and better than any rival (RESULTS.md). Helps most where tokens of the
     two differ much. Cost: as `shared_prefix`, and the teacher's head once more at its own positions inside the student's
-    tokens: 1.06 to 1.13 of its step. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it
+    tokens: 1.06 to 1.13 of its step. As there, outcomes are joined buckets, and a place where the text's own tokens are
+    different outcomes has no signal. Not exact where the teacher could also have read a shorter token: what it would have
+    said after that one is not known. Start: 0.6 beside lm 0.4 (RESULTS.md). T softens the outcomes at a position, as it
     softens buckets; `kd_top_k` cuts the buckets. Only tokens of whole characters, in text that is learned and that no
     normaliser changed; others give and take no signal. A teacher cache holds the likeliest outcomes of each position inside
     a token and a tail. Recorded: `kd_positions`, the share of the learned positions with a signal.
@@ -120,7 +131,7 @@ def inside_tokens(objective, rows):
         theirs = losses.log_probs(rows.other)
         values = _shared_tokens(objective, rows, theirs)
         more = _inside(objective, ours, theirs, inside)
-    rows.figures["kd_positions"] = values.new_ones(rows.num_known + len(inside.at))
+    rows.figures["kd_positions"] = torch.cat([rows.agrees.to(values.dtype), values.new_ones(len(inside.at))])
     for each, span_of in zip(more, (inside.span_of, inside.inner_span_of), strict=True):
         values = values.index_add(0, torch.from_numpy(span_of).to(values.device), each)
     return values
@@ -240,34 +251,49 @@ def contrastive(objective, match):
 def _shared_tokens(objective, rows, teacher):
     """`T^2 D` over shared buckets, from the teacher's log-probabilities `[m, Vt]`."""
     ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
-    return _divergence(objective, rows, ours, _in_buckets(objective, teacher, objective.teacher_buckets))
+    values = _divergence(objective, rows, ours, _in_buckets(objective, teacher, objective.teacher_buckets))
+    return torch.where(rows.agrees, values, 0.0)
 
 
 def _inside(objective, ours, theirs, inside):
     """Divergences at the positions inside tokens of the other side, of the student and of the teacher."""
     how = objective.config.kd_divergence, objective.config.kd_temperature
-    told = losses.log_probs(inside.logits), np.arange(len(inside.logits))
+    ours_in_pieces = _of_pieces(objective, ours, inside)
+    theirs_in_pieces = losses.bucket_log_probs(
+        losses.log_probs(inside.logits), objective.teacher_buckets, objective.buckets.num
+    )
+    told = theirs_in_pieces, np.arange(len(inside.logits))
     sides = (
-        ((theirs, inside.span_of), (ours, inside.at), inside.nodes),
+        ((theirs, inside.span_of), ours_in_pieces, inside.nodes),
         ((ours, inside.inner_span_of), told, inside.inner_nodes),
     )
     return [trie.divergence(*each, *how) for trie, each in zip(objective.tries, sides, strict=True)]
 
 
+def _of_pieces(objective, log_probs, inside):
+    """The student's buckets at its positions inside a token of the teacher's, and which of them each place reads."""
+    told = losses.bucket_log_probs(log_probs[inside.at], objective.student_buckets, objective.buckets.num)
+    return told, np.arange(len(inside.at))
+
+
 def _inside_from_cache(objective, ours, inside):
     """The same from what a cached teacher said there, in short."""
     config = objective.config
-    sides = (inside.said, inside.at, inside.nodes), (inside.inner_said, inside.inner_span_of, inside.inner_nodes)
+    in_pieces = _of_pieces(objective, ours, inside)
+    sides = (
+        (inside.said, *in_pieces, inside.nodes),
+        (inside.inner_said, ours, inside.inner_span_of, inside.inner_nodes),
+    )
     values = []
-    for trie, (said, rows, nodes) in zip(objective.tries, sides, strict=True):
+    for trie, (said, log_probs, rows, nodes) in zip(objective.tries, sides, strict=True):
         said = said.cut(config.kd_top_k) if config.kd_top_k else said
-        values.append(trie.divergence_from(said, ours, rows, nodes, config.kd_divergence, config.kd_temperature))
+        values.append(trie.divergence_from(said, log_probs, rows, nodes, config.kd_divergence, config.kd_temperature))
     return values
 
 
 def _in_buckets(objective, log_probs, bucket_of):
     """Log-probabilities of the buckets at the config's temperature."""
-    told = losses.bucket_log_probs(log_probs, bucket_of, objective.num_buckets)
+    told = losses.bucket_log_probs(log_probs, bucket_of, objective.buckets.num)
     temperature = objective.config.kd_temperature
     return told if temperature == 1.0 else losses.log_probs(told, temperature)
 

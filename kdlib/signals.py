@@ -21,7 +21,7 @@ from kdlib import evaluate, files, identity, models, parts, records, vocab
 from kdlib.teacher import Shortlist, TeacherSignal, TopTokens
 from kdlib.windows import Windows
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when a cache of before can no longer be read."""
 INDEX, READER, HEAD = "cache.json", "teacher", "head.safetensors"
 SPLITS = ("train", "validation", "test")
@@ -126,7 +126,7 @@ def shortlist(pair, buckets, settings):
     """The `Shortlist` that a cache asks a live teacher for."""
     head = pair.teacher.head
     same = head.by_column(vocab.same_ids(pair.teacher.reader.vocabulary, pair.shared))
-    ids = torch.from_numpy(pair.shared.student_ids)
+    ids = torch.from_numpy(buckets.student_ids)
     return Shortlist(
         settings["kd_top_k"], settings["kd_temperature"], buckets.num, head.by_column(buckets.teacher), same, ids
     )

@@ -6,15 +6,23 @@ begin with these, is one over what comes next: the chain rule over a trie of one
 Phan et al. 2024, arXiv 2410.09303, get next-byte probabilities by the same restriction.
 """
 
+import collections
 import dataclasses
 import math
 
 import numpy as np
 import torch
 
-from kdlib import data, losses, vocab
+from kdlib import data, losses, vocab, windows
 from kdlib.teacher import TopTokens
 
+SIDES = ("student", "teacher")
+JOINED_TOKENS = 2**20
+"""Student tokens of the text, at most, that tell which buckets to join."""
+OFTEN, RARE = 2, 2e-5
+"""Buckets that part at least so many times, and at so large a share of the common boundaries, are joined; others that part
+are left out where they do.
+"""
 END = -1
 """Stands for a token that ends where another could follow."""
 LEAST = 1e-6
@@ -26,26 +34,72 @@ NONE = -68.0
 
 
 def buckets_of(pair, kd_method):
-    """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks."""
+    """The pair's `vocab.Buckets`, made once: reading two real vocabularies takes seconds, and every leg asks. But for
+    `shared_vocab`, those are joined that the two tokenizations of the pair's own text take for each other.
+    """
     kind = kd_method if kd_method == "shared_vocab" else "shared_prefix"
     if kind not in pair.buckets:
-        ours, theirs = pair.student_reader, pair.teacher.reader
-        both = ours.vocabulary, theirs.vocabulary, pair.shared
         if kind == "shared_vocab":
-            pair.buckets[kind] = vocab.tail_buckets(*both)
+            vocabularies = pair.student_reader.vocabulary, pair.teacher.reader.vocabulary
+            pair.buckets[kind] = vocab.tail_buckets(*vocabularies, pair.shared)
         else:
-            first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
-            pair.buckets[kind] = vocab.prefix_buckets(*both, *first)
+            apart = buckets_apart(pair)
+            text = windows.spread(pair.text, JOINED_TOKENS)
+            found, total = partings(text, apart, spellings_of(pair))
+            often = [each for each, count in found.items() if count >= max(OFTEN, RARE * total)]
+            pair.buckets[kind] = vocab.joined(apart, [each for each in often if apart.tail not in each])
     return pair.buckets[kind]
+
+
+def buckets_apart(pair):
+    """The pair's `vocab.prefix_buckets`, before any are joined, made once."""
+    if "apart" not in pair.buckets:
+        ours, theirs = pair.student_reader, pair.teacher.reader
+        first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
+        pair.buckets["apart"] = vocab.prefix_buckets(ours.vocabulary, theirs.vocabulary, pair.shared, *first)
+    return pair.buckets["apart"]
+
+
+def spellings_of(pair):
+    """`(the teacher's tokens, the student's)`, each in tokens of the other side (`data.spellings`), made once."""
+    if "spellings" not in pair.buckets:
+        readers = pair.student_reader, pair.teacher.reader
+        sides = zip(readers, readers[::-1], strict=True)
+        pair.buckets["spellings"] = [data.spellings(reader, other.vocabulary.tokens) for reader, other in sides]
+    return pair.buckets["spellings"]
+
+
+def partings(text, buckets, spellings):
+    """`({(bucket, bucket): times}, common boundaries)` of windows: where a teacher and a student that are certain of the
+    text, each in its own tokens, would contradict each other. At a common boundary: the next tokens of the two lie in
+    different buckets. Inside a token: the text's pieces go on in another bucket than the other side's token is spelled.
+    """
+    found, total = collections.Counter(), 0
+    for window in text:
+        ours, theirs = ([getattr(window, f"{side}_{name}") for name in ("labels", "rows", "stops")] for side in SIDES)
+        total += len(ours[1])
+        following = ours[0][ours[1]], theirs[0][theirs[1]]
+        told = zip(buckets.student[following[0]], buckets.teacher[following[1]], strict=True)
+        found.update((int(a), int(b)) for a, b in told if a != b)
+        for (labels, firsts, stops), of, wholes, spelled in (
+            (ours, buckets.student, following[1], spellings[0]),
+            (theirs, buckets.teacher, following[0], spellings[1]),
+        ):
+            for i in np.flatnonzero(stops > firsts + 1):
+                pieces = zip(spelled[wholes[i]], labels[firsts[i] : stops[i]])  # noqa: B905 - as far as both go
+                depth, (a, b) = next(((d, both) for d, both in enumerate(pieces) if both[0] != both[1]), (0, (0, 0)))
+                if depth and of[a] != of[b]:
+                    found[int(of[a]), int(of[b])] += 1
+    return found, total
 
 
 def tries_of(pair):
     """`(of the teacher's tokens, of the student's)`: each vocabulary's `Trie` in tokens of the other, made once a pair."""
     if "tries" not in pair.buckets:
-        sides = (pair.student_reader, pair.head), (pair.teacher.reader, pair.teacher.head)
+        buckets, heads = buckets_of(pair, "inside_tokens"), (pair.teacher.head, pair.head)
+        sides = zip(spellings_of(pair), ("pieces", "wholes"), (buckets.student, buckets.teacher), heads, strict=True)
         pair.buckets["tries"] = tuple(
-            Trie.of(data.spellings(reader, whole.vocabulary.tokens), student, *map(_columns_of, (whole_head, head)))
-            for student, ((reader, head), (whole, whole_head)) in (("pieces", sides), ("wholes", sides[::-1]))
+            Trie.of(spelled, student, of, buckets.tail, _columns_of(head)) for spelled, student, of, head in sides
         )
     return pair.buckets["tries"]
 
@@ -74,22 +128,29 @@ class Trie:
     keys: np.ndarray
     nodes: np.ndarray
     firsts: np.ndarray
+    wholes: np.ndarray
     columns: np.ndarray
     places: np.ndarray
     begins: np.ndarray
     outcomes: np.ndarray
     ends: np.ndarray
+    bucket_of: np.ndarray
+    tail: int
 
     @classmethod
-    def of(cls, spellings, student, whole_columns=lambda ids: ids, piece_columns=lambda ids: ids):
-        """From `data.spellings`, one for each id of the wholes; `*_columns` make ids columns of a head (`models.Head`)."""
+    def of(cls, spellings, student, bucket_of, tail, whole_columns=lambda ids: ids):
+        """From `data.spellings`, one for each id of the wholes; `bucket_of` `[pieces]` is the bucket of each piece, `tail`
+        the last of them; `whole_columns` makes ids columns of a head (`models.Head`).
+        """
         under, num = {}, 1 + max((max(spelling) for spelling in spellings if spelling), default=0)
         for whole, spelling in enumerate(spellings):
             for depth in range(1, len(spelling) + 1):
-                following = spelling[depth] if depth < len(spelling) else END
+                following = int(bucket_of[spelling[depth]]) if depth < len(spelling) else END
                 under.setdefault(spelling[:depth], []).append((whole, following))
         under = {read: np.array(pairs).T for read, pairs in under.items()}
         under = {read: pairs for read, pairs in under.items() if (pairs[1] != END).any()}
+        for pairs in under.values():
+            pairs[1, pairs[1] == tail] = END
         number = {(): 0} | {read: node for node, read in enumerate(under, 1)}
         leads = sorted((number[read[:-1]] * num + read[-1], number[read]) for read in under)
         keys, nodes = np.array(leads, dtype=np.int64).reshape(-1, 2).T
@@ -101,9 +162,25 @@ class Trie:
             outcomes.append(names)
         ends = np.array([False] + [student == "pieces" or bool((each[1] == END).any()) for each in under.values()])
         firsts, begins = (np.append(0, np.cumsum([len(part) for part in each])) for each in (wholes, outcomes))
-        columns = whole_columns(torch.from_numpy(np.concatenate(wholes))).numpy()
-        named = piece_columns(torch.from_numpy(np.concatenate(outcomes))).numpy()
-        return cls(student, num, keys, nodes, firsts, columns, np.concatenate(places), begins, named, ends)
+        wholes, places, outcomes = map(np.concatenate, (wholes, places, outcomes))
+        columns = whole_columns(torch.from_numpy(wholes)).numpy()
+        return cls(student, num, keys, nodes, firsts, wholes, columns, places, begins, outcomes, ends, bucket_of, tail)
+
+    def agrees(self, nodes, wholes, pieces):
+        """Whether at places of these `nodes` `[P]` the text's own tokens fall into one outcome: the whole that the text has
+        there, and the piece that follows, ids `[P]` both.
+        """
+        if not len(self.wholes):
+            return np.zeros(len(nodes), dtype=bool)
+        num = 1 + max(self.wholes.max(), wholes.max(initial=0))
+        owner = np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))
+        at, is_whole = _find(owner * num + self.wholes, nodes * num + wholes)
+        owner = np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
+        keys = owner * self.tail + self.outcomes
+        place, is_outcome = _find(keys, nodes * self.tail + self.bucket_of[pieces].clip(max=self.tail - 1))
+        is_outcome &= self.bucket_of[pieces] < self.tail
+        place = np.where(is_outcome, place - self.begins[nodes], END)
+        return is_whole & (self.places[at] == place)
 
     def walk(self, labels, firsts, stops):
         """`(positions, spans, nodes)`: positions of the pieces' side inside a span after which something may follow, span by
@@ -121,12 +198,9 @@ class Trie:
         return every[:, np.lexsort((every[0], every[1]))]
 
     def _next(self, nodes, pieces):
-        if not len(self.keys):
-            return np.zeros_like(nodes)
-        keys = nodes * self.num_pieces + pieces
-        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        fits = (self.keys[places] == keys) & (pieces >= 0) & (pieces < self.num_pieces)
-        return np.where(fits, self.nodes[places], 0)
+        places, fits = _find(self.keys, nodes * self.num_pieces + pieces)
+        fits &= (pieces >= 0) & (pieces < self.num_pieces)
+        return np.where(fits, self.nodes[places], 0) if len(self.keys) else np.zeros_like(nodes)
 
     def divergence(self, wholes, pieces, nodes, divergence="forward_kl", temperature=1.0):
         """`T^2 D(teacher || student)` of what comes next at P positions of the pieces' side inside a token of the wholes',
@@ -236,6 +310,14 @@ class Places:
     def softened(self, logs, temperature):
         """The distributions at a temperature."""
         return logs if temperature == 1.0 else losses.log_probs_by(logs, self.owner, len(self.nodes), temperature)
+
+
+def _find(keys, wanted):
+    """`(places, whether it is there)` of each wanted one in ascending `keys`."""
+    if not len(keys):
+        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+    places = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return places, keys[places] == wanted
 
 
 def _moved(arrays, device):

@@ -100,12 +100,21 @@ def shared_vocabulary(student, teacher):
 class Buckets:
     """A partition of both vocabularies into buckets that can be compared.
 
-    `student[i]` and `teacher[j]` are the bucket of each id, int64 in `[0, num)`; the last one is the tail.
+    `student[i]` and `teacher[j]` are the bucket of each id, int64 in `[0, num)`; the last one is the tail. `student_ids`
+    `[num - 1]`: a student's token of each of the others, which stands for it.
     """
 
     student: np.ndarray
     teacher: np.ndarray
-    num: int
+    student_ids: np.ndarray
+
+    @property
+    def num(self):
+        return len(self.student_ids) + 1
+
+    @property
+    def tail(self):
+        return len(self.student_ids)
 
 
 def same_ids(teacher, shared):
@@ -120,7 +129,7 @@ def tail_buckets(student, teacher, shared):
     ours = np.full(student.num_rows, len(shared), dtype=np.int64)
     theirs = np.full(teacher.num_rows, len(shared), dtype=np.int64)
     ours[shared.student_ids] = theirs[shared.teacher_ids] = np.arange(len(shared))
-    return Buckets(ours, theirs, len(shared) + 1)
+    return Buckets(ours, theirs, shared.student_ids)
 
 
 def prefix_buckets(student, teacher, shared, student_first, teacher_first):
@@ -133,7 +142,7 @@ def prefix_buckets(student, teacher, shared, student_first, teacher_first):
     shorter at every turn, so this ends.
     """
     buckets = tail_buckets(student, teacher, shared)
-    tail = buckets.num - 1
+    tail = buckets.tail
     sides = (
         (student, buckets.student, teacher_first, buckets.teacher),
         (teacher, buckets.teacher, student_first, buckets.student),
@@ -147,6 +156,23 @@ def prefix_buckets(student, teacher, shared, student_first, teacher_first):
         _, own, first, other = sides[side]
         own[index] = other[first[index]]
     return buckets
+
+
+def joined(buckets, pairs):
+    """The `Buckets` with the two of each pair made one, and so on along chains of pairs. Nothing is joined with the tail."""
+    lowest = np.arange(buckets.num)
+
+    def root(bucket):
+        while lowest[bucket] != bucket:
+            lowest[bucket] = bucket = lowest[lowest[bucket]]
+        return bucket
+
+    for pair in pairs:
+        first, second = sorted(map(root, pair))
+        if second != buckets.tail:
+            lowest[second] = first
+    roots, number = np.unique([root(bucket) for bucket in range(buckets.num)], return_inverse=True)
+    return Buckets(number[buckets.student], number[buckets.teacher], buckets.student_ids[roots[:-1]])
 
 
 def _first_ids(vocabulary):

@@ -52,27 +52,35 @@ class Walk:
     @classmethod
     def of(cls, tries, batch, said=None):
         """The walk of a `Batch` through both `tries` (`spelled.tries_of`)."""
-        whole = tries[0].walk(*batch.spans_of("student"))
-        labels, firsts, stops = batch.spans_of("teacher")
-        at, spans, nodes = tries[1].walk(labels, firsts, stops)
+        ours, theirs = batch.spans_of("student"), batch.spans_of("teacher")
+        whole = _agreeing(tries[0], ours, theirs)
+        (_, firsts, stops), (at, spans, nodes) = theirs, _agreeing(tries[1], theirs, ours)
         sizes = np.maximum(stops - firsts - 1, 0)
         inner = at - firsts[spans] - 1 + (np.cumsum(sizes) - sizes)[spans]
         more = np.bincount(spans, minlength=len(firsts))
         return cls(*whole, inner, spans, nodes, more, said or (None, None))
 
-    def shortlists(self, tries, signal, decode, sizes, temperature):
+    def shortlists(self, tries, signal, decode, bucket_of, sizes, temperature):
         """What the teacher of a `TeacherSignal` with `inner` states says at both kinds of positions, in short:
-        `Trie.shortlist`s of so many outcomes, in their order. `decode` makes logits of states.
+        `Trie.shortlist`s of so many outcomes, in their order. `decode` makes logits of states; `bucket_of` `[Vt]` is the
+        bucket of each.
         """
+
+        def told(trie, states):
+            log_probs = losses.log_probs(decode(states))
+            if trie.student == "pieces":
+                return log_probs
+            return losses.bucket_log_probs(log_probs, bucket_of.to(log_probs.device), trie.tail + 1)
+
         kinds = (
             (tries[0], signal.hidden, self.span_of, self.nodes), (tries[1], signal.inner, self.inner, self.inner_nodes)
         )  # fmt: skip
         found = []
         for (trie, states, rows, nodes), k in zip(kinds, sizes, strict=True):
-            parts = [trie.shortlist(losses.log_probs(decode(states[:0])), rows[:0], nodes[:0], k)]
+            parts = [trie.shortlist(told(trie, states[:0]), rows[:0], nodes[:0], k)]
             for i in range(0, len(rows), AT_ONCE):
                 which, row = np.unique(rows[i : i + AT_ONCE], return_inverse=True)
-                log_probs = losses.log_probs(decode(states[torch.from_numpy(which).to(states.device)]))
+                log_probs = told(trie, states[torch.from_numpy(which).to(states.device)])
                 parts.append(trie.shortlist(log_probs, row, nodes[i : i + AT_ONCE], k, temperature))
             found.append(TopTokens.joined(parts))
         return tuple(found)
@@ -107,3 +115,16 @@ class Walk:
         ours = self.positions[mine] - block.rows.start, self.span_of[mine] - known, self.nodes[mine], said
         theirs = self.inner_span_of[block.more] - known, self.inner_nodes[block.more], inner_said
         return Inside(*ours, *theirs, None if other is None else other[num:]), None if other is None else other[:num]
+
+
+def agreeing(buckets, batch):
+    """Whether at the aligned positions of a `Batch` the text's own next tokens lie in one bucket, `[N]`."""
+    ours, theirs = (labels[firsts] for labels, firsts, _ in map(batch.spans_of, ("student", "teacher")))
+    return torch.from_numpy(buckets.student[ours] == buckets.teacher[theirs])
+
+
+def _agreeing(trie, pieces, wholes):
+    """`Trie.walk` of the pieces' side, `(labels, firsts, stops)`, at the places where the text's own tokens agree."""
+    at, spans, nodes = trie.walk(*pieces)
+    kept = trie.agrees(nodes, wholes[0][wholes[1][spans]], pieces[0][at])
+    return at[kept], spans[kept], nodes[kept]

@@ -113,6 +113,16 @@ def longest_of(windows, count):
     return [windows[i] for i in np.argsort(lengths_of(windows), kind="stable")[-count:]]
 
 
+def spread(windows, num_tokens):
+    """Yields windows of about `num_tokens` student tokens, spread over the documents; the same ones every time."""
+    size, lengths = 0, lengths_of(windows)
+    for index in np.random.default_rng(0).permutation(len(windows)):
+        if size >= num_tokens:
+            return
+        yield windows[index]
+        size += lengths[index]
+
+
 def table_of(windows, counts=()):
     """`{column: Arrow array}` of some windows; `counts` `[len(windows)][4]` as in COUNTS (default: none)."""
     made = {name: _lists([getattr(w, name) for w in windows], np.int32) for name in LISTS}

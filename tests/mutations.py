@@ -16,6 +16,7 @@ from pathlib import Path
 
 HOUSE = Path(__file__).parent.parent
 LOSSES, ALIGN, DATA, TRAIN = "test_losses.py", "test_align.py", "test_data.py", "test_train.py"
+CUTS = "test_segmentation.py"
 EVALUATE, VERDICT, VOCAB, SESSION = "test_evaluate.py", "test_verdict.py", "test_vocab.py", "test_session.py"
 PARTS, ATTENTION = "test_parts.py", "test_attention.py"
 CHECKPOINT, EMA, FAULTS, TIME = "test_checkpoint.py", "test_ema.py", "test_faults.py", "test_time.py"
@@ -503,7 +504,7 @@ MUTANTS = {
     # kd inside tokens
     "inside tokens, a text as it was read before": ("spelled.py", "labels[at[going]]), at[going] + 1", "labels[at[going] + 1]), at[going] + 1", [WITHIN]),
     "inside tokens, past the span": ("spelled.py", "going = at + 1 < stops[spans]", "going = at < stops[spans]", [WITHIN]),
-    "inside tokens, any other piece": ("spelled.py", "fits = (self.keys[places] == keys) & (pieces >= 0)", "fits = (self.keys[places] >= keys) & (pieces >= 0)", [WITHIN]),
+    "inside tokens, any other piece": ("spelled.py", "return places, keys[places] == wanted", "return places, keys[places] >= wanted", [WITHIN]),
     "inside tokens, not given what was read": ("spelled.py", "mass = (mass + losses.EMPTY).log() - (whole + losses.EMPTY).log()[places.owner]", "mass = (mass + losses.EMPTY).log()", [WITHIN]),
     "inside tokens, no end": ("spelled.py", 'np.array([False] + [student == "pieces" or', 'np.array([False] + [student == "wholes" or', [WITHIN]),
     "inside tokens, an end by the first node's": ("spelled.py", "places.num_outcomes + np.cumsum(self.ends[places.nodes]) - 1", "places.num_outcomes + 0 * np.cumsum(self.ends[places.nodes])", [WITHIN]),
@@ -525,7 +526,19 @@ MUTANTS = {
     "a cache of shared_prefix for what is inside tokens": ("signals.py", '(ours, held) != ("shared_prefix", "inside_tokens")', '{ours, held} != {"shared_prefix", "inside_tokens"}', [CACHE]),
     "room for what is inside tokens": ("signals.py", '* settings["hidden"] + more', '* settings["hidden"]', [CACHE]),
     "a cut inside tokens is none": ("parts.py", "said = said.cut(config.kd_top_k) if config.kd_top_k else said", "said = said.cut(10**6)", [CACHE]),
-    "inside tokens, ids for columns": ("spelled.py", "columns = whole_columns(torch.from_numpy(np.concatenate(wholes))).numpy()", "columns = np.concatenate(wholes)", [WITHIN]),
+    "segmentation, boundaries that disagree count": ("walk.py", "torch.from_numpy(buckets.student[ours] == buckets.teacher[theirs])", "torch.ones(len(ours), dtype=torch.bool)", [CUTS]),
+    "segmentation, inside, places that disagree count": ("walk.py", "kept = trie.agrees(nodes, wholes[0][wholes[1][spans]], pieces[0][at])", "kept = slice(None)", [CUTS]),
+    "segmentation, from a cache, boundaries that disagree count": ("parts.py", "torch.where(rows.agrees, _divergence_from_top(objective, rows, ours), 0.0)", "_divergence_from_top(objective, rows, ours)", [CUTS]),
+    "segmentation, an end agrees with anything": ("spelled.py", "is_whole & (self.places[at] == place)", "is_whole & ((self.places[at] == place) | (place == END))", [CUTS]),
+    "segmentation, the tail is an outcome": ("spelled.py", "is_outcome &= self.bucket_of[pieces] < self.tail", "pass", [WITHIN]),
+    "segmentation, no bucket is joined": ("spelled.py", "vocab.joined(apart, [each", "vocab.joined(apart, [] and [each", [CUTS]),
+    "segmentation, boundaries join nothing": ("spelled.py", "for a, b in told if a != b)", "for a, b in told if a != b and False)", [CUTS]),
+    "segmentation, inside joins nothing": ("spelled.py", "if depth and of[a] != of[b]:", "if False:", [CUTS]),
+    "segmentation, joined with the tail": ("vocab.py", "if second != buckets.tail:", "if True:", [VOCAB]),
+    "segmentation, chains are cut": ("vocab.py", "first, second = sorted(map(root, pair))", "first, second = sorted(pair)", [VOCAB]),
+    "segmentation, a joined bucket has another's token": ("vocab.py", "buckets.student_ids[roots[:-1]]", "buckets.student_ids[: len(roots) - 1]", [VOCAB]),
+    "inside tokens, a path ends at a tail piece": ("spelled.py", "        under = {read: pairs for read, pairs in under.items() if (pairs[1] != END).any()}\n        for pairs", "        under = {read: pairs for read, pairs in under.items() if ((pairs[1] != END) & (pairs[1] != tail)).any()}\n        for pairs", [CUTS]),
+    "inside tokens, ids for columns": ("spelled.py", "columns = whole_columns(torch.from_numpy(wholes)).numpy()", "columns = wholes", [WITHIN]),
     "inside tokens, the teacher's next position": ("batching.py", "firsts, sizes = self.teacher_rows + 1, (self", "firsts, sizes = self.teacher_rows, (self", [WITHIN]),
     "inside tokens, states of another span": ("walk.py", "len(self.more) + self.inner[b.more]) for b in blocks]", "len(self.more) + np.arange(b.more.start, b.more.stop)) for b in blocks]", [WITHIN]),
     "inside tokens, the batch's spans in a block": ("walk.py", "self.span_of[mine] - known, self.nodes[mine]", "self.span_of[mine] - known * 0, self.nodes[mine]", [WITHIN]),

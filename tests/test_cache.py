@@ -97,9 +97,8 @@ def said_inside(live, config, batch, *sizes):
     """What a live teacher says inside tokens, in short; and its signal."""
     walked, teacher = walk.Walk.of(inputs.tries_of(live.pair), batch), live.pair.teacher
     signal = teacher(batch, shortlist=shortlist_of(live, config), inner=True)
-    return walked.shortlists(
-        inputs.tries_of(live.pair), signal, teacher.near.decode, sizes, config.kd_temperature
-    ), signal
+    tries, bucket_of = inputs.tries_of(live.pair), teacher.near.by_column(inputs.buckets_of(live.pair, "").teacher)
+    return walked.shortlists(tries, signal, teacher.near.decode, bucket_of, sizes, config.kd_temperature), signal
 
 
 def parts_and_gradient(loaded, config, batch, signal):
@@ -126,7 +125,7 @@ def test_the_likeliest_tokens_are_written_out(loaded, name):
             mass[buckets.teacher[column]] += math.exp(x) / whole
         softened = [m ** (1 / config.kd_temperature) for m in mass]
         mass = [m / math.fsum(softened) for m in softened]
-        by_id = {int(live.pair.shared.student_ids[b]): m for b, m in enumerate(mass[:-1])}
+        by_id = {int(buckets.student_ids[b]): m for b, m in enumerate(mass[:-1])}
         expected = sorted(by_id.values(), reverse=True)[: wanted.k]
         assert [by_id[i] for i in top.ids[row].tolist()] == pytest.approx(expected, rel=1e-5)
         assert top.log_probs[row, :-1].exp().tolist() == pytest.approx(expected, rel=1e-4)

@@ -233,7 +233,7 @@ def test_half_the_shared_tokens_leaves_fewer_buckets(loaded):
     config = Config(kd_method=UNIT)
     whole, _ = methods.ours(setting, config, loaded.pair.student)
     half, _ = variants.half_shared(setting, config, loaded.pair.student)
-    assert half.num_buckets == (whole.num_buckets - 1 + 1) // 2 + 1
+    assert 0.4 * whole.buckets.num < half.buckets.num < 0.6 * whole.buckets.num
 
 
 @pytest.mark.parametrize("rank", [2, 5])

@@ -43,6 +43,9 @@ def kd_by_hand(loaded, config, batch, student_logits):
     buckets = inputs.buckets_of(pair, config.kd_method)
     total = 0.0
     for row, other in zip(batch.student_rows.tolist(), batch.teacher_rows.tolist(), strict=True):
+        following = batch.labels.flatten()[row], batch.teacher_labels.flatten()[other]
+        if buckets.student[following[0]] != buckets.teacher[following[1]]:
+            continue
         p, q = logits[other].double().softmax(-1), student_logits[row].double().softmax(-1)
         ps, qs = torch.zeros(buckets.num).double(), torch.zeros(buckets.num).double()
         ps = ps.index_add(0, torch.from_numpy(buckets.teacher), p[: len(buckets.teacher)])

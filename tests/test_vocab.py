@@ -91,6 +91,15 @@ def test_tail_buckets_hold_shared_tokens_apart_and_the_rest_together():
     assert buckets.num == 3
 
 
+def test_joined_buckets_hold_chains_and_never_the_tail():
+    buckets = vocab.Buckets(np.arange(7), np.arange(7)[::-1], np.arange(10, 16))
+    found = vocab.joined(buckets, [(1, 3), (2, 3), (0, 6), (5, 4)])
+    assert found.student.tolist() == [0, 1, 1, 1, 2, 2, 3]
+    assert found.teacher.tolist() == [3, 2, 2, 1, 1, 1, 0]
+    assert found.student_ids.tolist() == [10, 11, 14]
+    assert (found.num, found.tail) == (4, 3)
+
+
 def test_prefix_buckets_follow_first_tokens_through_both_vocabularies():
     """The teacher's "abc" begins with the student's "ab", which begins with the shared "a"."""
     student, teacher = say(b"a", b"b", b"ab", None), say(b"b", b"a", b"abc", b"\xff")
