@@ -8,6 +8,7 @@ Phan et al. 2024, arXiv 2410.09303, get next-byte probabilities by the same rest
 
 import collections
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -170,17 +171,23 @@ class Trie:
         """Whether at places of these `nodes` `[P]` the text's own tokens fall into one outcome: the whole that the text has
         there, and the piece that follows, ids `[P]` both.
         """
-        if not len(self.wholes):
-            return np.zeros(len(nodes), dtype=bool)
-        num = 1 + max(self.wholes.max(), wholes.max(initial=0))
-        owner = np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))
-        at, is_whole = _find(owner * num + self.wholes, nodes * num + wholes)
-        owner = np.repeat(np.arange(len(self.begins) - 1), np.diff(self.begins))
-        keys = owner * self.tail + self.outcomes
-        place, is_outcome = _find(keys, nodes * self.tail + self.bucket_of[pieces].clip(max=self.tail - 1))
-        is_outcome &= self.bucket_of[pieces] < self.tail
-        place = np.where(is_outcome, place - self.begins[nodes], END)
-        return is_whole & (self.places[at] == place)
+        at, is_whole = _find(self._whole_keys, nodes * self._num_wholes + wholes.clip(max=self._num_wholes - 1))
+        buckets = self.bucket_of[pieces]
+        place, is_outcome = _find(self._outcome_keys, nodes * self.tail + buckets.clip(max=self.tail - 1))
+        place = np.where(is_outcome & (buckets < self.tail), place - self.begins[nodes], END)
+        return is_whole & (self.places[at] == place) if len(self.places) else is_whole
+
+    @functools.cached_property
+    def _num_wholes(self):
+        return 2 + int(self.wholes.max(initial=0))  # one more than there are, which no node has
+
+    @functools.cached_property
+    def _whole_keys(self):
+        return _owners(self.firsts) * self._num_wholes + self.wholes
+
+    @functools.cached_property
+    def _outcome_keys(self):
+        return _owners(self.begins) * self.tail + self.outcomes
 
     def walk(self, labels, firsts, stops):
         """`(positions, spans, nodes)`: positions of the pieces' side inside a span after which something may follow, span by
@@ -310,6 +317,11 @@ class Places:
     def softened(self, logs, temperature):
         """The distributions at a temperature."""
         return logs if temperature == 1.0 else losses.log_probs_by(logs, self.owner, len(self.nodes), temperature)
+
+
+def _owners(starts):
+    """Which node each entry belongs to, of entries that begin at `starts` `[nodes + 1]`."""
+    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
 def _find(keys, wanted):

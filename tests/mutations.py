@@ -530,7 +530,7 @@ MUTANTS = {
     "segmentation, inside, places that disagree count": ("walk.py", "kept = trie.agrees(nodes, wholes[0][wholes[1][spans]], pieces[0][at])", "kept = slice(None)", [CUTS]),
     "segmentation, from a cache, boundaries that disagree count": ("parts.py", "torch.where(rows.agrees, _divergence_from_top(objective, rows, ours), 0.0)", "_divergence_from_top(objective, rows, ours)", [CUTS]),
     "segmentation, an end agrees with anything": ("spelled.py", "is_whole & (self.places[at] == place)", "is_whole & ((self.places[at] == place) | (place == END))", [CUTS]),
-    "segmentation, the tail is an outcome": ("spelled.py", "is_outcome &= self.bucket_of[pieces] < self.tail", "pass", [WITHIN]),
+    "segmentation, the tail is an outcome": ("spelled.py", "is_outcome & (buckets < self.tail)", "is_outcome", [WITHIN]),
     "segmentation, no bucket is joined": ("spelled.py", "vocab.joined(apart, [each", "vocab.joined(apart, [] and [each", [CUTS]),
     "segmentation, boundaries join nothing": ("spelled.py", "for a, b in told if a != b)", "for a, b in told if a != b and False)", [CUTS]),
     "segmentation, inside joins nothing": ("spelled.py", "if depth and of[a] != of[b]:", "if False:", [CUTS]),
