@@ -20,9 +20,9 @@ from kdlib.teacher import TopTokens
 SIDES = ("student", "teacher")
 JOINED_TOKENS = 2**20
 """Student tokens of the text, at most, that tell which buckets to join."""
-OFTEN, RARE = 2, 2e-5
-"""Buckets that part at least so many times, and at so large a share of the common boundaries, are joined; others that part
-are left out where they do.
+OFTEN, TAKEN = 2, 0.3
+"""Buckets are joined that part at least so many times, and at so large a share of the times that the rarer of the two comes
+next. Others that part are left out where they do: joining all would leave few to tell apart in small vocabularies.
 """
 END = -1
 """Stands for a token that ends where another could follow."""
@@ -45,10 +45,11 @@ def buckets_of(pair, kd_method):
             pair.buckets[kind] = vocab.tail_buckets(*vocabularies, pair.shared)
         else:
             apart = buckets_apart(pair)
-            text = windows.spread(pair.text, JOINED_TOKENS)
-            found, total = partings(text, apart, spellings_of(pair))
-            often = [each for each, count in found.items() if count >= max(OFTEN, RARE * total)]
-            pair.buckets[kind] = vocab.joined(apart, [each for each in often if apart.tail not in each])
+            text = list(windows.spread(pair.text, JOINED_TOKENS))
+            found, _ = partings(text, apart, spellings_of(pair))
+            seen = times_next(text, apart)
+            taken = [(a, b) for (a, b), count in found.items() if count >= max(OFTEN, TAKEN * min(seen[a], seen[b]))]
+            pair.buckets[kind] = vocab.joined(apart, [each for each in taken if apart.tail not in each])
     return pair.buckets[kind]
 
 
@@ -92,6 +93,16 @@ def partings(text, buckets, spellings):
                 if depth and of[a] != of[b]:
                     found[int(of[a]), int(of[b])] += 1
     return found, total
+
+
+def times_next(text, buckets):
+    """How often each bucket comes next at the common boundaries of windows, by the side that names it more often."""
+    counts = np.zeros((2, buckets.num), dtype=np.int64)
+    for window in text:
+        for side, of in enumerate((buckets.student, buckets.teacher)):
+            labels, rows = (getattr(window, f"{SIDES[side]}_{name}") for name in ("labels", "rows"))
+            np.add.at(counts[side], of[labels[rows]], 1)
+    return counts.max(axis=0)
 
 
 def tries_of(pair):
