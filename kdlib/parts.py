@@ -87,8 +87,8 @@ def shared_tokens(objective, rows):
     a bucket of many tokens would swell with T (LOG.md has what that costs).
 
     Where both models would be certain of the text, each in its own tokens, they have to agree: a position where the text's
-    next tokens lie in different buckets has no signal, and with `shared_prefix` the buckets that part so at least twice are
-    joined (`spelled.buckets_of`). A loss that compares them all the same teaches the student the teacher's way to cut the
+    next tokens lie in different buckets has no signal, and with `shared_prefix` buckets that often part so are joined
+    (`spelled.buckets_of`). A loss that compares them all the same teaches the student the teacher's way to cut the
     text, above all line breaks and indentation (byte-prefix marginalization, arXiv 2607.22334, met it on code). Left is
     that a teacher's cut tells it a little of what comes next, where it would have cut otherwise had the text gone on
     otherwise.
