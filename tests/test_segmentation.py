@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -129,6 +130,22 @@ def test_a_perfect_teacher_teaches_nothing(names, method):
     if method in BY_BUCKETS:
         assert max(learned(pair, windows, method, teacher_cache="auto")) < 1e-4
         assert max(learned(pair, windows, method, kd_top_k=4, kd_divergence="jsd", kd_temperature=2.0)) < 1e-3
+
+
+def test_partings_are_counted_at_boundaries_and_inside_tokens():
+    """Teacher's token 3 is spelled 1, 2 in the student's tokens and lies in the bucket of 1."""
+    buckets = vocab.Buckets(np.arange(6), np.array([0, 1, 2, 1, 4, 5]), np.arange(5))
+    spellings = [(), (), (), (1, 2), (), ()], [()] * 6
+
+    def window(pieces, whole):
+        ours = np.array([0, *pieces, 0]), np.array([1]), np.array([1 + len(pieces)])
+        theirs = np.array([0, whole, 0]), np.array([1]), np.array([2])
+        names = [f"{side}_{name}" for side in ("student", "teacher") for name in ("labels", "rows", "stops")]
+        return types.SimpleNamespace(**dict(zip(names, ours + theirs, strict=True)))
+
+    text = [window([1, 4], 3), window([1, 4], 3), window([1, 2], 3), window([2, 1], 3), window([2], 2)]
+    assert spelled.partings(text, buckets, spellings) == ({(2, 4): 2, (2, 1): 1}, 5)
+    assert spelled.times_next(text, buckets).tolist() == [0, 4, 2, 0, 0, 0]
 
 
 LETTERS = st.text(st.sampled_from("  \n\n\tabcdefTt.:()'“é東"), min_size=8, max_size=80)
