@@ -228,6 +228,7 @@ class Pass:
         """
         order = sorted(range(len(windows)), key=lambda place: len(windows[place].teacher_ids))
         found, num_done, self.batch_at, head = {}, self.num_done, None, self.pair.teacher.head
+        bucket_of = head.by_column(inputs.buckets_of(self.pair, "inside_tokens").teacher) if tries else None
         for i in range(0, len(order), size):
             if reason := self._stop_reason():
                 return reason
@@ -239,7 +240,6 @@ class Pass:
             if tries:
                 walked = walk.Walk.of(tries, batch)
                 how = self.facts["settings"]["inside_k"], self.facts["settings"]["kd_temperature"]
-                bucket_of = head.by_column(inputs.buckets_of(self.pair, "inside_tokens").teacher)
                 said = walked.shortlists(tries, signal, head.decode, bucket_of, *how)
                 parts += zip(said, walked.by_window(batch.rows_by_window), strict=True)
             by_window = zip(*(_by_window(part.to("cpu"), counts) for part, counts in parts), strict=True)

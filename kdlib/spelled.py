@@ -45,9 +45,8 @@ def buckets_of(pair, kd_method):
             pair.buckets[kind] = vocab.tail_buckets(*vocabularies, pair.shared)
         else:
             apart = buckets_apart(pair)
-            text = list(windows.spread(pair.text, JOINED_TOKENS))
-            found, _ = partings(text, apart, spellings_of(pair))
-            seen = times_next(text, apart)
+            found, _ = partings(windows.spread(pair.text, JOINED_TOKENS), apart, spellings_of(pair))
+            seen = times_next(windows.spread(pair.text, JOINED_TOKENS), apart)
             taken = [(a, b) for (a, b), count in found.items() if count >= max(OFTEN, TAKEN * min(seen[a], seen[b]))]
             pair.buckets[kind] = vocab.joined(apart, [each for each in taken if apart.tail not in each])
     return pair.buckets[kind]
@@ -127,9 +126,10 @@ class Trie:
     is the student's, `pieces` or `wholes`.
 
     `keys` `[C]`, ascending, are `node * num_pieces + piece` of a node (or of 0, the beginning) and a piece that leads on,
-    `nodes` `[C]` where to. The wholes that begin with a node's pieces are `columns[firsts[node]:firsts[node + 1]]`, columns
-    of their side's head; `places` says for each which of the node's outcomes follows in it, END where it ends here. The
-    outcomes are `outcomes[begins[node]:begins[node + 1]]`, columns of the pieces' head, and an end where `ends[node]`.
+    `nodes` `[C]` where to. The wholes that begin with a node's pieces are `wholes[firsts[node]:firsts[node + 1]]`, token
+    ids, and the same of `columns`, columns of their side's head; `places` says for each which of the node's outcomes follows
+    in it, END where it ends here. An outcome is a bucket: `bucket_of` `[pieces]` is the bucket of each piece, and a piece of
+    the `tail` counts as an end. A node's are `outcomes[begins[node]:begins[node + 1]]`, and an end where `ends[node]`.
 
     A student of pieces is to say an outcome or, as often as wholes end, something else: every node has an end. A teacher
     of pieces says the student's wholes in other ways too: a node has an end only where a whole does.
@@ -224,9 +224,9 @@ class Trie:
         """`T^2 D(teacher || student)` of what comes next at P positions of the pieces' side inside a token of the wholes',
         per position, nats, `[P]`; 0 where the wholes give nothing to any that begins with what was read.
 
-        `wholes` is `(log-probabilities [N, U], rows [P])`, at the token's beginning, `pieces` the same of `[M, V]` at the
-        position itself; rows and `nodes` `[P]` are arrays. The wholes' probabilities, given what was read, are summed by
-        outcome; all else that the pieces' side says stands against the wholes that end here, or is left out.
+        `wholes` is `(log-probabilities [N, U], rows [P])` of tokens, at the token's beginning, `pieces` the same of buckets
+        `[M, B]` at the position itself; rows and `nodes` `[P]` are arrays. The wholes' probabilities, given what was read,
+        are summed by outcome; all else that the pieces' side says stands against the wholes that end here, or is left out.
         """
         places = Places.of(self, nodes, wholes[0].device)
         mass, is_said = self._of_wholes(*wholes, places)
@@ -238,8 +238,9 @@ class Trie:
 
     def shortlist(self, log_probs, rows, nodes, k, temperature=1.0):
         """What a teacher says next at P positions, in short: `TopTokens` of its `k` likeliest outcomes, as places among
-        those of the node, and a tail. `log_probs` `[N, U]` are the teacher's and `rows` `[P]`, `nodes` `[P]` arrays as in
-        `divergence`. A place without an outcome has a probability of `losses.EMPTY`, and so has all where nothing is said.
+        those of the node, and a tail. `log_probs` are the teacher's, of tokens or of buckets, `rows` `[P]` and `nodes` `[P]`
+        arrays as in `divergence`. A place without an outcome has a probability of `losses.EMPTY`, and so has all where
+        nothing is said.
         """
         places = Places.of(self, nodes, log_probs.device)
         told, is_said = self._said(log_probs, rows, places, self.student == "wholes")
@@ -254,8 +255,8 @@ class Trie:
         return TopTokens(kept.indices, short.where(is_said[:, None], math.log(losses.EMPTY)))
 
     def divergence_from(self, said, log_probs, rows, nodes, divergence="forward_kl", temperature=1.0):
-        """`divergence` over the outcomes of a `shortlist`, `said`, and one for all else; `log_probs` `[N, V]` are the
-        student's and `rows` `[P]` an array. A teacher's places with nearly no probability are left to the tail.
+        """`divergence` over the outcomes of a `shortlist`, `said`, and one for all else; `log_probs` are the student's, of
+        tokens or of buckets, `rows` `[P]` an array. A teacher's places with nearly no probability are left to the tail.
         """
         places = Places.of(self, nodes, log_probs.device)
         told, is_said = self._said(log_probs, rows, places, self.student == "pieces")
