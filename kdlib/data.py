@@ -105,15 +105,14 @@ def make_reader(tokenizer, vocabulary, context=0):
 
 def first_tokens(reader, byte_strings):
     """For each byte string the id of the first token that the tokenizer reads in it, in the middle of a text; -1 for
-    None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it.
-
-    int64 `[len(byte_strings)]`. Read after a line break, which keeps tokenizers from treating it as a text's start.
+    None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it. int64
+    `[len(byte_strings)]`.
     """
     found = np.full(len(byte_strings), -1, dtype=np.int64)
     tokens, space = reader.vocabulary.tokens, reader.vocabulary.adds_space
-    for index, ids in _after_a_line_break(reader, byte_strings):
+    for index, lead, ids in _in_a_text(reader, byte_strings):
         said = [tokens[i] or b"" for i in ids]
-        read, start = 0, 2 if space and said and b"".join(said[:2])[:2] == b" \n" else 1
+        read, start = 0, 1 + bool(space and b"".join(said[:2])[:2] == b" " + lead)
         for i, part in zip(ids, said, strict=True):
             if read == start:
                 found[index] = i if part and byte_strings[index].startswith(part) else -1
@@ -124,30 +123,34 @@ def first_tokens(reader, byte_strings):
 
 def spellings(reader, byte_strings):
     """For each byte string the tokens that the tokenizer reads it as, in the middle of a text, as a tuple of ids; () for
-    None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it. Read after a line break.
+    None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it.
     """
     found = [()] * len(byte_strings)
-    for index, ids in _after_a_line_break(reader, byte_strings):
+    for index, lead, ids in _in_a_text(reader, byte_strings):
         said = [reader.vocabulary.tokens[i] or b"" for i in ids]
-        for start in range(1, min(3, len(ids)) + 1):  # the line break, with or without a space that the tokenizer adds
-            if b"".join(said[start:]) == byte_strings[index] and b"".join(said[:start]).strip(b" ") == b"\n":
+        for start in range(1, min(3, len(ids)) + 1):  # the lead, with or without a space that the tokenizer adds
+            if b"".join(said[start:]) == byte_strings[index] and b"".join(said[:start]).strip(b" ") == lead:
                 found[index] = tuple(ids[start:])
                 break
     return found
 
 
-def _after_a_line_break(reader, byte_strings):
-    """`(index, ids)` of each byte string that is whole characters, the ids with those of the line break in front of it."""
-    asked, texts = [], []
+def _in_a_text(reader, byte_strings):
+    """`(index, lead, ids)` of each byte string that is whole characters: its tokens behind a lead of one byte, which keeps
+    tokenizers from treating it as a text's start. The lead is a line break; for white space, which many tokenizers would
+    read together with it, a letter.
+    """
+    asked = []
     for index, token in enumerate(byte_strings):
         if token:
             try:
-                texts.append("\n" + token.decode())
-                asked.append(index)
+                text = token.decode()
             except UnicodeDecodeError:
                 continue
+            asked.append((index, "a" if text.lstrip(" \t")[:1] in ("", "\n", "\r") else "\n", text))
+    texts = [lead + text for _, lead, text in asked]
     coded = reader.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return zip(asked, coded, strict=True)
+    return [(index, lead.encode(), ids) for (index, lead, _), ids in zip(asked, coded, strict=True)]
 
 
 def encode(document, reader):

@@ -333,6 +333,18 @@ def test_spellings_are_the_bytes_of_whole_characters(name):
         assert sum(map(bool, found)) > 0.25 * len(asked)
 
 
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_line_breaks_and_blanks_are_spelled_too(name):
+    """As they are read behind a word: behind a line break they would be one token with it."""
+    used, asked = reader(name), [b"\n", b"\n\n", b"\n    ", b"    ", b"   \n", b"\n\n    ", b" the", b"\n        "]
+    found, first = data.spellings(used, asked), data.first_tokens(used, asked).tolist()
+    for token, ids, begin in zip(asked, found, first, strict=True):
+        assert ids, token
+        assert b"".join(used.vocabulary.tokens[i] for i in ids) == token
+        assert ids[0] == begin
+        assert list(ids) == used.tokenizer("x" + token.decode(), add_special_tokens=False)["input_ids"][-len(ids) :]
+
+
 def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_inside():
     """Upper-case letters that one side reads in lower case, a torn character, a prompt."""
     ours, theirs = reader("byte_level_lower"), reader("sentencepiece_bpe")
