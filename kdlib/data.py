@@ -126,10 +126,10 @@ def spellings(reader, byte_strings):
     None, for bytes that are no whole characters, and where the tokenizer makes other bytes of it.
     """
     found = [()] * len(byte_strings)
-    for index, lead, ids in _in_a_text(reader, byte_strings):
+    for index, _, ids in _in_a_text(reader, byte_strings):
         said = [reader.vocabulary.tokens[i] or b"" for i in ids]
         for start in range(1, min(3, len(ids)) + 1):  # the lead, with or without a space that the tokenizer adds
-            if b"".join(said[start:]) == byte_strings[index] and b"".join(said[:start]).strip(b" ") == lead:
+            if b"".join(said[start:]) == byte_strings[index]:
                 found[index] = tuple(ids[start:])
                 break
     return found

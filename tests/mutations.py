@@ -550,7 +550,6 @@ MUTANTS = {
     "any weights as advised": ("pairing.py", "    if chosen == (BEST,", "    if chosen[:1] == (BEST,) or chosen == (BEST,", [DOCTOR]),
     "readings of one student": ("doctor.py", "/ len(self.loaded.train) * self.config.repeats", "/ len(self.loaded.train)", [DOCTOR]),
     "a cache for layers": ("foretold.py", "    if readings < READINGS or not holds_all(config):", "    if readings < READINGS:", [DOCTOR]),
-    "spelled at the start of a text": ("data.py", 'b"".join(said[:start]).strip(b" ") == b"\\n":\n                found[index] = tuple', 'b"".join(said[:start]).strip(b" ") == b"\\n" or True:\n                found[index] = tuple', [WITHIN]),
     "held-out text read again and again": ("doctor.py", "seconds[-1] + more * learned", "seconds[-1] * (1.0 + more)", [f"{DOCTOR}::test_only_the_reading_of_training_text_is_longer_in_the_run"]),
     "what is still read is cleared": (
         "reading.py", "wait_for_everyone()\n        if self.read_in and self", "is_main_process\n        if self.read_in and self",
