@@ -7,7 +7,6 @@ import statistics
 from kdlib import budget, inputs, precision, retention, samples
 from kdlib.leg import Scorer
 
-NUM_SAMPLES = 8
 TITLES = {
     "frequency": "times the next token stands in this text",
     "position": "tokens read before it",
@@ -22,7 +21,8 @@ def compare(config, on_progress=lambda phase, done, total: None):
 
     `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Retention`, whose
     `frequency` counts in this very text; `documents`: bits per byte of each, with its size; `samples`: what both write after
-    the same beginnings, with the share of repeated 4-grams and distinct-2; `alignment`. ValueError for a wrong input.
+    the same beginnings, with the shares of repeated 4-grams and of recut tokens, and distinct-2;
+    `alignment`. ValueError for a wrong input.
     """
     machine, clock = precision.accelerator(config.amp_dtype), budget.Clock()
     away = precision.teacher_device(config.teacher_device, machine)
@@ -52,18 +52,24 @@ def compare(config, on_progress=lambda phase, done, total: None):
 def _samples(loaded, on_progress):
     """What both models write after the same beginnings."""
     pair, done = loaded.pair, itertools.count()
-    beginnings = samples.openings(loaded.test, pair.student_reader.tokenizer, NUM_SAMPLES)
+    beginnings = samples.openings(loaded.test, pair.student_reader.tokenizer, samples.NUM_OPENINGS)
     models = {
-        "teacher": (pair.teacher.model, pair.teacher.reader.tokenizer),
-        "student": (pair.student, pair.student_reader.tokenizer),
+        "teacher": (pair.teacher.model, pair.teacher.reader),
+        "student": (pair.student, pair.student_reader),
     }
     written = {"openings": beginnings}
-    for name, (model, tokenizer) in models.items():
-        texts = []
+    for name, (model, reader) in models.items():
+        found = []
         for text in beginnings:
             on_progress("both write samples", next(done), 2 * len(beginnings))
-            texts.append(samples.continue_text(model, tokenizer, text))
-        written[name] = {"texts": texts, "repeated": samples.repeated(texts), "distinct_2": samples.distinct(texts)}
+            found.append(samples.continue_text(model, reader, text))
+        texts = [sample.text for sample in found]
+        written[name] = {
+            "texts": texts,
+            "repeated": samples.repeated(texts),
+            "distinct_2": samples.distinct(texts),
+            "recut": samples.recut_share(found),
+        }
     return written
 
 
@@ -101,7 +107,11 @@ def _over_bins(title, sums):
 
 def _written(told):
     for name in ("teacher", "student"):
-        measures = {"words in fours said before": told[name]["repeated"], "distinct-2": told[name]["distinct_2"]}
+        measures = {
+            "words in fours said before": told[name]["repeated"],
+            "distinct-2": told[name]["distinct_2"],
+            "tokens its tokenizer would cut otherwise": told[name]["recut"],
+        }
         said = ", ".join(f"{what} {'-' if value is None else f'{value:.0%}'}" for what, value in measures.items())
         yield f"{name} writes: {said} ({len(told['openings'])} beginnings, greedily)"
     if told["openings"]:

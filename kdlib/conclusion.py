@@ -1,5 +1,7 @@
 """The end of a run, or of a session: verdict, student, report."""
 
+import itertools
+
 from kdlib import export, inside, models, records, report, samples, verdict
 from kdlib.leg import CONTROL
 
@@ -13,7 +15,7 @@ def best_of(legs):
 def conclude(config, inputs, folder, scores, pairs, read_s=0.0):
     """Makes the content of `verdict.json`, from the test `scores` before training and `pairs` of finished legs `(distilled,
     control or None)`, and writes student and verdict into `folder` (a `records.RunFolder`, or None for a process that does
-    not write). `read_s`: seconds in which the teacher read first. The `samples` stay empty: `extras` adds them.
+    not write). `read_s`: seconds in which the teacher read first. `samples` and `recut` stay empty: `extras` adds them.
     """
     compared = [(control.at_compare, distilled.at_compare) for distilled, control in pairs if control]
     chosen = best_of(distilled for distilled, _ in pairs)
@@ -27,7 +29,7 @@ def conclude(config, inputs, folder, scores, pairs, read_s=0.0):
     answer["train_s"] = {leg.name: leg.compare_s for leg in pairs[0] if leg}
     answer["steps"] = {leg.name: leg.compare_step for leg in pairs[0] if leg}
     answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
-    answer["samples"] = {}
+    answer["samples"], answer["recut"] = {}, {}
     if folder:
         write_student(inputs.pair, chosen, folder, export.model_card(config, answer))
         records.write_json(folder.path / "verdict.json", answer)
@@ -42,13 +44,13 @@ def weights_of(pairs, start_weights):
     return students | ({"ce_only": control.best_weights} if control else {})
 
 
-def extras(config, inputs, students, folder, answer):
+def extras(config, inputs, students, folder, answer, on_progress=lambda phase, done, total: None):
     """`(name, work)` of what shows a finished run: any of it may fail without harm. `answer`: as from `conclude`, which gets
-    its `samples`.
+    its `samples` and `recut`. `on_progress(phase, done, total)` is called before each sample.
     """
 
     def write_samples():
-        answer["samples"] = _samples(inputs, students)
+        answer.update(_samples(inputs, students, on_progress))
         records.write_json(folder.path / "verdict.json", answer)
 
     def look_inside():
@@ -78,13 +80,19 @@ def write_student(pair, leg, folder, card):
     export.save_student(pair.student, pair.student_reader.tokenizer, folder.path / "student", card)
 
 
-def _samples(inputs, students):
-    """What teacher and students write after the same beginning of a held-out text."""
-    pair = inputs.pair
-    tokenizer = pair.student_reader.tokenizer
-    before = samples.openings(inputs.test, tokenizer, 1)[0]
-    told = {"teacher": samples.teacher_says(pair.teacher.of("test"), before)}
+def _samples(inputs, students, on_progress):
+    """`samples`: what teacher and students write after the same beginning of a held-out text; `recut`: the share of each
+    student's tokens, over several beginnings, that its tokenizer would cut otherwise.
+    """
+    pair, done = inputs.pair, itertools.count()
+    openings = samples.openings(inputs.test, pair.student_reader.tokenizer, samples.NUM_OPENINGS)
+    texts = {"opening": openings[0], "teacher": samples.teacher_says(pair.teacher.of("test"), openings[0])}
+    shares = {}
     for name, weights in students.items():
         models.put_back(pair.student, weights)
-        told[name] = samples.continue_text(pair.student, tokenizer, before)
-    return {"opening": before, **told}
+        found = []
+        for opening in openings:
+            on_progress("the samples", next(done), len(students) * len(openings))
+            found.append(samples.continue_text(pair.student, pair.student_reader, opening))
+        texts[name], shares[name] = found[0].text, samples.recut_share(found)
+    return {"samples": texts, "recut": shares}

@@ -174,7 +174,7 @@ def _page(run, drawn):
         if shown:
             parts += [f"<h2>{head}</h2>", *_opening(head, verdict, inside), *shown]
     if verdict and verdict["samples"]:
-        parts += ["<h2>What they write</h2>", *_samples(verdict["samples"])]
+        parts += ["<h2>What they write</h2>", *_samples(verdict["samples"], verdict.get("recut") or {})]
     parts += ["<h2>Settings</h2>", _settings(run.config, run.env)]
     body = "\n".join(parts)
     return (
@@ -255,7 +255,13 @@ def _table(verdict):
     return f'<div class="wide"><table>{"".join(rows)}</table></div><p class="soft">{note}</p>'
 
 
-def _samples(samples):
+def _samples(samples, recut):
+    shares = ", ".join(f"{NAMES[name]} {written(share, '.1%')}" for name, share in recut.items())
+    if shares:
+        yield (
+            f"<p>Tokens that the tokenizer would cut otherwise, in the text that each student wrote: {html.escape(shares)}. "
+            "A teacher with another tokenizer may teach its own cuts; then the share rises.</p>"
+        )
     yield f'<div class="sample"><b>held-out text begins</b>{html.escape(samples["opening"])}</div>'
     for name in ("teacher", "student_before", "ce_only", "distilled"):
         if name in samples:

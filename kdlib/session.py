@@ -219,7 +219,8 @@ class Session:
         self._end("complete", "")
         if self.writes:
             students = conclusion.weights_of(pairs, course.start_weights)
-            for name, work in conclusion.extras(self.config, course.inputs, students, self.folder, answer):
+            shown = conclusion.extras(self.config, course.inputs, students, self.folder, answer, self._progress)
+            for name, work in shown:
                 yield from self._attempt(name, work, "report")
         self.reading.clear()
         yield {"kind": "verdict", **answer}

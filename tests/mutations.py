@@ -550,6 +550,9 @@ MUTANTS = {
     "any weights as advised": ("pairing.py", "    if chosen == (BEST,", "    if chosen[:1] == (BEST,) or chosen == (BEST,", [DOCTOR]),
     "readings of one student": ("doctor.py", "/ len(self.loaded.train) * self.config.repeats", "/ len(self.loaded.train)", [DOCTOR]),
     "a cache for layers": ("foretold.py", "    if readings < READINGS or not holds_all(config):", "    if readings < READINGS:", [DOCTOR]),
+    "tokens cut otherwise are not counted": ("samples.py", "len(spans) - len(set(spans) & set(_spans(again)))", "0", ["test_evaluate.py"]),
+    "written past a special token": ("samples.py", "written[: written.index(None)] if None in written", 'written if None not in written else [token or b"" for token in written] if written', ["test_evaluate.py"]),
+    "the beginning counts as written": ("samples.py", "_spans(before + written)[len(before) :]", "_spans(before + written)", ["test_evaluate.py"]),
     "held-out text read again and again": ("doctor.py", "seconds[-1] + more * learned", "seconds[-1] * (1.0 + more)", [f"{DOCTOR}::test_only_the_reading_of_training_text_is_longer_in_the_run"]),
     "what is still read is cleared": (
         "reading.py", "wait_for_everyone()\n        if self.read_in and self", "is_main_process\n        if self.read_in and self",

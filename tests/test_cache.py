@@ -298,6 +298,8 @@ def test_no_weight_of_the_teacher_is_ever_loaded(caches, tmp_path, monkeypatch):
     assert found[-1]["kind"] == "verdict"
     assert set(wanted) == {settings["student"]}
     assert found[-1]["samples"]["teacher"]
+    assert set(found[-1]["recut"]) == {"student_before", "distilled"}
+    assert all(0.0 <= share <= 1.0 for share in found[-1]["recut"].values())
     assert not list(folder.rglob("*.bin")) and not (folder / "teacher" / "model.safetensors").exists()
 
 

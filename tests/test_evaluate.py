@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from families import byte_level, reader, tiny_model
+from families import FAMILIES, byte_level, reader, tiny_model
 
 from kdlib import comparison, data, evaluate, inputs, models, precision, samples, vocab
 from kdlib.config import Config
@@ -146,8 +146,37 @@ def test_samples_go_on_from_the_same_opening(small):
     student, _, _, _, held_out, _ = small
     opening = samples.openings(held_out, reader("unigram").tokenizer, 1)[0]
     assert opening
-    told = samples.continue_text(student, reader("unigram").tokenizer, opening, num_tokens=5)
-    assert isinstance(told, str)
+    sample = samples.continue_text(student, reader("unigram"), opening, num_tokens=5)
+    assert isinstance(sample.text, str)
+    assert sample.num_tokens <= 5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_that_the_tokenizer_would_cut_otherwise_by_hand(name):
+    tokens = reader(name).vocabulary.tokens
+    ids = reader(name).tokenizer("the rivers of the land", add_special_tokens=False)["input_ids"]
+    assert samples.recut(reader(name), ids[:2], ids[2:]) == (len(ids) - 2, 0)
+    # the longest token after the first two, in its own bytes: each of them is a token that the tokenizer would not make
+    long = max(range(2, len(ids)), key=lambda i: len(tokens[ids[i]]))
+    letters = [tokens.index(bytes([byte])) for byte in tokens[ids[long]] if bytes([byte]) in tokens]
+    if 1 < len(letters) == len(tokens[ids[long]]):
+        apart = [*ids[2:long], *letters, *ids[long + 1 :]]
+        assert samples.recut(reader(name), ids[:2], apart) == (len(apart), len(letters))
+
+
+def test_written_tokens_end_at_a_special_token_and_at_an_unfinished_character():
+    read = reader("byte_level")
+    ids = read.tokenizer("the é", add_special_tokens=False)["input_ids"]
+    assert samples.recut(read, ids[:1], [*ids[1:], read.eos[0], ids[0]])[0] == len(ids) - 1
+    half = read.vocabulary.tokens.index("é".encode()[:1])
+    assert samples.recut(read, ids[:1], [ids[0], half]) == (1, samples.recut(read, ids[:1], ids[:1])[1])
+    assert samples.recut(read, [half], [ids[0]]) == (0, 0)
+
+
+def test_the_share_of_recut_tokens_is_over_all_samples():
+    found = [samples.Sample("", 3, 1), samples.Sample("", 1, 1), samples.Sample("", 0, 0)]
+    assert samples.recut_share(found) == 0.5
+    assert samples.recut_share(found[2:]) is None
 
 
 def test_repetition_and_distinct_n_by_hand():
