@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib import align, data, models
-from kdlib.corpus import Document
+from kdlib.align import boundaries
+from kdlib.data import tokenize
+from kdlib.data.corpus import Document
+from kdlib.models import loading
 
 SIZE = 100_000
 
@@ -23,7 +25,7 @@ SIZE = 100_000
 def main(folder):
     folder = Path(folder)
     readers = {
-        path.name: models.load_reader(str(path), "tokenizer") for path in sorted((folder / "tokenizers").iterdir())
+        path.name: loading.load_reader(str(path), "tokenizer") for path in sorted((folder / "tokenizers").iterdir())
     }
     print("| student | teacher | text | aligned by bytes | right by index | encode both | align |")
     print("|---|---|---|---|---|---|---|")
@@ -38,13 +40,13 @@ def main(folder):
 
 
 def measure(text, ours, theirs):
-    """Shares, and seconds: `data.encode` tokenises and finds the spans; `align.align` pairs them."""
+    """Shares, and seconds: `tokenize.encode` tokenises and finds the spans; `boundaries.align` pairs them."""
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        coded = [data.encode(Document(text), reader) for reader in (ours, theirs)]
+        coded = [tokenize.encode(Document(text), reader) for reader in (ours, theirs)]
         middle = time.perf_counter()
-        found = align.align(*coded)
+        found = boundaries.align(*coded)
         seconds.append((middle - started, time.perf_counter() - middle))
     same = np.intersect1d(np.arange(min(map(len, coded))), found.student[found.student == found.teacher])
     return len(found) / len(coded[0]), len(same) / len(coded[0]), *map(statistics.median, zip(*seconds, strict=True))

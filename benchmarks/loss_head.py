@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import peers
-from kdlib import fused, losses, models
+from kdlib.losses import chunked_head, divergences
+from kdlib.models import loading
 
 WIDTH, VOCABULARY = 576, 49_152
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,15 +135,18 @@ def seconds(run, given):
 
 def ours(hidden, weight, teacher, labels, chunk_size="auto"):
     every = np.ones(len(hidden), dtype=bool)
-    _, chunks = fused.lay_out(every, every, *fused.rows_at_once(2 * len(weight), DEVICE, chunk_size))
+    _, chunks = chunked_head.lay_out(every, every, *chunked_head.rows_at_once(2 * len(weight), DEVICE, chunk_size))
 
     def losses_of(logits, other, block):
-        made = losses.log_probs(logits)
-        values = losses.cross_entropy(made, labels[block.rows]), losses.forward_kl(made, losses.log_probs(other))
-        return torch.stack([losses.token_mean(value, len(hidden)) for value in values])
+        made = divergences.log_probs(logits)
+        values = (
+            divergences.cross_entropy(made, labels[block.rows]),
+            divergences.forward_kl(made, divergences.log_probs(other)),
+        )
+        return torch.stack([divergences.token_mean(value, len(hidden)) for value in values])
 
-    decode = models.Head(Bare(weight), types.SimpleNamespace(num_rows=len(weight), gaps=())).decoder()
-    fused.head_losses(hidden, weight, None, chunks, losses_of, [0.5, 0.5], lambda known: decode(teacher[known]))[
+    decode = loading.Head(Bare(weight), types.SimpleNamespace(num_rows=len(weight), gaps=())).decoder()
+    chunked_head.head_losses(hidden, weight, None, chunks, losses_of, [0.5, 0.5], lambda known: decode(teacher[known]))[
         0
     ].backward()
 

@@ -4,7 +4,8 @@ import dataclasses
 
 from benchmarks import variants
 from benchmarks.rivals.plug import RIVALS, RivalObjective, WholeTeacher
-from kdlib import hooks, inputs
+from kdlib.models import hooks
+from kdlib.session import inputs
 
 PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
 """Two controls, the method whose steps are the unit of time, and kdlib's default."""

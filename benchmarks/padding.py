@@ -17,7 +17,9 @@ import types
 
 import numpy as np
 
-from kdlib import batching, corpus, data, models, tiny
+from kdlib import demo
+from kdlib.data import batching, corpus, tokenize, windowing
+from kdlib.models import loading
 
 WAYS = ("cap", "random", "bucketed", "packed", "auto")
 
@@ -30,19 +32,19 @@ def like_instructions(count=4000, seed=0):
 
 
 def lengths_of(documents, student, teacher, max_length):
-    """`(student's, teacher's)` lengths of the windows of documents, as two `data.Reader`s read them."""
+    """`(student's, teacher's)` lengths of the windows of documents, as two `tokenize.Reader`s read them."""
     windows = []
     for number, document in enumerate(documents):
-        coded = [data.encode(document, reader) for reader in (student, teacher)]
-        windows += data.cut_windows(document, *coded, student, teacher, max_length, number)
+        coded = [tokenize.encode(document, reader) for reader in (student, teacher)]
+        windows += windowing.cut_windows(document, *coded, student, teacher, max_length, number)
     return tuple(np.array([len(getattr(w, f"{side}_ids")) for w in windows]) for side in ("student", "teacher"))
 
 
 def embedded_default():
-    texts, own, _ = tiny.split(tiny.docstrings())
-    tokenizers = tiny.unigram(texts, tiny.STUDENT["vocab"]), tiny.byte_level_bpe(texts, tiny.TEACHER["vocab"])
-    readers = [data.make_reader(each, models.vocab.read_vocabulary(each)) for each in tokenizers]
-    return lengths_of([corpus.Document(text) for text in own], *readers, tiny.WINDOW)
+    texts, own, _ = demo.split(demo.docstrings())
+    tokenizers = demo.unigram(texts, demo.STUDENT["vocab"]), demo.byte_level_bpe(texts, demo.TEACHER["vocab"])
+    readers = [tokenize.make_reader(each, loading.vocab.read_vocabulary(each)) for each in tokenizers]
+    return lengths_of([corpus.Document(text) for text in own], *readers, demo.WINDOW)
 
 
 def per_token(lengths, way, batch_size, accumulation, seed):
@@ -79,7 +81,7 @@ def main():
     if args.given:
         dataset, *folders = args.given
         readers = [
-            models.load_reader(folder, role) for folder, role in zip(folders, ("student", "teacher"), strict=True)
+            loading.load_reader(folder, role) for folder, role in zip(folders, ("student", "teacher"), strict=True)
         ]
         texts = {dataset: lengths_of(corpus.read_documents(dataset), *readers, args.max_length)}
     else:

@@ -1,10 +1,10 @@
-"""How well the peak of memory is foretold: what `peak.predicted_bytes` says before the first step, and what training took.
+"""How well peak memory is foretold: what `peak_memory.predicted_bytes` says before the first step, and what was used.
 
     OMP_NUM_THREADS=1 python -m benchmarks.peak [--steps 2] [--cuda] [WORD ...]     (all shapes, or those named with a word)
 
 Every shape runs in a process of its own on a CPU, with `--cuda` on a card: random Llama models of full width, windows of
 random tokens, all of the given length. Told: what the process holds before training and the prediction. Taken: the highest
-resident set of the process over real steps of `train.Training` (VmHWM, reset before the first one; Linux only), the
+resident set of the process over real steps of `loop.Training` (VmHWM, reset before the first one; Linux only), the
 optimizer's state included from the second step on. On a card both leave out what CUDA holds itself: taken is the most
 that tensors took, and `reserved` the most that torch's allocator held. Prints a table in Markdown; exit status 1 where a
 prediction is off by over 15 %.
@@ -59,8 +59,14 @@ def training_of(shape, cuda=False):
     import numpy as np
     import torch
 
-    from kdlib import budget, data, inputs, models, precision, teacher, train, vocab
+    from kdlib import clock
+    from kdlib.align import vocab
     from kdlib.config import Config
+    from kdlib.data import tokenize, windowing
+    from kdlib.models import devices, loading, teacher
+    from kdlib.models.pair import Pair
+    from kdlib.session import inputs
+    from kdlib.training import loop
 
     torch.manual_seed(0)
     length = shape.get("length", 256)
@@ -68,10 +74,10 @@ def training_of(shape, cuda=False):
     config = Config.from_dict(
         {"batch_size": 8, "kd_method": "shared_prefix", **{k: v for k, v in shape.items() if k in names}}
     )
-    machine = precision.accelerator("fp32", cpu=not cuda)
+    machine = devices.accelerator("fp32", cpu=not cuda)
     student, larger = (model.to(machine.device) for model in models_of(shape))
     readers = [
-        data.Reader(
+        tokenize.Reader(
             None, vocab.Vocabulary(tuple(b"%d" % i for i in range(model.config.vocab_size)), (), False), [], [], 0
         )
         for model in (student, larger)
@@ -83,19 +89,19 @@ def training_of(shape, cuda=False):
 
     def window(number):
         text = [chance.integers(0, vocabulary.num_rows, length) for vocabulary in both]
-        labels = [np.append(ids[1:], data.IGNORE) for ids in text]
+        labels = [np.append(ids[1:], windowing.IGNORE) for ids in text]
         none = np.zeros(length, dtype=bool)
         rows = (at, at, at + 1, at + 1)
-        return data.Window(text[0], labels[0], none, text[1], labels[1], none, *rows, length, length, number)
+        return windowing.Window(text[0], labels[0], none, text[1], labels[1], none, *rows, length, length, number)
 
     windows = [window(number) for number in range(2 * config.effective_batch)]
-    head = models.Head(student, both[0])
-    pair = inputs.Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
+    head = loading.Head(student, both[0])
+    pair = Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
     pair.buckets["shared_prefix"] = vocab.tail_buckets(*both, shared)
     pair.sample = windows[:2]
     objective = inputs.make_objective(pair, config)
     needed = pair.teacher if config.needs_teacher else None
-    return train.Training(objective, needed, windows, 10**4, config, machine, budget.Clock())
+    return loop.Training(objective, needed, windows, 10**4, config, machine, clock.Clock())
 
 
 def resident():
@@ -117,14 +123,15 @@ def measure(shape, num_steps, cuda=False):
 
     import torch
 
-    from kdlib import memory, peak
+    from kdlib import memory
+    from kdlib.training import peak_memory
 
     training, in_use = training_of(shape, cuda), allocated if cuda else resident
     started = time.process_time()
     memory.let_go()
     used, _ = in_use()
     others = memory.usage("cuda")["used_bytes"] - used if cuda else 0
-    told = peak.predicted_bytes(training) - others
+    told = peak_memory.predicted_bytes(training) - others
     told_s = time.process_time() - started
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -25,9 +25,12 @@ import torch
 
 from benchmarks import quality_table, settings, variants
 from benchmarks.methods import CORE, EQUAL_STEPS, METHODS, PLAIN, UNIT
-from kdlib import budget, cli, evaluate, models, precision, records
+from kdlib import cli, clock, files
 from kdlib.config import PRESETS, Config
-from kdlib.train import Training
+from kdlib.evaluation import scoring
+from kdlib.models import devices, loading
+from kdlib.session import run_folder
+from kdlib.training.loop import Training
 
 STEPS = {"pretrained": 300, "scratch": 600}
 """Of `shared_prefix`, by how the student begins: from scratch it learns slowly at first."""
@@ -91,7 +94,7 @@ class Study:
 
     def __init__(self, path, data):
         self.path, self.data, self.made = path, data, {}
-        self.known = records.read_records(path) if path.exists() else []
+        self.known = files.read_records(path) if path.exists() else []
 
     def run(self, jobs):
         """Make what is missing, with a line after each run that says how long the rest will take."""
@@ -100,7 +103,7 @@ class Study:
         for place, job in enumerate(jobs):
             for record in self.missing(*job):
                 self.known.append(record)
-                records.Records(self.path).append(record)
+                run_folder.Records(self.path).append(record)
                 done += 1
                 each = (time.monotonic() - started) / done
                 left = sum(self.num_missing(*later) for later in jobs[place:])
@@ -118,7 +121,7 @@ class Study:
 
     def note(self, record):
         self.known.append(record)
-        records.Records(self.path).append(record)
+        run_folder.Records(self.path).append(record)
 
     def of(self, setting, **facts):
         """The records of a setting's present text that have these values."""
@@ -236,15 +239,15 @@ def started(setting, kind, name, cell, seed, num_steps):
     objective, teacher = method.make(setting, config, student)
     windows = [variants.by_index(window) for window in loaded.train] if method.by_index else loaded.train
     layout = loaded.pair.pads, loaded.pair.widest
-    machine = precision.accelerator("fp32", cpu=True)
-    return Training(objective, teacher, windows, num_steps, config, machine, budget.Clock(), *layout), objective
+    machine = devices.accelerator("fp32", cpu=True)
+    return Training(objective, teacher, windows, num_steps, config, machine, clock.Clock(), *layout), objective
 
 
 def train(setting, kind, name, cell, seed, num_steps):
     """Train one student; its record holds the test score of its best weights by validation."""
     training, objective = started(setting, kind, name, cell, seed, num_steps)
     loaded, marks = setting.inputs, {round(num_steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-    before, weights, best_step = time.process_time(), models.copy_of(objective.student), 0
+    before, weights, best_step = time.process_time(), loading.copy_of(objective.student), 0
     best = evaluate_text(objective.student, loaded.pair, loaded.validation).bits_per_byte
     for record in training:
         if record.step in marks:
@@ -252,9 +255,9 @@ def train(setting, kind, name, cell, seed, num_steps):
             for model in (objective.student, *averaged):
                 found = evaluate_text(model, loaded.pair, loaded.validation).bits_per_byte
                 if found < best:
-                    best, weights, best_step = found, models.copy_of(model), record.step
-    models.put_back(objective.student, weights)
-    score = evaluate.evaluate_student(objective.student, objective.head, loaded.test)
+                    best, weights, best_step = found, loading.copy_of(model), record.step
+    loading.put_back(objective.student, weights)
+    score = scoring.evaluate_student(objective.student, objective.head, loaded.test)
     return {
         "what": "run", "setting": setting.name, "text": setting.text, "kind": kind, "method": name, "cell": cell,
         "seed": seed, "steps": num_steps, "best_step": best_step,
@@ -267,8 +270,8 @@ def train(setting, kind, name, cell, seed, num_steps):
 def evaluate_text(model, pair, held_out):
     """The student's score without what needs the teacher."""
     batches = [_without_pairs(batch) for batch in held_out.batches]
-    head = models.Head(model, pair.student_reader.vocabulary)
-    return evaluate.evaluate_student(model, head, dataclasses.replace(held_out, batches=batches))
+    head = loading.Head(model, pair.student_reader.vocabulary)
+    return scoring.evaluate_student(model, head, dataclasses.replace(held_out, batches=batches))
 
 
 def _without_pairs(batch):

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN
-from kdlib import verdict
+from kdlib.evaluation import verdict
 
 COLOURS = {"ours": "#D55E00", "mixed": "#009E73", "parts": "#E69F00", "rivals": "#0072B2", "search": "#CC79A7"}
 COLOURS["control"] = "#999999"

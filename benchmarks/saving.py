@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from kdlib import checkpoint
+from kdlib.session import checkpoint
 
 LAYER = 1_000_000
 

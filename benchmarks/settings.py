@@ -16,19 +16,22 @@ import numpy as np
 import torch
 import transformers
 
-from kdlib import budget, data, env, inputs, models, precision, tiny
+from kdlib import clock, demo, environment
 from kdlib.config import Config
-from kdlib.corpus import Document
-from kdlib.objective import Objective
-from kdlib.train import Training
+from kdlib.data import tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.models import devices, loading
+from kdlib.session import inputs
+from kdlib.training.loop import Training
+from kdlib.training.objective import Objective
 
 CHARS = 200_000
 """Text of its own that a student learns from."""
 PRETRAINED_STEPS = 600
 PRETRAINED = Config(
-    max_length=tiny.WINDOW, batch_size=8, learning_rate=5e-3, weight_decay=0.1, kd_method="none", lm_weight=1.0
+    max_length=demo.WINDOW, batch_size=8, learning_rate=5e-3, weight_decay=0.1, kd_method="none", lm_weight=1.0
 )
-LARGE_TEACHER = {**tiny.TEACHER, "vocab": 3 * tiny.STUDENT["vocab"]}
+LARGE_TEACHER = {**demo.TEACHER, "vocab": 3 * demo.STUDENT["vocab"]}
 FOLDER = Path(__file__).parent.parent.parent / "shared" / "data"
 """Where data is looked for when no folder is named."""
 
@@ -53,7 +56,7 @@ class Setting:
 
     def fresh(self, seed):
         torch.manual_seed(seed)
-        return tiny.llama(self.inputs.pair.student_reader.tokenizer, **tiny.STUDENT).eval()
+        return demo.llama(self.inputs.pair.student_reader.tokenizer, **demo.STUDENT).eval()
 
     def trained(self):
         return copy.deepcopy(self._trained).eval()
@@ -61,7 +64,7 @@ class Setting:
     @functools.cached_property
     def _trained(self):
         tokenizer = self.inputs.pair.student_reader.tokenizer
-        facts = [self.text, PRETRAINED_STEPS, PRETRAINED.to_dict(), tiny.STUDENT, tokenizer.backend_tokenizer.to_str()]
+        facts = [self.text, PRETRAINED_STEPS, PRETRAINED.to_dict(), demo.STUDENT, tokenizer.backend_tokenizer.to_str()]
         folder = _folder("student", *facts, *self.other)
         if not (folder / "config.json").exists():
             model = self.fresh(0)
@@ -72,13 +75,13 @@ class Setting:
 
 def default(_):
     """The embedded default; its trained student has read docstrings of other modules."""
-    cache = env.cache_folder()
-    if not tiny.is_ready(cache):
-        for _ in tiny.prepare(cache):
+    cache = environment.cache_folder()
+    if not demo.is_ready(cache):
+        for _ in demo.prepare(cache):
             pass
-    known, own, _ = tiny.split(tiny.docstrings())
+    known, own, _ = demo.split(demo.docstrings())
     other = [text for text in known if text not in set(own)]
-    return _setting("default", tiny.config(cache), other, "200 kB of docstrings, byte-level BPE 2,048 to Unigram 1,024")
+    return _setting("default", demo.config(cache), other, "200 kB of docstrings, byte-level BPE 2,048 to Unigram 1,024")
 
 
 def stories(folder):
@@ -92,7 +95,7 @@ def stories(folder):
     count = int(np.searchsorted(np.cumsum([len(text) for text in texts]), CHARS))
     own, held = texts[:count], texts[-150:]
     novel = (folder / "texts/standardebooks_emma.txt").read_text(encoding="utf-8")
-    tokenizer = tiny.byte_level_bpe(texts[:-150], 2048)
+    tokenizer = demo.byte_level_bpe(texts[:-150], 2048)
     config = _written("stories", tokenizer, own, held, folder / "models/stories260k")
     return _setting("stories", config, [novel], "200 kB of stories, SentencePiece 512 to byte-level BPE 2,048")
 
@@ -109,16 +112,16 @@ def peps(folder):
     )
     held, known = texts[: len(texts) // 4], texts[len(texts) // 4 :]
     own = known[: int(np.searchsorted(np.cumsum([len(text) for text in known]), CHARS))]
-    docstrings = list(tiny.docstrings().values())
-    tokenizer = tiny.byte_level_bpe(known, LARGE_TEACHER["vocab"])
+    docstrings = list(demo.docstrings().values())
+    tokenizer = demo.byte_level_bpe(known, LARGE_TEACHER["vocab"])
     place = _folder("teacher", LARGE_TEACHER, *known)
     if not (place / "config.json").exists():
         torch.manual_seed(0)
-        teacher = tiny.llama(tokenizer, **LARGE_TEACHER)
-        for _ in tiny.train_teacher(teacher, tokenizer, known, budget.Clock(), LARGE_TEACHER["steps"]):
+        teacher = demo.llama(tokenizer, **LARGE_TEACHER)
+        for _ in demo.train_teacher(teacher, tokenizer, known, clock.Clock(), LARGE_TEACHER["steps"]):
             pass
-        _keep(place, lambda path: tiny.save(teacher, tokenizer, path))
-    config = _written("peps", tiny.unigram(known, tiny.STUDENT["vocab"]), own, held, place)
+        _keep(place, lambda path: demo.save(teacher, tokenizer, path))
+    config = _written("peps", demo.unigram(known, demo.STUDENT["vocab"]), own, held, place)
     about = "200 kB of PEPs, byte-level BPE 3,072 to Unigram 1,024"
     return _setting("peps", config, docstrings, about)
 
@@ -128,15 +131,15 @@ SETTINGS = {"default": default, "stories": stories, "peps": peps}
 
 def train_plainly(model, tokenizer, texts, num_steps, config):
     """Next-token training through kdlib's own loop."""
-    reader = data.make_reader(tokenizer, models.vocab.read_vocabulary(tokenizer))
+    reader = tokenize.make_reader(tokenizer, loading.vocab.read_vocabulary(tokenizer))
     windows = []
     for number, text in enumerate(texts):
         document = Document(text)
-        encoded = data.encode(document, reader)
-        windows += data.cut_windows(document, encoded, encoded, reader, reader, config.max_length, number)
-    objective = Objective(model, models.Head(model, reader.vocabulary), config)
-    machine = precision.accelerator("fp32", cpu=True)
-    for _ in Training(objective, None, windows, num_steps, config, machine, budget.Clock()):
+        encoded = tokenize.encode(document, reader)
+        windows += windowing.cut_windows(document, encoded, encoded, reader, reader, config.max_length, number)
+    objective = Objective(model, loading.Head(model, reader.vocabulary), config)
+    machine = devices.accelerator("fp32", cpu=True)
+    for _ in Training(objective, None, windows, num_steps, config, machine, clock.Clock()):
         pass
 
 
@@ -154,19 +157,19 @@ def _written(name, tokenizer, own, held, teacher):
 
         def write(path):
             path.mkdir()
-            tiny.write_jsonl(path / "train.jsonl", own)
-            tiny.write_jsonl(path / "held_out.jsonl", held)
+            demo.write_jsonl(path / "train.jsonl", own)
+            demo.write_jsonl(path / "held_out.jsonl", held)
             torch.manual_seed(0)
-            tiny.save(tiny.llama(tokenizer, **tiny.STUDENT), tokenizer, path / "student")
+            demo.save(demo.llama(tokenizer, **demo.STUDENT), tokenizer, path / "student")
 
         _keep(folder, write)
     parts = {"student": "student", "dataset": "train.jsonl", "eval_dataset": "held_out.jsonl"}
     paths = {name: str(folder / part) for name, part in parts.items()}
-    return tiny.config(env.cache_folder()).replace(teacher=str(teacher), **paths)
+    return demo.config(environment.cache_folder()).replace(teacher=str(teacher), **paths)
 
 
 def _folder(name, *facts):
-    return Path(env.cache_folder()) / "quality" / f"{name}-{_hash(*facts)}"
+    return Path(environment.cache_folder()) / "quality" / f"{name}-{_hash(*facts)}"
 
 
 def _hash(*facts):

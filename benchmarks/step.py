@@ -36,7 +36,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.ways import WAYS, World
-from kdlib import records
+from kdlib import files
+from kdlib.session import run_folder
 
 COLUMNS = [
     "way", "tokens a second", "seconds", "to floor", "by the clock", "to ce-only", "to naive", "computed a token",
@@ -81,7 +82,7 @@ def main():
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.figure:
-        draw(records.read_records(out), Path(options.figure))
+        draw(files.read_records(out), Path(options.figure))
     elif options.growth:
         growth(options, Measured(out, options.limit))
     else:
@@ -93,7 +94,7 @@ class Measured:
 
     def __init__(self, out, limit):
         self.out, self.limit = out, limit
-        self.known = records.read_records(out) if out.exists() else []
+        self.known = files.read_records(out) if out.exists() else []
 
     def __call__(self, what, way, world, repeats):
         asked = {"what": what, "way": way, "world": dataclasses.asdict(world), "repeats": repeats}
@@ -106,7 +107,7 @@ class Measured:
             return {"failed": f"over {self.limit} s"}
         except subprocess.CalledProcessError as error:
             return {"failed": f"exit status {error.returncode}"}
-        records.Records(self.out).append({**asked, **found, "load": os.getloadavg()[0]})
+        run_folder.Records(self.out).append({**asked, **found, "load": os.getloadavg()[0]})
         return found
 
 

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kdlib import cache, inputs, losses, models, parts, signals
-from kdlib.objective import Objective
-from kdlib.projector import TeacherToStudentProjector
+from kdlib.losses import divergences
+from kdlib.models import loading, teacher_cache
+from kdlib.models.projector import TeacherToStudentProjector
+from kdlib.session import cache_writer, inputs
+from kdlib.training import terms
+from kdlib.training.objective import Objective
 
 
 class Mixed(Objective):
@@ -55,7 +58,7 @@ class WithProjector(Mixed):
 
 def with_chunks(setting, config, student):
     objective = _mixed(WithChunks, setting.inputs.pair, config, student, {"chunks": 0.5})
-    objective.parts["chunks"] = parts.KD["chunk_likelihood"]["kd"]
+    objective.parts["chunks"] = terms.KD["chunk_likelihood"]["kd"]
     return objective, setting.inputs.pair.teacher
 
 
@@ -84,14 +87,16 @@ def unsure_student(objective, rows):
 
 def right_teacher(objective, rows):
     """`2 q` of the bucket of the label: more where the teacher agrees with the text."""
-    buckets = losses.bucket_log_probs(losses.log_probs(rows.other), objective.teacher_buckets, objective.buckets.num)
+    buckets = divergences.bucket_log_probs(
+        divergences.log_probs(rows.other), objective.teacher_buckets, objective.buckets.num
+    )
     labels = rows.labels[: rows.num_known]
     return 2.0 * _label_probabilities(buckets, objective.student_buckets[labels.clamp_min(0)])
 
 
 def sure_teacher(objective, rows):
     """`2 (1 - H / ln V)` of the teacher's distribution with entropy H over its V tokens: more where it is sure."""
-    log_probs = losses.log_probs(rows.other)
+    log_probs = divergences.log_probs(rows.other)
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     return 2.0 * (1.0 - entropy / math.log(log_probs.shape[-1]))
 
@@ -107,14 +112,14 @@ def from_cache(setting, config, student):
     pair, name = setting.inputs.pair, kept_as(config.to_dict())
     if name not in setting.kept:
         folder = Path(tempfile.mkdtemp(prefix="kdlib-cache-"))
-        passing = cache.write(config, folder / "cache")
+        passing = cache_writer.write(config, folder / "cache")
         next(passing)
         before = time.process_time()
         for _ in passing:
             pass
         held = [sum(map(len, part.windows)) for part in (setting.inputs.validation, setting.inputs.test)]
         share = len(setting.inputs.train) / (len(setting.inputs.train) + sum(held))
-        teacher = signals.CachedTeacher([folder / "cache"])
+        teacher = teacher_cache.CachedTeacher([folder / "cache"])
         setting.kept[name] = (
             dataclasses.replace(pair, teacher=teacher, buckets={}),
             share * (time.process_time() - before),
@@ -141,7 +146,7 @@ def with_projector(setting, config, student):
     objective.beside["projector"] = TeacherToStudentProjector(theirs.shape[1], objective.head.width)
     objective.beside["projector"].start_from(objective.head.rows(torch.from_numpy(pair.shared.student_ids)), theirs)
     width = pair.teacher.num_columns
-    first, second = parts.KD["projector"].values()
+    first, second = terms.KD["projector"].values()
     objective.parts |= {
         "kd": _on_columns(objective.parts["kd"], slice(None, width)),
         "projected": _on_columns(first, slice(width, None)),
@@ -212,13 +217,13 @@ def averaged(call):
     """The call, with `span_means` of what it reads of layers."""
 
     def within(*args, **kwargs):
-        with mock.patch.object(models, "read", _read_averages):
+        with mock.patch.object(loading, "read", _read_averages):
             return call(*args, **kwargs)
 
     return within
 
 
-def _read_averages(model, ids, windows, rows, rows_by_window, taps, spots=None, read=models.read):
+def _read_averages(model, ids, windows, rows, rows_by_window, taps, spots=None, read=loading.read):
     whole = read(model, ids, windows, torch.arange(ids.numel()), rows_by_window, taps, spots)
     return dataclasses.replace(
         whole, layers=tuple(span_means(layer, windows.flatten(), rows) for layer in whole.layers)

@@ -17,9 +17,15 @@ from pathlib import Path
 import torch
 import transformers
 
-from kdlib import batching, cli, data, inputs, models, signals, spelled, teacher, vocab, walk
+from kdlib import cli
+from kdlib.align import vocab
 from kdlib.config import Config
-from kdlib.corpus import Document
+from kdlib.data import batching, tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.losses import partial_tokens
+from kdlib.models import loading, teacher, teacher_cache, trie
+from kdlib.models.pair import Pair
+from kdlib.session import inputs
 
 PAIRS = (("gpt2", "cl100k"), ("cl100k", "gpt2"), ("gpt2", "mistral-v1-32k"), ("mistral-v1-32k", "cl100k"))
 SHAPES = {"student": (576, 9), "teacher": (1024, 16)}
@@ -43,9 +49,9 @@ def main():
 
 
 def row(names, folder, text, rounds):
-    pair, windows = made(*(models.load_reader(str(folder / "tokenizers" / name), name) for name in names), text)
+    pair, windows = made(*(loading.load_reader(str(folder / "tokenizers" / name), name) for name in names), text)
     started = time.process_time()
-    tries = spelled.tries_of(pair)
+    tries = trie.tries_of(pair)
     tries_s = time.process_time() - started
     batch = batching.collate(windows[:WINDOWS], *pair.pads)
     objectives = {way: inputs.make_objective(pair, Config(kd_method=way), copy.deepcopy(pair.student)) for way in WAYS}
@@ -53,8 +59,12 @@ def row(names, folder, text, rounds):
     before, now = map(statistics.median, zip(*taken, strict=True))
     ratio = statistics.median(b / a for a, b in taken)
     ours, theirs, common, tokens = counted(tries, windows, pair)
-    settings = {"kd_top_k": signals.TOP_K, "inside_k": signals.INSIDE_K, "hidden": False}
-    size = signals.bytes_a_position(settings, pair.head.num_rows, 0, (ours / common, theirs / common)) * common / tokens
+    settings = {"kd_top_k": teacher_cache.TOP_K, "inside_k": teacher_cache.INSIDE_K, "hidden": False}
+    size = (
+        teacher_cache.bytes_a_position(settings, pair.head.num_rows, 0, (ours / common, theirs / common))
+        * common
+        / tokens
+    )
     return (
         f"| {names[0]} | {names[1]} | {tries_s:.1f} s | {sum(len(each.nodes) for each in tries):,} | {1e3 * before:.0f} ms "
         f"| {1e3 * now:.0f} ms | {ratio:.3f} | {(common + ours) / tokens:.1%} ({common / tokens:.1%}) | {size:.0f} bytes |"
@@ -62,7 +72,7 @@ def row(names, folder, text, rounds):
 
 
 def made(student, other, text):
-    """`(Pair, windows)` of two `data.Reader`s."""
+    """`(Pair, windows)` of two `tokenize.Reader`s."""
     torch.manual_seed(0)
     ours, theirs = (
         transformers.LlamaForCausalLM(
@@ -74,10 +84,10 @@ def made(student, other, text):
         for reader, (width, heads) in zip((student, other), SHAPES.values(), strict=True)
     )  # fmt: skip
     shared = vocab.shared_vocabulary(student.vocabulary, other.vocabulary)
-    head = models.Head(ours, student.vocabulary)
-    coded = [data.encode(text, reader) for reader in (student, other)]
-    windows = data.cut_windows(text, *coded, student, other, LENGTH)
-    return inputs.Pair(teacher.Teacher(theirs, other), ours, student, head, shared, (0, 0)), windows
+    head = loading.Head(ours, student.vocabulary)
+    coded = [tokenize.encode(text, reader) for reader in (student, other)]
+    windows = windowing.cut_windows(text, *coded, student, other, LENGTH)
+    return Pair(teacher.Teacher(theirs, other), ours, student, head, shared, (0, 0)), windows
 
 
 def seconds_of(objective, pair, batch):
@@ -92,7 +102,7 @@ def seconds_of(objective, pair, batch):
 
 def counted(tries, windows, pair):
     """The student's positions inside a teacher's token, the teacher's inside the student's, common ones, and all."""
-    walks = [walk.Walk.of(tries, batching.collate([window], *pair.pads)) for window in windows]
+    walks = [partial_tokens.Walk.of(tries, batching.collate([window], *pair.pads)) for window in windows]
     sums = [sum(map(len, each)) for each in zip(*((w.positions, w.inner, w.more) for w in walks), strict=True)]
     return *sums, sum(window.num_positions for window in windows)
 

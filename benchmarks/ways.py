@@ -17,9 +17,14 @@ import torch.nn.functional as F
 import transformers
 
 from benchmarks import peers
-from kdlib import budget, data, models, precision, projector, signals, teacher, train, vocab
+from kdlib import clock
+from kdlib.align import vocab
 from kdlib.config import Config
-from kdlib.objective import Objective
+from kdlib.data import tokenize, windowing
+from kdlib.losses import teacher_signal
+from kdlib.models import devices, loading, projector, teacher, teacher_cache
+from kdlib.training import loop
+from kdlib.training.objective import Objective
 
 TEACHER = {
     "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -52,7 +57,7 @@ class World:
 
     @functools.cached_property
     def accelerator(self):
-        return precision.accelerator("auto")
+        return devices.accelerator("auto")
 
     @property
     def configs(self):
@@ -66,11 +71,13 @@ class World:
 
     @functools.cached_property
     def teacher_model(self):
-        return _random(self.configs[1]).to(self.accelerator.device, precision.teacher_dtype(self.accelerator))
+        return _random(self.configs[1]).to(self.accelerator.device, devices.teacher_dtype(self.accelerator))
 
     @functools.cached_property
     def live_teacher(self):
-        return teacher.Teacher(self.teacher_model, data.Reader(None, _vocabulary(self.teacher_model.config), [], []))
+        return teacher.Teacher(
+            self.teacher_model, tokenize.Reader(None, _vocabulary(self.teacher_model.config), [], [])
+        )
 
     @functools.cached_property
     def windows(self):
@@ -111,11 +118,11 @@ def _window(length, vocabulary, teacher_vocabulary, answer, chance):
     for num, size in zip(lengths, (vocabulary, teacher_vocabulary), strict=True):
         ids, sizes = chance.integers(0, size, num), 1 + chance.multinomial(num - pieces, np.full(pieces, 1.0 / pieces))
         learned, ends = np.repeat(np.arange(pieces), sizes) >= first, np.cumsum(sizes) - 1
-        labels = np.append(np.where(learned[1:], ids[1:], data.IGNORE), data.IGNORE)
+        labels = np.append(np.where(learned[1:], ids[1:], windowing.IGNORE), windowing.IGNORE)
         sides += [ids, labels, np.zeros(num, dtype=bool)]
         rows.append(ends[max(0, first - 1) : -1])
         stops.append(ends[max(1, first) :])
-    return data.Window(*sides, *rows, *stops, num_bytes=0, num_positions=int((sides[1] >= 0).sum()), document=0)
+    return windowing.Window(*sides, *rows, *stops, num_bytes=0, num_positions=int((sides[1] >= 0).sum()), document=0)
 
 
 def ours(world, teacher_of=None, kd_method="none", **changes):
@@ -128,10 +135,10 @@ def ours(world, teacher_of=None, kd_method="none", **changes):
         beside["projector"] = _projector(world)
     elif kd_method == "shared_prefix":
         more = {"teacher_head": told.near, "buckets": _buckets(world)}
-    head = models.Head(world.student_model, _vocabulary(world.student_model.config))
+    head = loading.Head(world.student_model, _vocabulary(world.student_model.config))
     objective = Objective(world.student_model, head, config, beside, **more).to(world.accelerator.device)
-    training = train.Training(
-        objective, told, [], 10**6, config, world.accelerator, budget.Clock(), widest=(2 * LONGEST,) * 2
+    training = loop.Training(
+        objective, told, [], 10**6, config, world.accelerator, clock.Clock(), widest=(2 * LONGEST,) * 2
     )
 
     def step(windows):
@@ -181,7 +188,7 @@ def cached(world, kd_method):
     return ours(world, functools.partial(_Spoken, hidden=kd_method == "projector"), kd_method)
 
 
-class _Spoken(signals.CachedTeacher):
+class _Spoken(teacher_cache.CachedTeacher):
     """kdlib's cached teacher on a shard of random numbers, for the windows and the brief ones."""
 
     def __init__(self, world, hidden):
@@ -190,16 +197,16 @@ class _Spoken(signals.CachedTeacher):
         facts = {"shards": {"train": [[0, len(windows)]]}, "settings": {"inside_k": []}}
         told = [_signal(len(window.student_rows), student.vocab_size, teacher_config.hidden_size) for window in windows]
         with tempfile.TemporaryDirectory() as folder:  # a file that is mapped outlives its name
-            path = Path(folder) / signals.shard_name("train", 0)
-            signals.write_shard(path, signals.key_of(facts), told, student.vocab_size, hidden)
-            self.shards = signals.Shards([path.parent], facts, "train")
+            path = Path(folder) / teacher_cache.shard_name("train", 0)
+            teacher_cache.write_shard(path, teacher_cache.key_of(facts), told, student.vocab_size, hidden)
+            self.shards = teacher_cache.Shards([path.parent], facts, "train")
 
 
 def _signal(num, num_tokens, width):
-    k = min(signals.TOP_K, num_tokens)
+    k = min(teacher_cache.TOP_K, num_tokens)
     ids = torch.rand(num, num_tokens).topk(k, dim=-1).indices
-    top = teacher.TopTokens(ids, torch.randn(num, k + 1).log_softmax(-1), ids[:, 0])
-    return teacher.TeacherSignal(torch.randn(num, width), torch.zeros(num), top)
+    top = teacher_signal.TopTokens(ids, torch.randn(num, k + 1).log_softmax(-1), ids[:, 0])
+    return teacher_signal.TeacherSignal(torch.randn(num, width), torch.zeros(num), top)
 
 
 def by_hand(world, loss_of, at_once=None, beside=None):
@@ -234,7 +241,7 @@ def padded(world, windows, side="right", length=0):
         gaps = [(width - len(row), 0) if side == "left" else (0, width - len(row)) for row in ids]
         rows = [np.pad(row, gap) for row, gap in zip(ids, gaps, strict=True)]
         masks = [np.pad(np.ones_like(row), gap) for row, gap in zip(ids, gaps, strict=True)]
-        labels = [np.pad(row, gap, constant_values=data.IGNORE) for row, gap in zip(labels, gaps, strict=True)]
+        labels = [np.pad(row, gap, constant_values=windowing.IGNORE) for row, gap in zip(labels, gaps, strict=True)]
         firsts = [i * width + gap[0] for i, gap in enumerate(gaps)]
         places = [getattr(window, f"{name}_rows") + first for window, first in zip(windows, firsts, strict=True)]
         arrays = [np.stack(rows), np.stack(masks), np.stack(labels), np.concatenate(places)]
@@ -249,7 +256,7 @@ def eager(world):
     def loss_of(windows):
         (ids, mask, labels, rows), (teacher_ids, teacher_mask, _, teacher_rows) = padded(world, windows)
         with torch.no_grad():
-            hidden = models.last_hidden(world.teacher_model, teacher_ids, teacher_mask).flatten(0, 1)[teacher_rows]
+            hidden = loading.last_hidden(world.teacher_model, teacher_ids, teacher_mask).flatten(0, 1)[teacher_rows]
         logits, labels = world.student_model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1), labels.flatten()
         projected = F.linear(made(hidden), world.student_model.get_output_embeddings().weight.detach()).float()
         ours, theirs = logits[rows].float().log_softmax(-1), projected.detach().log_softmax(-1)
@@ -310,7 +317,9 @@ def gold(world, hybrid=False, by_bytes=True):
         learned = world.student_model(input_ids=ids, attention_mask=mask, use_cache=False)
         with torch.no_grad():
             taught = world.teacher_model(input_ids=teacher_ids, attention_mask=teacher_mask.bool())
-        labels, teacher_labels = (F.pad(each[:, :-1], (1, 0), value=data.IGNORE) for each in (labels, teacher_labels))
+        labels, teacher_labels = (
+            F.pad(each[:, :-1], (1, 0), value=windowing.IGNORE) for each in (labels, teacher_labels)
+        )
         ends = [_byte_ends(window) for window in windows]
         ends = (
             [F.pad(one, (ids.shape[1] - len(one), 0)) for one, _ in ends],

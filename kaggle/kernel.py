@@ -76,7 +76,8 @@ def package():
     """kdlib as an xz archive, the same bytes for the same source, with what `importlib.metadata` asks for."""
     about = f"Metadata-Version: 2.1\nName: kdlib\nVersion: {kdlib.__version__}\n"
     files = {f"kdlib-{kdlib.__version__}.dist-info/METADATA": about.encode()}
-    files.update({f"kdlib/{path.name}": path.read_bytes() for path in sorted((HOUSE / "kdlib").glob("*.py"))})
+    sources = sorted((HOUSE / "kdlib").rglob("*.py"))
+    files.update({path.relative_to(HOUSE).as_posix(): path.read_bytes() for path in sources})
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in files.items():

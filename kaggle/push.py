@@ -17,7 +17,7 @@ from pathlib import Path
 import kernel
 from client import Client, main_of
 
-from kdlib import budget
+from kdlib import clock
 
 
 def parser(description):
@@ -72,7 +72,7 @@ def checked(options, sources=(), budget_s=None):
 
 def _timeout_s(text):
     try:
-        return round(budget.seconds_of(text)) if text else None
+        return round(clock.seconds_of(text)) if text else None
     except ValueError as error:
         raise ValueError(str(error).replace("time_budget", "--timeout")) from None
 

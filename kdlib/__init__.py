@@ -11,5 +11,5 @@ __version__ = "0.1.0"
 def __getattr__(name):
     """`kdlib.distill`, without making `import kdlib` wait for torch."""
     if name == "distill":
-        return importlib.import_module("kdlib.session").distill
+        return importlib.import_module("kdlib.session.session").distill
     raise AttributeError(f"module 'kdlib' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kdlib.config
 from kdlib import keys
-from kdlib.budget import Clock, spoken
+from kdlib.clock import Clock, spoken
 from kdlib.config import Config
 from kdlib.progress import Progress
 
@@ -69,10 +69,11 @@ def demo(positional, flags):
     with Progress("loading libraries") as progress:
         import torch
 
-        from kdlib import env, tiny
+        from kdlib import demo as tiny
+        from kdlib import environment
 
         torch.set_num_threads(1)  # at this size more threads only wait for each other, badly where a core is busy
-        cache = env.cache_folder()
+        cache = environment.cache_folder()
         config = tiny.config(cache, **flags)
         _check_out(out, wanted)
         quiet()
@@ -128,7 +129,7 @@ def cache(positional, flags):
     config = _config("cache", positional, flags)
     config.require_inputs()
     with Progress("loading libraries") as progress:
-        from kdlib.cache import write
+        from kdlib.session.cache_writer import write
 
         quiet()
         for record in write(config, out, Clock(), others, writer, progress):
@@ -164,16 +165,16 @@ def evaluate(positional, flags):
         raise ValueError(f"evaluate takes --teacher, --student and --dataset; got {positional[0]!r}")
     config = Config.from_dict(flags)
     with Progress("loading libraries") as progress:
-        from kdlib import comparison
+        from kdlib import compare
 
         quiet()
-        found = comparison.compare(config, progress)
-    print(json.dumps(found, indent=2) if as_json else "\n".join(comparison.told(found)))
+        found = compare.compare(config, progress)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(compare.told(found)))
     return 0
 
 
 def report(positional, flags):
-    from kdlib.report import write_report
+    from kdlib.report.html import write_report
 
     if len(positional) != 1 or flags:
         raise ValueError("report takes one run folder: kdlib report DIR")
@@ -194,8 +195,8 @@ def quiet():
 
 def _drive(config, out, clock, wanted, progress):
     """Run the session and show it: a bar for everything that takes long, then the verdict."""
-    from kdlib.records import RunFolder
-    from kdlib.session import distill
+    from kdlib.session.run_folder import RunFolder
+    from kdlib.session.session import distill
 
     try:
         for record in distill(config, out, clock, wanted, on_progress=progress):
@@ -209,7 +210,7 @@ def _drive(config, out, clock, wanted, progress):
 
 
 def _show(record, config, out, progress):
-    from kdlib.env import is_main_process
+    from kdlib.environment import is_main_process
 
     if not is_main_process():
         return
@@ -314,7 +315,7 @@ def _out(positional, flags):
 
 
 def _check_out(out, wanted):
-    from kdlib.records import RunFolder
+    from kdlib.session.run_folder import RunFolder
 
     folder = RunFolder(out)
     folder.refuse_foreign(may_hold_run=wanted == "auto" or (wanted != "never" and not folder.has_begun()))

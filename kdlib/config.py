@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
-from kdlib import budget
+from kdlib import clock
 
 KD_METHODS = ("inside_tokens", "shared_prefix", "shared_vocab", "projector", "chunk_likelihood", "none")
+BY_BUCKETS = ("shared_vocab", "shared_prefix", "inside_tokens")
+"""Ways to distil that compare `vocab.Buckets`."""
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 CONTROLS = ("full", "short", "off")
 AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -78,7 +80,7 @@ class Config:
     one that the other side would read first), `shared_vocab` (the same with one tail bucket for the rest), `projector`
     (the teacher's last state by the student's head), `chunk_likelihood` (how likely either finds each span), or `none`."""
     kd_divergence: str = "forward_kl"
-    """How the two distributions are compared; see `kdlib.losses.DIVERGENCES`."""
+    """How the two distributions are compared; see `kdlib.losses.divergences.DIVERGENCES`."""
     kd_temperature: float = 1.0
     """Both distributions are softened by this; the divergence is multiplied by its square."""
     kd_top_k: int = 0
@@ -330,7 +332,7 @@ def _checked(field, value):
             return value
         raise ValueError(f"{field.name} takes a whole number or auto, got {value!r}")
     if kind == DURATION and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        budget.seconds_of(value)
+        clock.seconds_of(value)
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -9,30 +9,20 @@ import math
 import tempfile
 from pathlib import Path
 
-from kdlib import (
-    budget,
-    cache,
-    checkpoint,
-    env,
-    foretold,
-    inputs,
-    machine,
-    memory,
-    pairing,
-    peak,
-    plan,
-    precision,
-    reading,
-    seeds,
-    signals,
-)
-from kdlib.ahead import Ahead
+from kdlib import environment, machine, memory
+from kdlib.clock import Clock, seconds_of
 from kdlib.config import Config
-from kdlib.corpus import Document
-from kdlib.findings import Finding, markdown, plain, sentence, text, worst
-from kdlib.leg import Scorer
-from kdlib.train import Training
-from kdlib.windows import Windows, lengths_of
+from kdlib.data.corpus import Document
+from kdlib.data.dataset import Windows, lengths_of
+from kdlib.evaluation import pair_report
+from kdlib.models import devices, teacher_cache
+from kdlib.models.pair import Unfit
+from kdlib.models.prefetch import Ahead
+from kdlib.report.findings import Finding, markdown, plain, sentence, text, worst
+from kdlib.session import cache_writer, checkpoint, first_pass, forecast, inputs, plan, time_budget
+from kdlib.session.arm import Scorer
+from kdlib.training import peak_memory, seeds
+from kdlib.training.loop import Training
 
 __all__ = ["Finding", "examine", "markdown", "plain", "sentence", "stages", "text", "worst"]
 
@@ -67,7 +57,7 @@ def stages(config=None, asked="", clock=None, on_progress=lambda phase, done, to
     for what `distill` would not begin with: something that is not there, or that is refused. `on_progress(phase, done,
     total)` is called before every batch and every piece of work that takes long.
     """
-    config, clock = config or Config(), clock or budget.Clock()
+    config, clock = config or Config(), clock or Clock()
     named = config.teacher or config.cached or config.student or config.dataset
     if named:
         config.replace(dataset=config.dataset or "sentences").require_inputs()
@@ -76,7 +66,7 @@ def stages(config=None, asked="", clock=None, on_progress=lambda phase, done, to
     found = machine.findings_of(machine.describe(), cards, config, asked)
     if named and not any(card.failed for card in cards):
         yield "loading teacher, student and text", found
-        with precision.temporary_accelerator(config.amp_dtype) as accelerator:
+        with devices.temporary_accelerator(config.amp_dtype) as accelerator:
             look, refused = _look(config, accelerator, clock, on_progress)
             found = found + refused
             if look:
@@ -106,8 +96,8 @@ def _stages_of(look, found):
 
 def _look(config, accelerator, clock, on_progress):
     """`(Look, findings)`: of what was loaded, or None and why it can't be looked at."""
-    there = precision.teacher_device(config.teacher_device, accelerator)
-    dtype, started, phases = precision.teacher_dtype(accelerator, there), clock.now(), {}
+    there = devices.teacher_device(config.teacher_device, accelerator)
+    dtype, started, phases = devices.teacher_dtype(accelerator, there), clock.now(), {}
     documents = None if config.dataset else _sentences(config)
     few = config.eval_tokens if config.cached else min(config.eval_tokens, READ_TOKENS)  # a cache is for one text
 
@@ -118,7 +108,7 @@ def _look(config, accelerator, clock, on_progress):
     try:
         changed = config.replace(check_teacher=False, eval_tokens=few)
         loaded = inputs.load(changed, accelerator.device, dtype, there, documents, timed)
-    except inputs.Unfit as error:
+    except Unfit as error:
         return None, [Finding("pair", "teacher, student and text", "do not fit", "wrong", error.problem, error.remedy)]
     except Exception as error:
         if not memory.ran_out(error):
@@ -154,8 +144,8 @@ class Look:
         steps = plan.num_steps(config, len(loaded.train), self.per_step)
         self.config = config.replace(max_steps=steps)
         guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
-        self.budget = budget.Budget(
-            budget.seconds_of(config.time_budget or foretold.SESSION), clock, clock.now(), (), guesses
+        self.budget = time_budget.Budget(
+            seconds_of(config.time_budget or forecast.SESSION), clock, clock.now(), (), guesses
         )
 
     def pair(self):
@@ -164,7 +154,7 @@ class Look:
         started = self.clock.now()
         scores = {"teacher": scorer.teacher("validation"), "student": scorer.student("validation")}
         self._know_costs(self.clock.now() - started)
-        return pairing.findings_of(self.config, self.loaded, scores, self.sampled)
+        return pair_report.findings_of(self.config, self.loaded, scores, self.sampled)
 
     def _know_costs(self, student_s):
         """What evaluations and the start of a run take: it reads more held-out text than was read here, by the student in
@@ -180,22 +170,22 @@ class Look:
 
     def memory(self):
         """The height that training will reach, against what there is."""
-        if not self.sampled and reading.pays(self.config, len(self.loaded.train), self.per_step):
+        if not self.sampled and first_pass.pays(self.config, len(self.loaded.train), self.per_step):
             self._read_first()
         with seeds.untouched(self.accelerator.device):
             self.training = self._training()
         device = self.accelerator.device
         total, used = memory.usage(device)["total_bytes"], memory.usage(device)["used_bytes"] or 0
         if self.config.gradient_checkpointing == "auto":
-            predicted = peak.fit(self.training, total, self.on_progress)
+            predicted = peak_memory.fit(self.training, total, self.on_progress)
         else:
-            predicted = peak.predicted_bytes(self.training, self.on_progress)
+            predicted = peak_memory.predicted_bytes(self.training, self.on_progress)
         there, again = min(total, used + memory.free(device)), self.training.recomputes
         fits = self._that_fits(there) if predicted > there else None
-        made = [foretold.peak_finding(predicted, there, total, again, self.config, fits)]
+        made = [forecast.peak_finding(predicted, there, total, again, self.config, fits)]
         teacher = self.loaded.pair.teacher
         if isinstance(teacher, Ahead) and teacher.model.device.type == "cuda":
-            made.append(foretold.apart_finding(teacher.model.device, **memory.usage(teacher.model.device)))
+            made.append(forecast.apart_finding(teacher.model.device, **memory.usage(teacher.model.device)))
         return made
 
     def _read_first(self):
@@ -203,14 +193,14 @@ class Look:
         few, folder = self.loaded.train[: self.per_step * (NUM_STEPS + 2)], tempfile.TemporaryDirectory()
         part, started = dataclasses.replace(self.loaded, train=few), self.clock.now()
         out = Path(self.rest.enter_context(folder))
-        passing = cache.Pass(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
+        passing = cache_writer.Pass(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
         running = passing.run(math.inf, started)
         told, seconds = next(running), [self.clock.now() - started for _ in running]  # after each shard, and all
         positions = Windows.of(self.loaded.train).total("student_rows")
         self.read_bytes = round(told["bytes_a_position"] * positions)
         learned, more = seconds[len(passing.facts["shards"]["train"]) - 1], len(self.loaded.train) / len(few) - 1.0
         self.read_s = seconds[-1] + more * learned
-        self.windows, self.loaded.pair.teacher = few, signals.CachedTeacher([folder.name])
+        self.windows, self.loaded.pair.teacher = few, teacher_cache.CachedTeacher([folder.name])
         self.loaded.pair.buckets.pop("tries", None)  # these hold the live teacher's head
         memory.let_go()
 
@@ -228,7 +218,7 @@ class Look:
         """The largest micro-batch below the config's, by halves, that is foretold to fit; None where none does."""
         while self.training.micro_batch > 1:
             self.training.micro_batch //= 2
-            if peak.predicted_bytes(self.training) <= there:
+            if peak_memory.predicted_bytes(self.training) <= there:
                 return self.training.micro_batch
         return None
 
@@ -242,18 +232,18 @@ class Look:
         per_step = float(lengths.mean()) * self.per_step
         step_s = max(seconds, 1e-9) / max(1, tokens) * per_step
         made = [
-            foretold.speed_finding(step_s, per_step, len(counted)),
-            foretold.numbers_finding(steps, self.accelerator.scaler is not None),
+            forecast.speed_finding(step_s, per_step, len(counted)),
+            forecast.numbers_finding(steps, self.accelerator.scaler is not None),
         ]
         if steps[-1].micro_batch < self.config.batch_size:
-            made.append(foretold.halved_finding(steps[-1].micro_batch, self.config))
+            made.append(forecast.halved_finding(steps[-1].micro_batch, self.config))
         if self.planned:
             readings = self.config.max_steps * self.per_step / len(self.loaded.train) * self.config.repeats
-            made += [found for found in (foretold.readings_finding(self.config, readings, self.read_s),) if found]
-            made += foretold.plan_findings(self.config, step_s, per_step, self.budget, self.read_s)
+            made += [found for found in (forecast.readings_finding(self.config, readings, self.read_s),) if found]
+            made += forecast.plan_findings(self.config, step_s, per_step, self.budget, self.read_s)
         sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.tensors().items()}
-        room = env.free_bytes("."), env.disk_reserve_bytes()
-        return made + [foretold.disk_finding(sizes, self.config, *room, self.read_bytes)]
+        room = environment.free_bytes("."), environment.disk_reserve_bytes()
+        return made + [forecast.disk_finding(sizes, self.config, *room, self.read_bytes)]
 
     def _timed(self):
         steps, started = [], self.clock.now()
@@ -279,4 +269,4 @@ def _num_tokens(held_out):
 
 
 def _no_room(doing, config):
-    return Finding("memory", "room", f"ran out while {doing}", "wrong", "", foretold.remedies(None, config))
+    return Finding("memory", "room", f"ran out while {doing}", "wrong", "", forecast.remedies(None, config))

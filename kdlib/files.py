@@ -1,9 +1,15 @@
 """Files and folders that are replaced whole or not at all, whenever the process is killed."""
 
 import contextlib
+import errno
+import json
+import math
 import os
 import shutil
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say a disk is full."""
 
 
 @contextlib.contextmanager
@@ -26,6 +32,49 @@ def atomic(path, writer=0, replace=True):
         remove(beside)
         raise
     _flush_folder(path.parent)
+
+
+def write_text(path, text, writer=0):
+    """Writes a text file whole or not at all; `writer` as for `atomic`."""
+    with atomic(path, writer) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value, writer=0):
+    """Writes one JSON value, whole or not at all, as `json_text` has it."""
+    write_text(path, json_text(value, indent=2) + "\n", writer)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_known(path):
+    """The object in a JSON file of a run at any age; empty where the file is missing, half written or something else."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def json_text(value, indent=None):
+    """One JSON value as text. Numbers that JSON has no word for (nan, inf) become null."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False)
+
+
+def read_records(path):
+    """All whole records of a file, none where it is missing: a run that has just begun has none. A last line cut off by a
+    kill is left out. ValueError names any other bad line.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path} line {number} is not JSON: {line[:60]!r}") from None
+    return records
 
 
 def settle(path, writer=0):
@@ -107,3 +156,13 @@ def _sync(path, flags):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _plain(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from kdlib import env, memory
-from kdlib.findings import Finding
+from kdlib import environment, memory
+from kdlib.report.findings import Finding
 
 PYTHONS = (3, 10), (3, 13)
 AT_LEAST = {"torch": (2, 6), "transformers": (5, 0)}
@@ -118,13 +118,13 @@ def has_kernels(capability, kernels):
 def describe():
     """What `findings_of` asks of the machine besides its cards."""
     return {
-        **env.describe(),
+        **environment.describe(),
         "python": sys.version_info[:3],
         "memory_free": memory.free("cpu"),
         "memory_total": memory.usage("cpu")["total_bytes"],
-        "disk_free": env.free_bytes("."),
-        "disk_reserve": env.disk_reserve_bytes(),
-        "on_kaggle": env.on_kaggle(),
+        "disk_free": environment.free_bytes("."),
+        "disk_reserve": environment.disk_reserve_bytes(),
+        "on_kaggle": environment.on_kaggle(),
     }
 
 

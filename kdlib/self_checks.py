@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 
 import kdlib
-from kdlib import cache, doctor, env, machine, memory, models, precision, records, session, tiny
+from kdlib import demo, doctor, files, machine, memory
 from kdlib.config import Config
+from kdlib.environment import describe, num_processors, of_a_process
+from kdlib.models import devices, loading
+from kdlib.session import cache_writer, session
 
 CARD, PROCESSOR = (
     {"steps": 200, "student_chars": 30_000, "chars": 700_000},
@@ -66,9 +69,9 @@ class Bench:
 
     def config(self, **changes):
         """The `Config` of SHORT with changes. The embedded default is made by the check of the demo."""
-        if not tiny.is_ready(self.folder / "cache"):
+        if not demo.is_ready(self.folder / "cache"):
             raise Skipped("the embedded default is missing: the demo failed")
-        return tiny.config(self.folder / "cache", **{**SHORT, **changes})
+        return demo.config(self.folder / "cache", **{**SHORT, **changes})
 
     def distil(self, name, **changes):
         """Records of a run of SHORT with changes, in a folder of its own."""
@@ -98,7 +101,7 @@ class Bench:
         if not (checkout() / "benchmarks" / "peak.py").exists():
             raise Skipped("benchmarks are in a checkout of kdlib only")
         one_thread = {} if self.cuda else {"OMP_NUM_THREADS": "1"}  # as benchmarks are run: more would wait busily
-        out = self._run([sys.executable, "-W", "ignore", "-m", *words], checkout(), env.of_a_process(**one_thread))
+        out = self._run([sys.executable, "-W", "ignore", "-m", *words], checkout(), of_a_process(**one_thread))
         return json.loads(out.splitlines()[-1])
 
     def notebook(self, name, parameters):
@@ -111,7 +114,7 @@ class Bench:
         room.mkdir()
         values = {"KDLIB_CACHE": str(room / "cache"), "PYTHONWARNINGS": "ignore"}
         words = [str(path), "out.ipynb", "--no-progress-bar", "-y", json.dumps(parameters)]
-        self._run([sys.executable, "-m", "papermill", *words], room, env.of_a_process(**values))
+        self._run([sys.executable, "-m", "papermill", *words], room, of_a_process(**values))
         return room
 
     def _run(self, command, room, environment):
@@ -148,21 +151,21 @@ def check_machine(bench):
     told = [
         f"{c['name']} sm_{c['capability'][0]}{c['capability'][1]} bf16 {'yes' if c['bf16'] else 'no'}" for c in cards
     ]
-    versions = {name: version for name, version in env.describe()["versions"].items() if version}
+    versions = {name: version for name, version in describe()["versions"].items() if version}
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    where = ", ".join(told) or f"no card, {env.num_processors()} processors"
-    return f"{where}; {named}", {"cards": cards, "versions": versions, "processors": env.num_processors()}
+    where = ", ".join(told) or f"no card, {num_processors()} processors"
+    return f"{where}; {named}", {"cards": cards, "versions": versions, "processors": num_processors()}
 
 
 def check_demo(bench):
     plan, started = CARD if bench.cuda else PROCESSOR, bench.clock.now()
-    for _progress in tiny.prepare(bench.folder / "cache", bench.clock, **plan):
+    for _progress in demo.prepare(bench.folder / "cache", bench.clock, **plan):
         pass
     prepared_s = bench.clock.now() - started
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
     steps = {"max_steps": 120, "eval_steps": 20} if bench.cuda else {"max_steps": 12, "eval_steps": 6}
-    config = tiny.config(bench.folder / "cache", **DEMO, **steps)
+    config = demo.config(bench.folder / "cache", **DEMO, **steps)
     *found, verdict = session.distill(config, bench.folder / "demo", bench.clock)
     bits = verdict.get("bits_per_byte", {})
     if verdict["kind"] != "verdict" or not all(map(math.isfinite, bits.values())):
@@ -184,7 +187,7 @@ def check_notebook(bench):
         "text_chars": PROCESSOR["chars"],
     }  # fmt: skip
     room = bench.notebook("distill", {} if bench.cuda else reduced)
-    status = records.read_json(room / "run" / "status.json")
+    status = files.read_json(room / "run" / "status.json")
     if status["state"] != "complete":
         raise Failed(f"the run is {status['state']}: {status['reason']}")
     return f"complete, {status['step']} steps", {"step": status["step"], "session_s": status["session_s"]}
@@ -213,7 +216,7 @@ def _half(bench, amp_dtype):
 
 def check_cache(bench):
     config = bench.config()
-    for _record in cache.write(config, bench.folder / "teacher-cache", bench.clock):
+    for _record in cache_writer.write(config, bench.folder / "teacher-cache", bench.clock):
         pass
     found = bench.distil("cached", teacher_cache=str(bench.folder / "teacher-cache"))
     apart = bench.compared(found, CACHED)
@@ -229,18 +232,18 @@ def check_teacher_elsewhere(bench):
 
 
 def check_out_of_memory(bench):
-    wanted, real, count = bench.reference, models.read, itertools.count(1)
+    wanted, real, count = bench.reference, loading.read, itertools.count(1)
 
     def read(model, *given, **options):
         if model.training and next(count) == RUNS_OUT_AT:
             raise torch.OutOfMemoryError("injected by the self-test")
         return real(model, *given, **options)
 
-    models.read = read
+    loading.read = read
     try:
         found = bench.distil("out-of-memory")
     finally:
-        models.read = real
+        loading.read = real
     apart = bench.compared(found, EXACT)
     before, after = (_micro_batch(run) for run in (wanted, found))
     if after >= before:
@@ -292,7 +295,7 @@ def check_cut_and_resume(bench):
     if not first.get("resumed"):
         raise Failed("the second session began at step 0")
     ours, theirs = (
-        models.load_model(str(p), "student").state_dict() for p in (bench.folder / "cut" / "student", whole)
+        loading.load_model(str(p), "student").state_dict() for p in (bench.folder / "cut" / "student", whole)
     )
     apart = max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
     allowed = WEIGHTS[bench.device]
@@ -315,8 +318,8 @@ def check_peak(bench):
 
 def check_product(bench):
     """A matrix product of the shape of the student's head: true on a card, smaller on a processor."""
-    made = precision.accelerator("auto")
-    dtype, (rows, width, columns) = precision.teacher_dtype(made, made.device), PRODUCT[bench.device]
+    made = devices.accelerator("auto")
+    dtype, (rows, width, columns) = devices.teacher_dtype(made, made.device), PRODUCT[bench.device]
     left, right = (torch.ones(shape, device=made.device, dtype=dtype) for shape in ((rows, width), (width, columns)))
     repeats, total = 20, 0.0
     for repeat in range(repeats + 3):

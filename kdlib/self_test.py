@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import kdlib
-from kdlib import budget, env, memory, records
+from kdlib import environment, files, memory
+from kdlib.clock import Clock, date, spoken
 from kdlib.self_checks import CHECKS, Bench, Failed, Skipped
 
 LIMIT_S = {"cuda": 480.0, "cpu": 1800.0}
@@ -30,7 +31,7 @@ class Result:
 
 def run(folder, clock=None):
     """Make all CHECKS in `folder`: a generator of `(name, None)` before each and `(name, Result)` after it."""
-    clock, threads = clock or budget.Clock(), torch.get_num_threads()
+    clock, threads = clock or Clock(), torch.get_num_threads()
     bench, started = Bench(Path(folder), torch.cuda.is_available(), clock), clock.now()
     torch.set_num_threads(threads if bench.cuda else 1)  # as `kdlib demo`
     try:
@@ -65,20 +66,22 @@ def _outcome(check, bench):
 
 def page(results):
     """One page of text for a report."""
-    lines = [f"kdlib {kdlib.__version__} self-test, {budget.date()}"]
+    lines = [f"kdlib {kdlib.__version__} self-test, {date()}"]
     for result in results:
         lines += [f"{result.state:8}{result.name:28}{result.seconds:7.1f} s  {result.text}"]
     counts = {state: sum(result.state == state for result in results) for state in ("ok", "failed", "skipped")}
     seconds = sum(result.seconds for result in results)
-    lines += [", ".join(f"{count} {state}" for state, count in counts.items()) + f" in {budget.spoken(seconds)}"]
+    lines += [", ".join(f"{count} {state}" for state, count in counts.items()) + f" in {spoken(seconds)}"]
     return "\n".join(lines)
 
 
 def write(results, folder):
     """Write `self_test.json` and `self_test.txt` into a folder; the path of the first."""
     path = Path(folder) / "self_test.json"
-    records.write_json(path, {"env": env.describe(), "results": [dataclasses.asdict(result) for result in results]})
-    records.write_text(path.with_suffix(".txt"), page(results) + "\n")
+    files.write_json(
+        path, {"env": environment.describe(), "results": [dataclasses.asdict(result) for result in results]}
+    )
+    files.write_text(path.with_suffix(".txt"), page(results) + "\n")
     return path
 
 

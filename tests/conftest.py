@@ -16,7 +16,9 @@ import pytest
 import torch
 from families import LINES, byte_level, tiny_model, unigram
 
-from kdlib import cli, precision, report, tiny
+from kdlib import cli, demo
+from kdlib.models import devices
+from kdlib.report import html
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +39,16 @@ def _signals_as_before():
 @pytest.fixture(autouse=True)
 def _accelerate_as_it_was():
     """No test leaves its arithmetic to the next one."""
-    before = precision._selected()
+    before = devices._selected()
     yield
-    precision._select(before)
+    devices._select(before)
 
 
 @pytest.fixture(autouse=True)
 def _without_pictures(request, monkeypatch):
     """A run of a test leaves no pictures, which take longer than its training, unless the test is marked `pictures`."""
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr(report, "_draw", lambda folder, name, *_: f"<img alt={name!r}>")
+        monkeypatch.setattr(html, "_draw", lambda folder, name, *_: f"<img alt={name!r}>")
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,7 @@ def pair(tmp_path_factory, texts):
     cli.quiet()
     folder = tmp_path_factory.mktemp("pair")
     for name, tokenizer, width in (("teacher", byte_level(), 24), ("student", unigram(), 16)):
-        tiny.save(tiny_model(tokenizer, width), tokenizer, folder / name)
+        demo.save(tiny_model(tokenizer, width), tokenizer, folder / name)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from kaggle_server import Handler, KaggleServer, wait_until
 
-from kdlib import checkpoint, copies, records
 from kdlib.config import Config
+from kdlib.session import backup, checkpoint, run_folder
 
 KEY = "0123456789abcdef"
 
@@ -215,11 +215,11 @@ class Run:
 
     def __init__(self, path, where, every=1):
         path.mkdir()
-        self.folder = records.RunFolder(path)
+        self.folder = run_folder.RunFolder(path)
         self.folder.open({"kd_method": "none"}, {})
         self.folder.status("running", step=0)
         self.config = Config(second_copy=where, second_copy_saves=every)
-        self.copies = copies.of_run(self.config, self.folder)
+        self.copies = backup.of_run(self.config, self.folder)
 
     def save(self, step):
         self.folder.records.append({"kind": "train", "step": step})
@@ -242,5 +242,5 @@ class Run:
         """Whether a folder is a copy of a step."""
         names = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
         kept = f"checkpoints/{checkpoint.folder_name(step)}"
-        wanted = {*copies.FILES, *(f"{kept}/{name}" for name in ("manifest.json", "state.json", "student.safetensors"))}
+        wanted = {*backup.FILES, *(f"{kept}/{name}" for name in ("manifest.json", "state.json", "student.safetensors"))}
         return names - {".gitattributes"} == wanted and (folder / kept / "state.json").read_text() == f"{step}"

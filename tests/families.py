@@ -8,7 +8,9 @@ import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
-from kdlib import data, tiny, vocab
+from kdlib import demo
+from kdlib.align import vocab
+from kdlib.data import tokenize
 
 LINES = [
     "The cat sat on the mat, and the dog looked at the cat.",
@@ -25,28 +27,28 @@ def _fast(core, **special):
 
 
 def byte_level(size=330):
-    return tiny.byte_level_bpe(LINES, size)
+    return demo.byte_level_bpe(LINES, size)
 
 
 def byte_level_trimmed():
     """GPT-2 as it comes: its offsets leave out white space at a token's edges."""
-    tokenizer = tiny.byte_level_bpe(LINES, 320)
+    tokenizer = demo.byte_level_bpe(LINES, 320)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer
 
 
 def byte_level_lower():
-    core = tiny.byte_level_bpe([line.lower() for line in LINES], 340).backend_tokenizer
+    core = demo.byte_level_bpe([line.lower() for line in LINES], 340).backend_tokenizer
     core.normalizer = normalizers.Lowercase()
     return _fast(core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 def unigram():
-    return tiny.unigram(LINES, 400)
+    return demo.unigram(LINES, 400)
 
 
 def unigram_nfkc():
-    core = tiny.unigram(LINES, 380).backend_tokenizer
+    core = demo.unigram(LINES, 380).backend_tokenizer
     core.normalizer = normalizers.NFKC()
     return _fast(core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
 
@@ -107,7 +109,7 @@ LOSSLESS = ("byte_level", "byte_level_trimmed", "unigram", "sentencepiece_bpe")
 @functools.cache
 def reader(name):
     tokenizer = FAMILIES[name]()
-    return data.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    return tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
 
 
 def tiny_model(tokenizer, width=16, layers=2, seed=0, **changes):

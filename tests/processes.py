@@ -7,7 +7,7 @@ import socket
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kdlib.session", "kdlib.cache", "kdlib.cli"])
+CONTEXT.set_forkserver_preload(["kdlib.session.session", "kdlib.session.cache_writer", "kdlib.cli"])
 
 
 def together(count, target, *arguments):

@@ -9,8 +9,12 @@ import accelerate
 import pytest
 import torch
 
-from kdlib import ahead, batching, budget, inputs, models, precision, records, session, train
+from kdlib import clock, files
 from kdlib.config import Config
+from kdlib.data import batching
+from kdlib.models import devices, loading, prefetch
+from kdlib.session import inputs, session
+from kdlib.training import loop
 
 CONFIGS = {
     "accumulation": {"grad_accumulation": 3, "kd_method": "projector"},
@@ -33,8 +37,8 @@ def training(given, config, restored=None):
     objective = inputs.make_objective(given.pair, config, copy.deepcopy(given.pair.student))
     machine = accelerate.Accelerator(cpu=True)
     torch.manual_seed(0)
-    made = train.Training(
-        objective, given.pair.teacher, given.train, NUM_STEPS, config, machine, budget.Clock(), given.pair.pads
+    made = loop.Training(
+        objective, given.pair.teacher, given.train, NUM_STEPS, config, machine, clock.Clock(), given.pair.pads
     )
     if restored:
         made.restore(*restored)
@@ -56,16 +60,16 @@ def assert_same(ours, theirs):
 
 def counted(monkeypatch):
     """The threads in which teachers that work ahead did a batch each."""
-    calls, real = [], ahead.Ahead._on_host
+    calls, real = [], prefetch.Ahead._on_host
     monkeypatch.setattr(
-        ahead.Ahead, "_on_host", lambda *given, **wants: calls.append(threading.get_ident()) or real(*given, **wants)
+        prefetch.Ahead, "_on_host", lambda *given, **wants: calls.append(threading.get_ident()) or real(*given, **wants)
     )
     return calls
 
 
 def plain_run(config):
     given = loaded(config, None)
-    assert not isinstance(given.pair.teacher, ahead.Ahead)
+    assert not isinstance(given.pair.teacher, prefetch.Ahead)
     made = training(given, config)
     return steps_of(made), state_of(made)
 
@@ -173,14 +177,14 @@ def test_only_what_was_asked_for_is_taken(settings, monkeypatch):
     teacher, calls = given.pair.teacher, counted(monkeypatch)
     batch, other = (batching.collate(given.train[i : i + 2], *given.pair.pads) for i in (0, 2))
     again = batching.collate(given.train[:2], *given.pair.pads)
-    taps = models.Taps((0, 1))
+    taps = loading.Taps((0, 1))
     for asked, wants, used, wanted, made in (
         (batch, {}, batch, {}, 2),  # what is not asked for is what the defaults say
         (batch, {"taps": taps, "spans": True}, batch, {"taps": taps, "spans": True}, 1),
         (batch, {"taps": taps, "spans": True}, batch.to("cpu"), {"taps": taps, "spans": True}, 1),
         (batch, {"taps": taps, "spans": False}, batch, {"taps": taps, "spans": True}, 2),
-        (batch, {"taps": models.Taps(), "spans": False}, other, {}, 2),
-        (batch, {"taps": models.Taps(), "spans": False}, again, {}, 2),
+        (batch, {"taps": loading.Taps(), "spans": False}, other, {}, 2),
+        (batch, {"taps": loading.Taps(), "spans": False}, again, {}, 2),
     ):
         calls.clear()
         teacher.ask(asked, **wants)
@@ -190,7 +194,7 @@ def test_only_what_was_asked_for_is_taken(settings, monkeypatch):
         assert not signal.hidden.is_inference()
         assert (signal.spans is None) == ("spans" not in wanted)
         assert all(torch.equal(a, b) for a, b in zip(signal.layers, told.layers, strict=True))
-        assert len(signal.layers) == len(wanted.get("taps", models.Taps()).layers)
+        assert len(signal.layers) == len(wanted.get("taps", loading.Taps()).layers)
         assert len(calls) in (made, 1)  # what was thrown away may not have begun
 
 
@@ -226,7 +230,7 @@ def test_a_whole_run_comes_to_the_same_verdict(settings, tmp_path, monkeypatch):
         list(session.distill(Config.from_dict(values), out))
         told = [
             {k: r.get(k) for k in ("loss", "bits_per_byte", "kl_to_teacher")}
-            for r in records.read_records(out / "records.jsonl")
+            for r in files.read_records(out / "records.jsonl")
         ]
         kept.append((told, (out / "student" / "model.safetensors").read_bytes()))
     assert kept[0] == kept[1]
@@ -251,19 +255,19 @@ def test_a_whole_run_comes_to_the_same_verdict(settings, tmp_path, monkeypatch):
 def test_the_teacher_takes_the_second_card_where_there_is_one(monkeypatch, wanted, own, cards, processes, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     machine = types.SimpleNamespace(device=torch.device(own), num_processes=processes)
-    assert precision.teacher_device(wanted, machine) == torch.device(device)
+    assert devices.teacher_device(wanted, machine) == torch.device(device)
 
 
 def test_a_card_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     machine = types.SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     with pytest.raises(ValueError, match="teacher_device is cuda:1, and this machine has 1 cards; use auto or cpu"):
-        precision.teacher_device("cuda:1", machine)
+        devices.teacher_device("cuda:1", machine)
 
 
 def test_a_teacher_on_the_processor_beside_a_card_reads_in_full_precision():
     for own, there, wanted in (("cuda", "cpu", torch.float32), ("cuda", "cuda:1", torch.float16)):
         machine = types.SimpleNamespace(device=torch.device(own), mixed_precision="fp16")
-        assert precision.teacher_dtype(machine, there) is wanted
+        assert devices.teacher_dtype(machine, there) is wanted
     on_cpu = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
-    assert precision.teacher_dtype(on_cpu, "cpu") is torch.bfloat16
+    assert devices.teacher_dtype(on_cpu, "cpu") is torch.bfloat16

@@ -1,6 +1,6 @@
 """Each bad sign on records written by hand: raised when it should be, once, and not before."""
 
-from kdlib.alerts import Watch
+from kdlib.session.alerts import Watch
 
 
 def train(step, loss=2.0, shares=None, parts=None, skipped="", last_step=200, weights=None, micro_batch=8):

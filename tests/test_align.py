@@ -8,7 +8,7 @@ from families import FAMILIES, LOSSLESS, reader
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdlib import align, vocab
+from kdlib.align import boundaries, vocab
 
 PIECES = st.one_of(
     st.sampled_from(
@@ -24,7 +24,7 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join).filter(lambda text: "\ud800" 
 def spans_of(name, text):
     used = reader(name)
     coded = used.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return coded["input_ids"], align.spans(text, coded["input_ids"], coded["offset_mapping"], used.vocabulary)
+    return coded["input_ids"], boundaries.spans(text, coded["input_ids"], coded["offset_mapping"], used.vocabulary)
 
 
 def is_utf8(data):
@@ -62,7 +62,7 @@ def test_lossless_pairs_agree_exactly_where_their_bytes_do(pair, text):
         for prefix in ours.keys() & theirs.keys()
         if prefix and is_utf8(prefix)
     )
-    found = align.align(spans_of(pair[0], text)[1], spans_of(pair[1], text)[1])
+    found = boundaries.align(spans_of(pair[0], text)[1], spans_of(pair[1], text)[1])
     assert list(zip(found.ends.tolist(), found.student.tolist(), found.teacher.tolist(), strict=True)) == expected
 
 
@@ -96,8 +96,8 @@ def test_boundaries_lie_between_characters_and_faithful_tokens_are_the_text(name
 @settings(max_examples=80, deadline=None)
 def test_usable_pairs_predict_the_same_bytes(pair, text):
     ids, spans = zip(*(spans_of(name, text) for name in pair), strict=True)
-    found = align.align(*spans)
-    mirrored = align.align(*reversed(spans))
+    found = boundaries.align(*spans)
+    mirrored = boundaries.align(*reversed(spans))
     assert found.student.tolist() == mirrored.teacher.tolist()
     data = text.encode()
     for side, positions in enumerate((found.student, found.teacher)):
@@ -110,14 +110,14 @@ def test_usable_pairs_predict_the_same_bytes(pair, text):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_tokenization_agrees_with_itself_everywhere(name):
     _, found = spans_of(name, "The cat sat on the mat.")
-    same = align.align(found, found)
+    same = boundaries.align(found, found)
     assert same.student.tolist() == same.teacher.tolist() == np.flatnonzero(found.boundary).tolist()
     assert len(same) > 5
 
 
 def test_index_pairs_are_not_what_comes_out():
     text = "Return the first item of the list; raise ValueError if there is none."
-    found = align.align(spans_of("byte_level", text)[1], spans_of("unigram", text)[1])
+    found = boundaries.align(spans_of("byte_level", text)[1], spans_of("unigram", text)[1])
     assert (found.student != found.teacher).any()
 
 
@@ -131,7 +131,7 @@ def test_a_split_character_has_one_boundary():
 def test_of_several_tokens_that_end_alike_the_last_is_the_boundary():
     """It has read all of them: an empty piece between two others."""
     vocabulary = vocab.Vocabulary((b"a", b"", b"b"), (), False)
-    found = align.spans("ab", [0, 1, 2], [(0, 1), (1, 1), (1, 2)], vocabulary)
+    found = boundaries.spans("ab", [0, 1, 2], [(0, 1), (1, 1), (1, 2)], vocabulary)
     assert found.ends.tolist() == [1, 1, 2]
     assert found.boundary.tolist() == [False, True, True]
 
@@ -142,7 +142,7 @@ def test_a_lower_casing_tokenizer_gives_no_signal_where_it_changed_the_text():
     tokens = reader("byte_level_lower").vocabulary.tokens
     unfaithful = b"".join(tokens[i] for i, ok in zip(ids, found.faithful, strict=True) if not ok)
     assert unfaithful == b"quick"
-    ours = align.align(spans_of("byte_level", text)[1], found)
+    ours = boundaries.align(spans_of("byte_level", text)[1], found)
     assert len(ours) > ours.usable.sum() > 0
     assert not any(text[end].isupper() for end in ours.ends[ours.usable])
 
@@ -150,10 +150,10 @@ def test_a_lower_casing_tokenizer_gives_no_signal_where_it_changed_the_text():
 def test_white_space_at_the_edges_of_trimmed_offsets_is_not_lost():
     text = "x\n\n    y   z"
     plain, trimmed = spans_of("byte_level_trimmed", text)[1], spans_of("byte_level", text)[1]
-    assert align.align(plain, trimmed).ends[-1] == len(text)
+    assert boundaries.align(plain, trimmed).ends[-1] == len(text)
 
 
 def test_a_large_document_aligns_as_its_parts_do():
     line = "The naïve cat sat on the mat — and 東京 looked on. 😀\n"
     once, often = ([spans_of(name, line * n)[1] for name in ("byte_level", "unigram_nfkc")] for n in (1, 1700))
-    assert len(align.align(*often)) == 1700 * len(align.align(*once)) > 10_000
+    assert len(boundaries.align(*often)) == 1700 * len(boundaries.align(*once)) > 10_000

@@ -7,7 +7,8 @@ import pytest
 import torch
 from families import ARCHITECTURES, byte_level
 
-from kdlib import attention, hooks, losses, models
+from kdlib.losses import divergences, features
+from kdlib.models import hooks, loading
 
 
 def softmax(values):
@@ -38,7 +39,7 @@ def case(heads=4, kv_heads=2, width=3, length=11):
 
 def test_a_span_map_is_the_written_out_sum_over_tokens_and_heads():
     query, key, ends = case()
-    found = attention.span_map(query[:, ends], key, ends, 0.7)
+    found = features.span_map(query[:, ends], key, ends, 0.7)
     expected = map_by_hand(query[:, ends].tolist(), key.tolist(), ends.tolist(), 0.7)
     torch.testing.assert_close(found.exp(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.exp().sum(-1), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]))
@@ -46,17 +47,17 @@ def test_a_span_map_is_the_written_out_sum_over_tokens_and_heads():
 
 def test_what_comes_before_the_first_end_or_after_the_last_changes_nothing():
     query, key, ends = case()
-    found = attention.span_map(query[:, ends], key, ends, 0.7)
+    found = features.span_map(query[:, ends], key, ends, 0.7)
     changed = key.clone()
     changed[:, :2] += 50.0
     changed[:, 10:] -= 50.0
-    torch.testing.assert_close(attention.span_map(query[:, ends], changed, ends, 0.7), found)
+    torch.testing.assert_close(features.span_map(query[:, ends], changed, ends, 0.7), found)
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_window_with_no_span_before_another_has_an_empty_map(count):
     query, key, ends = case()
-    found = attention.span_map(query[:, ends[:count]], key, ends[:count], 1.0)
+    found = features.span_map(query[:, ends[:count]], key, ends[:count], 1.0)
     assert found.shape == (count, count)
     assert found.exp().sum() < 1e-20
 
@@ -64,22 +65,22 @@ def test_a_window_with_no_span_before_another_has_an_empty_map(count):
 def test_gradient_of_a_map_divergence_passes_gradcheck():
     query, key, ends = (tensor.double() for tensor in case(2, 1, 2, 7))
     ends = ends[:3].long()
-    target = attention.span_map(torch.randn(3, 3, 2).double(), torch.randn(3, 7, 2).double(), ends, 1.0)
+    target = features.span_map(torch.randn(3, 3, 2).double(), torch.randn(3, 7, 2).double(), ends, 1.0)
 
     def divergence(query, key):
-        return losses.forward_kl(attention.span_map(query, key, ends, 1.0), target).sum()
+        return divergences.forward_kl(features.span_map(query, key, ends, 1.0), target).sum()
 
     assert torch.autograd.gradcheck(divergence, (query[:, ends].requires_grad_(), key.requires_grad_()))
 
 
 def test_gradient_of_a_relation_divergence_passes_gradcheck():
-    ours, theirs = torch.randn(4, 6).double().requires_grad_(), attention.relations(torch.randn(4, 9).double(), 3)
-    assert torch.autograd.gradcheck(lambda x: losses.forward_kl(attention.relations(x, 3), theirs).sum(), ours)
+    ours, theirs = torch.randn(4, 6).double().requires_grad_(), features.relations(torch.randn(4, 9).double(), 3)
+    assert torch.autograd.gradcheck(lambda x: divergences.forward_kl(features.relations(x, 3), theirs).sum(), ours)
 
 
 def test_relations_are_written_out_softmaxes_that_look_back():
     vectors = torch.randn(4, 6)
-    found = attention.relations(vectors, 2).exp()
+    found = features.relations(vectors, 2).exp()
     for head in range(2):
         part = vectors[:, 3 * head : 3 * head + 3].tolist()
         for i in range(4):
@@ -89,9 +90,9 @@ def test_relations_are_written_out_softmaxes_that_look_back():
 
 
 def test_relation_heads_divide_both_widths():
-    assert attention.relation_heads(24, 36, 12) == 12
-    assert attention.relation_heads(64, 128, 12) == 8
-    assert attention.relation_heads(15, 14, 12) == 1
+    assert features.relation_heads(24, 36, 12) == 12
+    assert features.relation_heads(64, 128, 12) == 8
+    assert features.relation_heads(15, 14, 12) == 1
 
 
 def padded_batch(size):
@@ -116,7 +117,7 @@ def test_what_is_read_off_a_model_is_what_it_computes_eagerly(kind):
     hooks.watch_attention(model)
     rows, by_window = torch.tensor([1, 3, 4, 8, 13 + 3, 13 + 4, 13 + 8]), (4, 3)
     with torch.no_grad():
-        found = models.read(model, ids, mask, rows, by_window, models.Taps((0, 1), (1, 2), (2,)))
+        found = loading.read(model, ids, mask, rows, by_window, loading.Taps((0, 1), (1, 2), (2,)))
     shown = mask.bool()
     torch.testing.assert_close(found.last[shown], eager.last_hidden_state[shown], atol=1e-5, rtol=1e-4)
     for layer, states in zip((0, 1), found.layers, strict=True):

@@ -11,12 +11,19 @@ import torch
 import transformers
 from families import ARCHITECTURES, LINES, byte_level, tiny_model, unigram
 
-from kdlib import attention, batching, budget, data, evaluate, fused, hooks, inputs, models, parts, tiny, train
+from kdlib import clock, demo
 from kdlib.config import Config
+from kdlib.data import batching, windowing
+from kdlib.evaluation import scoring
+from kdlib.losses import chunked_head
+from kdlib.losses import features as attention
+from kdlib.models import hooks, loading
+from kdlib.session import inputs
+from kdlib.training import loop, terms
 
 FREE = 10**6
 EVERYTHING = {
-    **{f"{name}_weight": 0.3 for name in parts.FEATURES}, "attention_layers": 2, "label_smoothing": 0.1,
+    **{f"{name}_weight": 0.3 for name in terms.FEATURES}, "attention_layers": 2, "label_smoothing": 0.1,
 }  # fmt: skip
 
 
@@ -85,7 +92,7 @@ def made(folder):
     words = [word for line in (LINES[0], LINES[3]) for word in line.split()]
     texts = [" ".join(chance.choice(words, size)) + f" {i}." for i, size in enumerate(chance.integers(2, 40, 40))]
     for name, kind, tokenizer in (("student", "llama", unigram()), ("teacher", "gpt2", byte_level())):
-        tiny.save(PACKING[kind](tokenizer), tokenizer, folder / name)
+        demo.save(PACKING[kind](tokenizer), tokenizer, folder / name)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     values = {
         "teacher": str(folder / "teacher"), "student": str(folder / "student"), "dataset": str(folder / "text.jsonl"),
@@ -136,7 +143,7 @@ def test_every_window_lies_whole_in_its_spot(loaded):
         free = of == 0
         assert seen == int((~free).sum()) == int(getattr(batch, f"{side}_mask").sum())
         assert (ids[free] == pad).all()
-        assert (labels[free] == data.IGNORE).all()
+        assert (labels[free] == windowing.IGNORE).all()
         assert not scored[free].any()
     assert (batch.student_rows.diff() > 0).all()
     assert (batch.num_student_tokens, batch.num_student_computed) == (
@@ -161,12 +168,12 @@ def test_what_is_read_off_a_packed_row_is_what_each_window_gives_alone(loaded, k
     """States, layers, maps and vectors in float64, under torch's attention and the watched one."""
     model = PACKING[kind](unigram()).double()
     hooks.watch_attention(model, watched)
-    assert models.packs(model, 60)
-    taps = models.Taps((0, 1), (0, 1), (1,)) if watched else models.Taps((0, 1))
+    assert loading.packs(model, 60)
+    taps = loading.Taps((0, 1), (0, 1), (1,)) if watched else loading.Taps((0, 1))
     found = []
     for batch in both(loaded, loaded.train[:9]):
         with torch.no_grad():
-            found.append(models.read(
+            found.append(loading.read(
                 model, batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window, taps,
                 batch.student_spots,
             ))  # fmt: skip
@@ -194,7 +201,7 @@ def close(ours, theirs, rel=1e-12):
 
 
 def plain_head(hidden, weight, bias, chunks, losses_of, weights, compared=None, extra=()):
-    """`fused.head_losses` by autograd in float64, where the library's own keeps its sums in float32."""
+    """`chunked_head.head_losses` by autograd in float64, where the library's own keeps its sums in float32."""
     found = 0.0
     for block in (block for chunk in chunks for block in chunk):
         logits = torch.nn.functional.linear(hidden[block.rows], weight, bias)
@@ -217,14 +224,14 @@ def told(loaded, batch, config):
 @pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"])
 def test_loss_parts_and_gradients_are_those_of_the_padded_batch(loaded, monkeypatch, method):
     """Every way to distil, and with one of them every feature part; float64 throughout."""
-    monkeypatch.setattr(fused, "head_losses", plain_head)
+    monkeypatch.setattr(chunked_head, "head_losses", plain_head)
     features = EVERYTHING if method == "shared_prefix" else {}
     config = Config(kd_method=method, batch_size=8, max_length=60, **features)
     padded, packed = both(loaded, loaded.train[:9])
     loss, values, squares, gradients = told(loaded, padded, config)
     same_loss, same_values, same_squares, same_gradients = told(loaded, packed, config)
     assert same_loss.item() == pytest.approx(loss.item(), rel=1e-12)
-    assert set(values) >= {"lm", "kd", *(parts.FEATURES if features else ())}
+    assert set(values) >= {"lm", "kd", *(terms.FEATURES if features else ())}
     for name, value in values.items():
         assert same_values[name].item() == pytest.approx(value.item(), rel=1e-12), name
         if name in squares:  # kept in float32
@@ -236,7 +243,7 @@ def test_loss_parts_and_gradients_are_those_of_the_padded_batch(loaded, monkeypa
 
 def test_the_teachers_signal_is_the_same_but_for_the_order_of_the_windows(loaded):
     windows = loaded.train[:9]
-    taps = models.Taps((0, 1), (), ())
+    taps = loading.Taps((0, 1), (), ())
     batches = both(loaded, windows)
     padded, packed = (loaded.pair.teacher(batch, taps, spans=True) for batch in batches)
     order = by_given(batches[1])
@@ -248,10 +255,10 @@ def test_the_teachers_signal_is_the_same_but_for_the_order_of_the_windows(loaded
 def test_evaluation_scores_are_those_of_padded_batches_halved_or_not(loaded):
     pair, windows, found = loaded.pair, loaded.train[:11], []
     for widest in ((0, 0), pair.widest):
-        held_out = evaluate.hold_out(windows, pair.teacher, pair.head, pair.shared, 11, pair.pads, widest)
+        held_out = scoring.hold_out(windows, pair.teacher, pair.head, pair.shared, 11, pair.pads, widest)
         for text in (held_out, held_out.halved()):
             assert any(batch.student_packed and batch.teacher_packed for batch in text.batches) == bool(widest[0])
-            ours = evaluate.evaluate_student(pair.student, pair.head, text)
+            ours = scoring.evaluate_student(pair.student, pair.head, text)
             found.append((ours, text.teacher_score))
     for scores in found[1:]:
         for score, expected in zip(scores, found[0], strict=True):
@@ -291,18 +298,18 @@ def causal(kind, **changes):
 )
 def test_a_model_that_can_not_share_rows_is_found_out(kind, changes, fits):
     """Windows of 30 tokens: narrower sight, positions counted over the row, a state carried on, a mask not taken."""
-    assert models.packs(causal(kind, **changes), 30) is fits
+    assert loading.packs(causal(kind, **changes), 30) is fits
 
 
 def test_positions_counted_over_the_whole_row_are_found_out(monkeypatch):
     monkeypatch.setattr(attention, "restarted", lambda windows: torch.arange(windows.shape[1])[None])
-    assert models.packs(tiny_model(byte_level()), 30)  # rotary: only distances count
-    assert not models.packs(ARCHITECTURES["gpt2"](byte_level()), 30)
+    assert loading.packs(tiny_model(byte_level()), 30)  # rotary: only distances count
+    assert not loading.packs(ARCHITECTURES["gpt2"](byte_level()), 30)
     monkeypatch.undo()
     monkeypatch.setattr(
         attention, "block_diagonal", lambda windows: torch.ones(60, 60, dtype=torch.bool).tril()[None, None]
     )
-    assert not models.packs(tiny_model(byte_level()), 30)
+    assert not loading.packs(tiny_model(byte_level()), 30)
 
 
 def test_auto_falls_back_for_one_side_and_on_refuses(settings, monkeypatch):
@@ -314,7 +321,7 @@ def test_auto_falls_back_for_one_side_and_on_refuses(settings, monkeypatch):
         asked.append(length)
         return len(asked) % 2 == 0
 
-    monkeypatch.setattr(models, "packs", only_the_teacher)
+    monkeypatch.setattr(loading, "packs", only_the_teacher)
     loaded = inputs.load(Config.from_dict(settings))
     longest = [max(len(getattr(w, f"{side}_ids")) for w in loaded.train) for side in ("student", "teacher")]
     assert asked[0] >= longest[0]
@@ -375,8 +382,8 @@ def test_steps_tell_what_was_computed_and_the_control_its_own_side_only(loaded, 
     windows = sorted(loaded.train, key=lambda window: len(window.student_ids))[::9][:6]
     for widest in ((0, 0), loaded.pair.widest):
         machine = accelerate.Accelerator(cpu=True)
-        batches = train._own_share(windows, 3, 3, machine, (*loaded.pair.pads, widest))
-        counts[widest] = train._counts(batches, machine)
+        batches = loop._own_share(windows, 3, 3, machine, (*loaded.pair.pads, widest))
+        counts[widest] = loop._counts(batches, machine)
     padded, packed = (batching.computed_per_token(found, teacher=True) for found in counts.values())
     for side in ("student", "teacher"):
         sizes = [len(getattr(window, f"{side}_ids")) for window in windows]
@@ -392,9 +399,9 @@ def test_a_packed_run_is_the_padded_run(settings):
         config = Config.from_dict({**settings, "packing": packing, "batch_size": 8})
         loaded = inputs.load(config)
         short = [window for window in loaded.train if len(window.student_ids) < 40]
-        training = train.Training(
+        training = loop.Training(
             inputs.make_objective(loaded.pair, config), loaded.pair.teacher, [*loaded.train, *short], 3, config,
-            accelerate.Accelerator(cpu=True), budget.Clock(), loaded.pair.pads, loaded.pair.widest,
+            accelerate.Accelerator(cpu=True), clock.Clock(), loaded.pair.pads, loaded.pair.widest,
         )  # fmt: skip
         found.append(list(training))
     for padded, packed in zip(*found, strict=True):

@@ -10,8 +10,11 @@ import torch
 import transformers
 from families import byte_level, tiny_model
 
-from kdlib import checkpoint, identity, inputs, optimizer, session, tiny
+from kdlib import demo
 from kdlib.config import Config
+from kdlib.models import fingerprint
+from kdlib.session import checkpoint, inputs, session
+from kdlib.training import optimizer
 
 
 class StandIn(torch.optim.Optimizer):
@@ -126,7 +129,7 @@ def test_a_run_stays_with_its_optimizer_and_with_its_teachers_bits(settings):
         {}, {"optimizer": "adamw_8bit"}, {"teacher_quantization": "8bit"}, {"teacher_quantization": "4bit"},
     )]  # fmt: skip
     for (i, then), (j, now) in itertools.product(enumerate(of), repeat=2):
-        assert bool(identity.differences(then, now)[0]) == (i != j)
+        assert bool(fingerprint.differences(then, now)[0]) == (i != j)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -181,18 +184,18 @@ def test_a_teacher_of_few_bits_is_loaded_by_transformers_to_where_it_stays(setti
 def test_a_quantised_model_is_told_by_what_was_left_whole():
     """The rounded weights may differ from one device to the next, and asking for a state_dict may spoil them."""
     model = tiny_model(byte_level())
-    whole = identity.of_model(model)
+    whole = fingerprint.of_model(model)
     model.is_quantized = True
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
     model.state_dict = None
-    known = identity.of_model(model)
+    known = fingerprint.of_model(model)
     assert known != whole
     layer.weight.data += 1
-    assert identity.of_model(model) == known
+    assert fingerprint.of_model(model) == known
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    assert identity.of_model(model) != known
+    assert fingerprint.of_model(model) != known
 
 
 def test_a_model_of_4_bits_is_not_the_same_one_of_8():
@@ -203,7 +206,7 @@ def test_a_model_of_4_bits_is_not_the_same_one_of_8():
         model.is_quantized = True
         layer = model.model.layers[0].mlp.up_proj
         layer.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=kind), requires_grad=False)
-        found.append(identity.of_model(model))
+        found.append(fingerprint.of_model(model))
     assert found[0] != found[1]
 
 
@@ -225,7 +228,7 @@ def test_a_quantised_head_is_refused(settings, monkeypatch, quantised):
 def test_a_real_teacher_of_few_bits_teaches(settings, tmp_path, kind, tied):
     """Its weights take less, its head is whole, its signal is near that of the whole teacher, and a run resumes."""
     pytest.importorskip("bitsandbytes")
-    tiny.save(tiny_model(byte_level(), 64, tie_word_embeddings=tied), byte_level(), tmp_path / "teacher")
+    demo.save(tiny_model(byte_level(), 64, tie_word_embeddings=tied), byte_level(), tmp_path / "teacher")
     settings = {**settings, "teacher": str(tmp_path / "teacher"), "preset": "documents", "control": "off"}
     told = {}
     for how in ("none", kind):

@@ -18,9 +18,13 @@ from clocks import Ticks
 from families import byte_level, tiny_model
 from processes import CONTEXT
 
-from kdlib import batching, cache, cli, inputs, losses, models, records, session, signals, tiny, walk
+from kdlib import cli, demo, files
 from kdlib.config import Config
-from kdlib.teacher import TopTokens
+from kdlib.data import batching
+from kdlib.losses import divergences, partial_tokens
+from kdlib.losses.teacher_signal import TopTokens
+from kdlib.models import loading, teacher_cache, trie
+from kdlib.session import cache_writer, inputs, session
 
 HALF = 2.0**-11
 """Relative error of a number rounded to float16."""
@@ -29,11 +33,11 @@ SMALL = 500
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(signals, "SHARD_POSITIONS", SMALL)
+    monkeypatch.setattr(teacher_cache, "SHARD_POSITIONS", SMALL)
 
 
 def written(settings, out, **how):
-    return list(cache.write(Config.from_dict(settings), out, **how))
+    return list(cache_writer.write(Config.from_dict(settings), out, **how))
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +58,13 @@ def caches(pair, tmp_path_factory):
         "inside all": {"kd_top_k": 10**6},
         "inside soft": {"kd_top_k": 10**6, "kd_temperature": 2.0},
     }
-    before = signals.SHARD_POSITIONS, signals.INSIDE_K
-    made, signals.SHARD_POSITIONS = {}, SMALL
+    before = teacher_cache.SHARD_POSITIONS, teacher_cache.INSIDE_K
+    made, teacher_cache.SHARD_POSITIONS = {}, SMALL
     for name, changes in kinds.items():
         made[name] = {**base, **changes}, folder / name
-        signals.INSIDE_K = (4, 3) if name == "inside" else (10**6, 10**6)
+        teacher_cache.INSIDE_K = (4, 3) if name == "inside" else (10**6, 10**6)
         written(*made[name])
-    signals.SHARD_POSITIONS, signals.INSIDE_K = before
+    teacher_cache.SHARD_POSITIONS, teacher_cache.INSIDE_K = before
     return made
 
 
@@ -76,8 +80,8 @@ def loaded(caches):
 
 
 def shortlist_of(live, config):
-    settings = signals.settings_of(config, len(live.pair.shared))
-    return signals.shortlist(live.pair, inputs.buckets_of(live.pair, settings["kd_method"]), settings)
+    settings = teacher_cache.settings_of(config, len(live.pair.shared))
+    return teacher_cache.shortlist(live.pair, trie.buckets_of(live.pair, settings["kd_method"]), settings)
 
 
 def batch_of(loaded, count=6):
@@ -95,9 +99,9 @@ def counts_of(batch):
 
 def said_inside(live, config, batch, *sizes):
     """What a live teacher says inside tokens, in short; and its signal."""
-    walked, teacher = walk.Walk.of(inputs.tries_of(live.pair), batch), live.pair.teacher
+    walked, teacher = partial_tokens.Walk.of(trie.tries_of(live.pair), batch), live.pair.teacher
     signal = teacher(batch, shortlist=shortlist_of(live, config), inner=True)
-    tries, bucket_of = inputs.tries_of(live.pair), teacher.near.by_column(inputs.buckets_of(live.pair, "").teacher)
+    tries, bucket_of = trie.tries_of(live.pair), teacher.near.by_column(trie.buckets_of(live.pair, "").teacher)
     return walked.shortlists(tries, signal, teacher.near.decode, bucket_of, sizes, config.kd_temperature), signal
 
 
@@ -114,8 +118,8 @@ def test_the_likeliest_tokens_are_written_out(loaded, name):
     config, live, _ = loaded[name]
     wanted, batch = shortlist_of(live, config), batch_of(live)
     top = live.pair.teacher(batch, shortlist=wanted).top
-    buckets = inputs.buckets_of(live.pair, config.kd_method)
-    hidden = models.last_hidden(live.pair.teacher.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
+    buckets = trie.buckets_of(live.pair, config.kd_method)
+    hidden = loading.last_hidden(live.pair.teacher.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
     bytes_of = live.pair.student_reader.vocabulary.tokens, live.pair.teacher.reader.vocabulary.tokens
     for row, place in list(enumerate(batch.teacher_rows.tolist()))[::7]:
         logits = (hidden[place].double() @ live.pair.teacher.head.weight.double().T).tolist()
@@ -257,21 +261,21 @@ def test_the_loss_from_the_cache_does_not_know_chunks(loaded, packed):
 def test_a_cut_divergence_is_zero_at_equality_and_written_out():
     student = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     ids, teacher = torch.tensor([[3, 0]]), torch.tensor([[0.5, 0.2, 0.3]]).log()
-    ours = losses.kept_and_tail(student, ids)
+    ours = divergences.kept_and_tail(student, ids)
     torch.testing.assert_close(ours.exp(), torch.tensor([[0.4, 0.1, 0.5]]))
     by_hand = 0.5 * math.log(0.5 / 0.4) + 0.2 * math.log(0.2 / 0.1) + 0.3 * math.log(0.3 / 0.5)
-    assert float(losses.forward_kl(ours, teacher)) == pytest.approx(by_hand, rel=1e-5)
-    assert float(losses.forward_kl(ours, ours)) == 0.0
+    assert float(divergences.forward_kl(ours, teacher)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(divergences.forward_kl(ours, ours)) == 0.0
 
 
 def test_scores_from_the_cache_are_the_live_ones(loaded):
-    from kdlib import evaluate
+    from kdlib.evaluation import scoring
 
     _, live, cached = loaded["all"]
     for split in ("validation", "test"):
         here, there = (getattr(each, split) for each in (live, cached))
         ours, theirs = (
-            evaluate.evaluate_student(each.pair.student, each.pair.head, text)
+            scoring.evaluate_student(each.pair.student, each.pair.head, text)
             for each, text in ((live, here), (cached, there))
         )
         assert theirs.bits_per_byte == ours.bits_per_byte
@@ -280,7 +284,7 @@ def test_scores_from_the_cache_are_the_live_ones(loaded):
         known = there.teacher_score
         assert known.bits_per_byte == pytest.approx(here.teacher_score.bits_per_byte, rel=1e-6)
         halved = there.halved()
-        assert evaluate.evaluate_student(cached.pair.student, cached.pair.head, halved).kl_to_teacher == pytest.approx(
+        assert scoring.evaluate_student(cached.pair.student, cached.pair.head, halved).kl_to_teacher == pytest.approx(
             theirs.kl_to_teacher, rel=1e-5
         )
 
@@ -288,9 +292,9 @@ def test_scores_from_the_cache_are_the_live_ones(loaded):
 def test_no_weight_of_the_teacher_is_ever_loaded(caches, tmp_path, monkeypatch):
     settings, folder = caches["prefix"]
     wanted = []
-    load = models.load_model
+    load = loading.load_model
     monkeypatch.setattr(
-        models, "load_model", lambda source, *more, **named: wanted.append(source) or load(source, *more, **named)
+        loading, "load_model", lambda source, *more, **named: wanted.append(source) or load(source, *more, **named)
     )
     found = list(
         session.distill(Config.from_dict({**settings, "teacher": "", "teacher_cache": str(folder)}), tmp_path / "out")
@@ -321,16 +325,16 @@ def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_
 
 def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches, monkeypatch):
     settings = {"kd_top_k": 64, "inside_k": [], "hidden": False}
-    assert signals.bytes_a_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
-    assert signals.bytes_a_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
-    inside = signals.bytes_a_position({**settings, "inside_k": [16, 8]}, 49_152, 1024, (0.5, 0.25))
+    assert teacher_cache.bytes_a_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
+    assert teacher_cache.bytes_a_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
+    inside = teacher_cache.bytes_a_position({**settings, "inside_k": [16, 8]}, 49_152, 1024, (0.5, 0.25))
     assert inside == 262 + 0.5 * (16 * 2 + 17 * 2) + 0.25 * (8 * 2 + 9 * 2)
     for name, rel in (("vocab", 0.05), ("inside all", 0.15)):  # this one's sample is small
         values, folder = caches[name]
-        monkeypatch.setattr(signals, "INSIDE_K", (10**6, 10**6))
-        plan = next(cache.write(Config.from_dict(values), folder))
+        monkeypatch.setattr(teacher_cache, "INSIDE_K", (10**6, 10**6))
+        plan = next(cache_writer.write(Config.from_dict(values), folder))
         on_disk = sum(path.stat().st_size for path in folder.glob("train-*.safetensors"))
-        train = signals.CachedTeacher([folder]).shards.counts[""].sum()
+        train = teacher_cache.CachedTeacher([folder]).shards.counts[""].sum()
         assert on_disk == pytest.approx(train * plan["bytes_a_position"], rel=rel)
         assert plan["missing"] == 0
 
@@ -338,9 +342,9 @@ def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches, mon
 def test_a_long_text_has_larger_shards_not_more_of_them(caches, monkeypatch):
     values, _ = caches["vocab"]
     windows = inputs.load(Config.from_dict(values)).train
-    plain = signals.plan(windows)
-    monkeypatch.setattr(signals, "MAX_SHARDS", 2)
-    few = signals.plan(windows)
+    plain = teacher_cache.plan(windows)
+    monkeypatch.setattr(teacher_cache, "MAX_SHARDS", 2)
+    few = teacher_cache.plan(windows)
     assert len(plain) > 2 >= len(few) > 1
     assert [first for first, _ in few] == [0, *(last for _, last in few[:-1])]
     assert few[-1][1] == plain[-1][1] == len(windows)
@@ -352,7 +356,7 @@ def files_of(folder):
 
 def drive(settings, out, small):
     torch.set_num_threads(1)
-    signals.SHARD_POSITIONS = small
+    teacher_cache.SHARD_POSITIONS = small
     written(settings, out)
 
 
@@ -401,7 +405,7 @@ def test_a_shard_whose_writing_breaks_off_is_not_there(caches, tmp_path, monkeyp
 def test_a_pass_that_is_asked_to_stop_says_so_and_goes_on(caches, tmp_path):
     settings, folder = caches["prefix"]
     out = tmp_path / "out"
-    for record in cache.write(Config.from_dict(settings), out):
+    for record in cache_writer.write(Config.from_dict(settings), out):
         if record["kind"] == "shard":
             signal.raise_signal(signal.SIGTERM)
     assert record["kind"] == "paused" and "SIGTERM" in record["reason"]
@@ -429,16 +433,16 @@ def test_a_session_ends_before_its_time_is_up(caches, tmp_path):
 
 def test_several_writers_make_what_one_makes(caches, tmp_path, monkeypatch):
     settings, folder = caches["inside"]
-    monkeypatch.setattr(signals, "INSIDE_K", (4, 3))
+    monkeypatch.setattr(teacher_cache, "INSIDE_K", (4, 3))
     parts = [tmp_path / name for name in ("a", "b", "c")]
     ends = [written(settings, part, writer=(i, 3))[-1] for i, part in enumerate(parts)]
     assert all(end["missing"] > 0 for end in ends)
     names = [{path.name for path in part.glob("*.safetensors") if path.name != "head.safetensors"} for part in parts]
     assert not any(a & b for a, b in itertools.combinations(names, 2))
     with pytest.raises(ValueError, match=r"not complete: \d+ of \d+ shards are missing"):
-        signals.CachedTeacher(parts[:2])
-    teacher = signals.CachedTeacher(parts)
-    one = signals.CachedTeacher([folder]).shards.counts
+        teacher_cache.CachedTeacher(parts[:2])
+    teacher = teacher_cache.CachedTeacher(parts)
+    one = teacher_cache.CachedTeacher([folder]).shards.counts
     assert {kind: each.tolist() for kind, each in teacher.shards.counts.items()} == {
         kind: each.tolist() for kind, each in one.items()
     }
@@ -479,7 +483,7 @@ def test_what_a_cache_can_not_serve_is_refused_in_one_line(caches, tmp_path, mon
     lines = "".join(json.dumps({"text": f"Another text, {i} of many."}) + "\n" for i in range(60))
     (tmp_path / "other.jsonl").write_text(lines)
     tokenizer = byte_level(300)
-    tiny.save(tiny_model(tokenizer, 16), tokenizer, tmp_path / "other")
+    demo.save(tiny_model(tokenizer, 16), tokenizer, tmp_path / "other")
     config = Config.from_dict({**settings, "teacher_cache": str(folder), **changes})
     with pytest.raises(ValueError, match=match) as refused:
         inputs.load(config)
@@ -496,8 +500,8 @@ def test_what_a_cache_can_not_serve_is_refused_in_one_line(caches, tmp_path, mon
 )  # fmt: skip
 def test_what_a_cache_can_serve_is_served(caches, tmp_path, name, changes):
     settings, folder = caches[name]
-    tokenizer = models.load_tokenizer(settings["student"], "student")
-    tiny.save(tiny_model(tokenizer, 24), tokenizer, tmp_path / "wider")  # another student with the same tokenizer
+    tokenizer = loading.load_tokenizer(settings["student"], "student")
+    demo.save(tiny_model(tokenizer, 24), tokenizer, tmp_path / "wider")  # another student with the same tokenizer
     changes = {"teacher": "", "student": str(tmp_path / "wider"), "teacher_cache": str(folder), **changes}
     found = list(session.distill(Config.from_dict({**settings, **changes}), tmp_path / "out"))
     assert found[-1]["kind"] == "verdict"
@@ -520,7 +524,7 @@ def damaged(folder, what):
     elif what == "fewer windows":
         tensors, told = (
             safetensors.torch.load_file(shard),
-            signals._opened(shard, signals.key_of(signals.read_facts(folder)))[1],
+            teacher_cache._opened(shard, teacher_cache.key_of(teacher_cache.read_facts(folder)))[1],
         )
         tensors["counts"] = tensors["counts"][:-1]
         safetensors.torch.save_file(tensors, shard, metadata={"kdlib": json.dumps(told)})
@@ -532,7 +536,7 @@ def test_a_damaged_shard_is_named(caches, tmp_path, what):
     shutil.copytree(folder, tmp_path / "copy")
     damaged(tmp_path / "copy", what)
     with pytest.raises(ValueError, match=r"train-00001.safetensors of the teacher cache is damaged"):
-        teacher = signals.CachedTeacher([tmp_path / "copy"])
+        teacher = teacher_cache.CachedTeacher([tmp_path / "copy"])
         for place in range(len(teacher.shards.counts[""])):
             teacher.shards.window(place)
 
@@ -541,9 +545,9 @@ def test_shards_of_another_cache_are_refused(caches, tmp_path):
     shutil.copytree(caches["prefix"][1], tmp_path / "copy")
     shutil.copy(caches["all"][1] / "train-00000.safetensors", tmp_path / "copy")
     with pytest.raises(ValueError, match="is a shard of another teacher cache"):
-        signals.CachedTeacher([tmp_path / "copy"])
+        teacher_cache.CachedTeacher([tmp_path / "copy"])
     with pytest.raises(ValueError, match="hold parts of different teacher caches"):
-        signals.CachedTeacher([caches["prefix"][1], caches["all"][1]])
+        teacher_cache.CachedTeacher([caches["prefix"][1], caches["all"][1]])
 
 
 def test_a_folder_is_never_mixed_up(caches, tmp_path):
@@ -583,14 +587,14 @@ def test_a_disk_without_room_is_told_before_anything_is_written(caches, tmp_path
 
 def test_where_memory_runs_out_the_batch_is_halved(caches, tmp_path, monkeypatch):
     settings, folder = caches["prefix"]
-    ask = cache.Pass._ask
+    ask = cache_writer.Pass._ask
 
     def short_of_memory(self, windows, wanted, tries, size):
         if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ask(self, windows, wanted, tries, size)
 
-    monkeypatch.setattr(cache.Pass, "_ask", short_of_memory)
+    monkeypatch.setattr(cache_writer.Pass, "_ask", short_of_memory)
     assert written(settings, tmp_path / "out")[-1]["missing"] == 0
     ours, theirs = (safetensors.torch.load_file(f / "train-00000.safetensors") for f in (tmp_path / "out", folder))
     torch.testing.assert_close(ours["spans"], theirs["spans"], rtol=1e-4, atol=1e-4)
@@ -612,17 +616,17 @@ def test_the_command_writes_and_the_run_reads(caches, tmp_path, capsys):
         cli.main(["distill", *words, "--teacher-cache", str(tmp_path / "merged"), "--out", str(tmp_path / "run")]) == 0
     )
     assert cli.main(["evaluate", *words[:6], "--teacher-cache", str(tmp_path / "merged")]) == 2
-    assert records.read_json(tmp_path / "run" / "verdict.json")["bits_per_byte"]["teacher"] > 0
+    assert files.read_json(tmp_path / "run" / "verdict.json")["bits_per_byte"]["teacher"] > 0
 
 
 def test_two_writers_may_begin_at_the_same_instant(settings, tmp_path, monkeypatch):
     """The second one opens the folder while the first is about to put its index there."""
     config, replace, begun = Config.from_dict(settings), os.replace, []
     loaded = inputs.load(config)
-    first, second = (cache.Pass(config, loaded, tmp_path / "cache", Ticks(), [], (i, 2)) for i in range(2))
+    first, second = (cache_writer.Pass(config, loaded, tmp_path / "cache", Ticks(), [], (i, 2)) for i in range(2))
 
     def meanwhile(path, there):
-        if str(there).endswith(signals.INDEX) and not begun:
+        if str(there).endswith(teacher_cache.INDEX) and not begun:
             begun.append(True)
             second._open(second.plan())
         replace(path, there)
@@ -630,4 +634,4 @@ def test_two_writers_may_begin_at_the_same_instant(settings, tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", meanwhile)
     first._open(first.plan())
     assert begun
-    assert signals.read_facts(tmp_path / "cache") == first.facts
+    assert teacher_cache.read_facts(tmp_path / "cache") == first.facts

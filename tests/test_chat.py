@@ -16,10 +16,15 @@ from families import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import align, budget, chat, corpus, data, inside, models, precision, tiny, train, vocab
+from kdlib import clock, demo
+from kdlib.align import boundaries, vocab
 from kdlib.config import Config
-from kdlib.corpus import Document
-from kdlib.objective import Objective
+from kdlib.data import chat, corpus, tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.evaluation import internals
+from kdlib.models import devices, loading
+from kdlib.training import loop
+from kdlib.training.objective import Objective
 
 TEXT = [
     "The cat sat on the mat,\n\nand the dog looked at the cat. user assistant system a b",
@@ -319,7 +324,7 @@ def reader_of(name, base):
 
 @functools.cache
 def base_tokenizer(base):
-    made = {"byte_level": lambda: tiny.byte_level_bpe(TEXT, 420), "unigram": lambda: tiny.unigram(TEXT, 420)}
+    made = {"byte_level": lambda: demo.byte_level_bpe(TEXT, 420), "unigram": lambda: demo.unigram(TEXT, 420)}
     return made[base]() if base in made else FAMILIES[base]()
 
 
@@ -330,7 +335,7 @@ def make_reader(template, special, added, base):
     tokenizer.add_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in added])
     tokenizer.chat_template = template
-    return data.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    return tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
 
 
 def said_by(ids, reader):
@@ -410,7 +415,7 @@ CASES = [(name, each) for name in TEMPLATES for each in CONVERSATIONS if each no
 @pytest.mark.parametrize(("name", "conversation"), CASES)
 def test_ids_are_the_templates_and_answers_and_their_ends_are_learned(name, conversation, base):
     reader, messages = reader_of(name, base), CONVERSATIONS[conversation]
-    check(data.encode(Document("", messages), reader), messages, list(TEMPLATES[name][1](messages)), reader)
+    check(tokenize.encode(Document("", messages), reader), messages, list(TEMPLATES[name][1](messages)), reader)
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -419,7 +424,7 @@ def test_two_templates_are_aligned_on_contents_only(conversation):
     messages = CONVERSATIONS[conversation]
     document, shared = Document("", messages), shared_bytes(messages)
     coded = {
-        (name, base): data.encode(document, reader_of(name, base))
+        (name, base): tokenize.encode(document, reader_of(name, base))
         for name in TEMPLATES if conversation not in REFUSED.get(name, ()) for base in BASES
     }  # fmt: skip
     for (name, base), other in itertools.product(coded, ("ChatML", "Llama 3")):
@@ -427,7 +432,7 @@ def test_two_templates_are_aligned_on_contents_only(conversation):
             (reader_of(name, base), reader_of(other, "byte_level")),
             (coded[name, base], coded[other, "byte_level"]),
         )
-        pairs = align.align(*sides)
+        pairs = boundaries.align(*sides)
         for side, reader, places in zip(sides, readers, (pairs.student, pairs.teacher), strict=True):
             following = places[pairs.usable] + 1
             assert side.is_text[following].all()
@@ -435,7 +440,7 @@ def test_two_templates_are_aligned_on_contents_only(conversation):
                 said_by(side.ids[following], reader), pairs.ends[pairs.usable], following, strict=True
             ):
                 assert shared.startswith(token[len(token) - side.lengths[place] :], end)
-        (window,) = data.cut_windows(document, *sides, *readers, 10_000)
+        (window,) = windowing.cut_windows(document, *sides, *readers, 10_000)
         assert window.num_bytes <= sum(len(content.encode()) for role, content in messages if role == "assistant")
         scored = window.student_scored, window.teacher_scored
         for side, rows, reader in zip(sides, scored, readers, strict=True):
@@ -446,8 +451,8 @@ def test_two_templates_are_aligned_on_contents_only(conversation):
 def test_what_one_template_trims_leaves_the_rest_of_the_conversation_to_compare():
     ours, theirs = reader_of("Llama 3", "byte_level"), reader_of("ChatML", "unigram")
     document = Document("", talk("Where?", "\n\nThe cat sat.\n", "And?", "The mat, the cat."))
-    sides = [data.encode(document, reader) for reader in (ours, theirs)]
-    (window,) = data.cut_windows(document, *sides, ours, theirs, 400)
+    sides = [tokenize.encode(document, reader) for reader in (ours, theirs)]
+    (window,) = windowing.cut_windows(document, *sides, ours, theirs, 400)
     assert len("The mat, the cat.") < window.num_bytes <= len("The cat sat.The mat, the cat.")
 
 
@@ -457,18 +462,18 @@ def test_a_window_is_what_the_template_renders_and_nothing_else(name):
     document = Document("", CONVERSATIONS["plain"])
     for base in BASES:
         ours, theirs = reader_of(name, base), reader_of(name, "unigram")
-        sides = [data.encode(document, reader) for reader in (ours, theirs)]
+        sides = [tokenize.encode(document, reader) for reader in (ours, theirs)]
         wanted = [template_ids(document.messages, reader) for reader in (ours, theirs)]
-        (window,) = data.cut_windows(document, *sides, ours, theirs, 400)
+        (window,) = windowing.cut_windows(document, *sides, ours, theirs, 400)
         assert [window.student_ids.tolist(), window.teacher_ids.tolist()] == wanted
-        (window,) = data.cut_windows(document, *sides, ours, dataclasses.replace(theirs, context=11), 12)
+        (window,) = windowing.cut_windows(document, *sides, ours, dataclasses.replace(theirs, context=11), 12)
         assert [window.student_ids.tolist(), window.teacher_ids.tolist()] == [wanted[0][:12], wanted[1][:11]]
 
 
 def test_a_conversation_without_a_template_has_the_tokenizers_own_beginning():
     reader, document = reader_of("none", "unigram"), Document("", CONVERSATIONS["plain"])
-    encoded = data.encode(document, reader)
-    (window,) = data.cut_windows(document, encoded, encoded, reader, reader, 400)
+    encoded = tokenize.encode(document, reader)
+    (window,) = windowing.cut_windows(document, encoded, encoded, reader, reader, 400)
     assert reader.prefix
     assert window.student_ids.tolist() == [*reader.prefix, *encoded.ids]
 
@@ -486,7 +491,7 @@ def test_a_content_that_tokens_reach_out_of_is_tokenized_by_itself():
             ("m", "<|user|>\n"), ("c", "The cat\n"), ("m", "\n<|assistant|>\n"), ("a", "\n\nThe cat"), ("m", "\n<|user|>\n"),
             ("c", "Where?"), ("m", "\n<|assistant|>\n"), ("a", "x\n"), ("m", "\n"),
         ]  # fmt: skip
-        encoded = data.encode(Document("", messages), reader)
+        encoded = tokenize.encode(Document("", messages), reader)
         check(encoded, messages, pieces, reader)
         assert encoded.ids.tolist() != template_ids(messages, reader)
 
@@ -495,7 +500,7 @@ def test_a_content_that_tokens_reach_out_of_is_tokenized_by_itself():
 def test_a_piece_of_a_text_gets_no_space_in_front(base):
     reader = make_reader("{% for m in messages %}{{ m.content }}{% endfor %}", [], [], base)
     messages = talk("the c", "at the", "the", "s>x", " ", "x", "\nthe", ".a", "xthe", "\n\n")[:-1]
-    encoded = data.encode(Document("", messages), reader)
+    encoded = tokenize.encode(Document("", messages), reader)
     said = b"".join(said_by(encoded.ids, reader))
     assert said.removeprefix(b" ") == "".join(content for _, content in messages).encode()
     contents = [content for _, content in messages if content.strip()]
@@ -515,12 +520,12 @@ def test_marks_may_take_in_the_blanks_around_them():
     tokenizer = make_reader(template, [], [], "byte_level").tokenizer
     names = "<|user|>", "<|assistant|>", "<|end|>"
     tokenizer.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False, rstrip=True) for name in names])
-    reader = data.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    reader = tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
     messages = talk("Where?", "the mat", "And?", "a")
-    encoded = data.encode(Document("", messages), reader)
+    encoded = tokenize.encode(Document("", messages), reader)
     assert encoded.ids.tolist() == template_ids(messages, reader)
     assert learned_by(encoded, reader) == ["the mat<|end|>", "a<|end|>"]
-    encoded = data.encode(Document("", talk("Where?", "\n the mat", "And?", "a \n")), reader)
+    encoded = tokenize.encode(Document("", talk("Where?", "\n the mat", "And?", "a \n")), reader)
     assert learned_by(encoded, reader) == ["\n the mat<|end|>", "a \n<|end|>"]
     assert encoded.lengths[encoded.learn].sum() == len("\n the mata \n")
 
@@ -528,7 +533,7 @@ def test_marks_may_take_in_the_blanks_around_them():
 def test_unknown_text_behind_an_answer_is_no_end_mark():
     reader = make_reader("{% for m in messages %}{{ m.content }} \u2603 {% endfor %}", [], [], "word_piece")
     assert reader.tokenizer("\u2603", add_special_tokens=False)["input_ids"] == [reader.tokenizer.unk_token_id]
-    encoded = data.encode(Document("", talk("The dog", "the cat")), reader)
+    encoded = tokenize.encode(Document("", talk("The dog", "the cat")), reader)
     assert [part.replace(" ", "") for part in learned_by(encoded, reader)] == ["thecat"]
 
 
@@ -540,10 +545,10 @@ def test_a_tokenizer_that_puts_a_space_behind_every_special_token(name, end):
     """As older SentencePiece tokenizers do in any text: the ids are the template's, and answers align."""
     reader, other = reader_of(name, "sentencepiece_bpe"), reader_of("ChatML", "byte_level")
     document = Document("", talk("Where is the cat?", "The mat, the cat.", "And?", "a"))
-    sides = data.encode(document, reader), data.encode(document, other)
+    sides = tokenize.encode(document, reader), tokenize.encode(document, other)
     assert sides[0].ids.tolist() == template_ids(document.messages, reader)
     assert [part.replace(" ", "") for part in learned_by(sides[0], reader)] == [f"Themat,thecat.{end}", f"a{end}"]
-    (window,) = data.cut_windows(document, *sides, reader, other, 400)
+    (window,) = windowing.cut_windows(document, *sides, reader, other, 400)
     assert window.num_bytes >= len("The mat, the cat.")
     assert len(window.student_rows) > 3
 
@@ -568,7 +573,7 @@ def test_whatever_is_said_is_encoded_as_written(asked, answers, system, name, ba
     turns = [content for both in zip(asked, answers, strict=False) for content in both]
     messages = talk(*turns, system=None if name == "Gemma" else system)
     reader = reader_of(name, base)
-    check(data.encode(Document("", messages), reader), messages, list(TEMPLATES[name][1](messages)), reader)
+    check(tokenize.encode(Document("", messages), reader), messages, list(TEMPLATES[name][1](messages)), reader)
 
 
 # ------------------------------------------------------------------ templates that refuse
@@ -597,11 +602,11 @@ def test_a_conversation_that_a_template_does_not_take_is_named_in_one_line(why):
     template, messages, reason = REFUSALS[why]
     reader = make_reader(template, ["<|im_start|>", "<|im_end|>"], [], "byte_level")
     with pytest.raises(ValueError, match="^chat.jsonl record 24: the chat template of .*" + reason) as refused:
-        data.encode(Document("", messages, "chat.jsonl record 24"), reader)
+        tokenize.encode(Document("", messages, "chat.jsonl record 24"), reader)
     assert "\n" not in str(refused.value)
     assert refused.value.__suppress_context__
     with pytest.raises(ValueError, match=r"^the chat template of "):
-        data.encode(Document("", messages), reader)
+        tokenize.encode(Document("", messages), reader)
 
 
 def test_the_record_of_a_file_is_named_and_is_no_part_of_its_content(tmp_path):
@@ -614,7 +619,7 @@ def test_the_record_of_a_file_is_named_and_is_no_part_of_its_content(tmp_path):
     with pytest.raises(
         ValueError, match=rf"^{tmp_path}/chat.jsonl record 2: .* refuses this conversation: no system role here$"
     ):
-        data.encode(blank, reader_of("Gemma", "unigram"))
+        tokenize.encode(blank, reader_of("Gemma", "unigram"))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns_of(talk("x", " "))}))
     with pytest.raises(ValueError, match="record 1: a message needs a role and a content that is text"):
         corpus.read_documents(str(tmp_path / "chat.jsonl"))
@@ -640,9 +645,9 @@ def test_the_pieces_of_a_conversation_begin_with_what_its_template_writes():
     for name, begins in (("Llama 2", "["), ("ChatML", "")):
         ours, theirs = reader_of(name, "unigram"), reader_of("ChatML", "byte_level")
         document = Document("", CONVERSATIONS["plain"])
-        sides = [data.encode(document, reader) for reader in (ours, theirs)]
-        (window,) = data.cut_windows(document, *sides, ours, theirs, 400)
-        shown = [token for span in inside.spans(window, ours, theirs) for token in span["student"]]
+        sides = [tokenize.encode(document, reader) for reader in (ours, theirs)]
+        (window,) = windowing.cut_windows(document, *sides, ours, theirs, 400)
+        shown = [token for span in internals.spans(window, ours, theirs) for token in span["student"]]
         left_out = 2 if name == "Llama 2" else 0
         assert len(shown) == len(window.student_ids) - left_out
         assert shown[0].strip() == begins
@@ -658,13 +663,13 @@ def test_a_student_of_one_letter_answers_writes_the_letter_and_stops(base):
     documents = [Document("", talk(f"Where is {word}?", letter)) for word, letter in letters.items()]
     windows = []
     for number, document in enumerate(documents):
-        encoded = data.encode(document, reader)
-        windows += data.cut_windows(document, encoded, encoded, reader, reader, 100, number)
+        encoded = tokenize.encode(document, reader)
+        windows += windowing.cut_windows(document, encoded, encoded, reader, reader, 100, number)
     model = tiny_model(reader.tokenizer, 32)
     config = Config(kd_method="none", lm_weight=1.0, batch_size=3, learning_rate=1e-2, max_length=100, use_ema=False)
-    objective = Objective(model, models.Head(model, reader.vocabulary), config)
-    machine = precision.accelerator("fp32")
-    for _ in train.Training(objective, None, windows, 40, config, machine, budget.Clock()):
+    objective = Objective(model, loading.Head(model, reader.vocabulary), config)
+    machine = devices.accelerator("fp32")
+    for _ in loop.Training(objective, None, windows, 40, config, machine, clock.Clock()):
         pass
     model.eval()
     (end,) = reader.tokenizer.convert_tokens_to_ids(["<|im_end|>"])

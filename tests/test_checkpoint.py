@@ -10,7 +10,9 @@ import shutil
 import pytest
 import torch
 
-from kdlib import checkpoint, files, records
+from kdlib import files
+from kdlib.files import read_json, write_json
+from kdlib.session import checkpoint
 
 GROUPS = {
     "student": {"weight": torch.randn(7, 5), "scale": torch.tensor(2.5), "one": torch.ones(1)},
@@ -133,13 +135,13 @@ def test_a_pickle_with_code_in_it_is_not_run(folder, tmp_path):
     (newest / "optimizer.safetensors").write_bytes(pickle.dumps(Trap()))
     assert checkpoint.newest(folder)[0].name == "step-00000100"
     torch.save({"x": Trap()}, newest / "optimizer.safetensors")
-    listed = records.read_json(newest / "manifest.json")
+    listed = read_json(newest / "manifest.json")
     listed.pop("sha256")
     listed["files"]["optimizer.safetensors"] = {
         "bytes": (newest / "optimizer.safetensors").stat().st_size,
         "sha256": checkpoint._hash(newest / "optimizer.safetensors"),
     }
-    records.write_json(newest / "manifest.json", {**listed, "sha256": checkpoint._hash_of(listed)})
+    write_json(newest / "manifest.json", {**listed, "sha256": checkpoint._hash_of(listed)})
     path, _, _, broken = checkpoint.newest(folder)
     assert path.name == "step-00000100"
     assert "optimizer.safetensors can't be read" in broken[newest]

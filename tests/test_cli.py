@@ -13,7 +13,7 @@ import torch
 import transformers
 from families import byte_level, tiny_model, word_piece
 
-from kdlib import cli, tiny
+from kdlib import cli, demo
 
 
 def flags(settings, **changes):
@@ -94,13 +94,13 @@ def test_tokenizers_with_nothing_in_common_are_refused(capsys, settings, tmp_pat
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     foreign = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
-    tiny.save(tiny_model(foreign), foreign, tmp_path / "foreign")
+    demo.save(tiny_model(foreign), foreign, tmp_path / "foreign")
     core = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"<unk>": 0, "cat": 1, "dog": 2, "mat": 3}, unk_token="<unk>")
     )
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     english = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
-    tiny.save(tiny_model(english), english, tmp_path / "english")
+    demo.save(tiny_model(english), english, tmp_path / "english")
     changed = flags(settings, teacher=tmp_path / "english", student=tmp_path / "foreign")
     refused(capsys, ["distill", *changed], "no token in common", tmp_path / "out")
 
@@ -189,7 +189,7 @@ def test_a_preset_is_a_flag_and_keys_beside_it_win(capsys, settings, tmp_path):
 
 def test_a_tokenizer_that_changes_the_text_is_told(capsys, settings, tmp_path):
     tokenizer = word_piece()
-    tiny.save(tiny_model(tokenizer), tokenizer, tmp_path / "lower")
+    demo.save(tiny_model(tokenizer), tokenizer, tmp_path / "lower")
     changed = flags(settings, student=tmp_path / "lower", control="off")
     assert cli.main(["distill", *changed, "--out", str(tmp_path / "run")]) == 0
     assert "The student's tokenizer changes the text" in capsys.readouterr().out
@@ -223,12 +223,12 @@ def test_a_failure_of_the_doctor_points_at_no_run(capsys, settings, monkeypatch)
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, ZeroDivisionError])
 def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_path, monkeypatch, kind):
-    from kdlib import course
+    from kdlib.session import experiment
 
     def break_down(*_, **__):
         raise kind("the card is on fire")
 
-    monkeypatch.setattr(course, "Training", break_down)
+    monkeypatch.setattr(experiment, "Training", break_down)
     assert cli.main(["distill", *flags(settings), "--out", str(tmp_path / "run")]) == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", f"{kind.__name__}: the card is on fire")
@@ -237,9 +237,9 @@ def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_pat
 @pytest.mark.parametrize(("signals", "step"), [(["SIGINT"], 3), (["SIGTERM"], 3), (["SIGINT", "SIGINT"], 1)])
 def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings, tmp_path, monkeypatch, signals, step):
     """By the signal that Ctrl-C sends, once or twice: exit status 0, and the same command goes on."""
-    from kdlib import train
+    from kdlib.training import loop
 
-    real = train.Training._gradients
+    real = loop.Training._gradients
 
     def interrupted(self, *given):
         if self.step == 2:
@@ -249,7 +249,7 @@ def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings,
 
     words = ["distill", *flags(settings, control="off"), "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "_gradients", interrupted)
+        patch.setattr(loop.Training, "_gradients", interrupted)
         assert cli.main(words) == 0
     assert re.search(f"Paused: .*; goes on from step-0000000{step}.$", capsys.readouterr().out.strip())
     assert cli.main(words) == 0

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from kdlib import budget, config, keys, records
+from kdlib import clock, config, files, keys
 from kdlib.config import Config, parse_flag
+from kdlib.session import run_folder
 
 SPEC_KEYS = {
     "teacher", "student", "dataset", "text_field", "max_length",
@@ -80,32 +81,32 @@ def test_every_key_is_explained():
 
 
 def test_durations_for_people():
-    assert [budget.spoken(s) for s in (8.2, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
+    assert [clock.spoken(s) for s in (8.2, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
 
 
 def test_json_is_written_beside_and_renamed(tmp_path, monkeypatch):
     target = tmp_path / "status.json"
-    records.write_json(target, {"state": "running"})
+    files.write_json(target, {"state": "running"})
     renamed = []
-    monkeypatch.setattr(records.os, "replace", lambda a, b: renamed.append((a.name, b.name)))
-    records.write_json(target, {"state": "complete"})
+    monkeypatch.setattr(run_folder.os, "replace", lambda a, b: renamed.append((a.name, b.name)))
+    files.write_json(target, {"state": "complete"})
     assert renamed == [("status.json.tmp", "status.json")]
-    assert records.read_json(target) == {"state": "running"}
+    assert files.read_json(target) == {"state": "running"}
 
 
 def test_records_are_lines_and_a_torn_last_one_is_left_out(tmp_path):
-    file = records.Records(tmp_path / "records.jsonl")
+    file = run_folder.Records(tmp_path / "records.jsonl")
     file.append({"kind": "train", "loss": float("nan")})
     file.append({"kind": "eval", "text": "ü"})
     with open(file.path, "a") as torn:
         torn.write('{"kind": "tra')
-    assert records.read_records(file.path) == [{"kind": "train", "loss": None}, {"kind": "eval", "text": "ü"}]
+    assert files.read_records(file.path) == [{"kind": "train", "loss": None}, {"kind": "eval", "text": "ü"}]
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"kind": 1}\nnonsense\n{"kind": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        records.read_records(tmp_path / "records.jsonl")
+        files.read_records(tmp_path / "records.jsonl")
 
 
 def test_a_preset_stands_for_its_values_and_those_beside_it_win():

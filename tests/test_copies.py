@@ -18,8 +18,9 @@ pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 from copy_servers import KEY
 from kaggle_server import files_of, wait_until
 
-from kdlib import checkpoint, copies, env, session
+from kdlib import environment
 from kdlib.config import Config
+from kdlib.session import backup, checkpoint, session
 
 # what is taken, and when
 
@@ -100,7 +101,7 @@ def test_the_end_waits_a_bounded_time(kaggle, run, monkeypatch):
     run.save(1)
     wait_until(lambda: kaggle.calls and run.copies.process)
     process = run.copies.process
-    monkeypatch.setattr(copies, "WAIT_S", 0.2)
+    monkeypatch.setattr(backup, "WAIT_S", 0.2)
     with pytest.warns(UserWarning, match=r"second copy to kaggle:ann/run-copy failed: it was still being sent 0\.2 s"):
         run.copies.close()
     assert process.poll() is not None and not run.copies.place.exists()
@@ -137,7 +138,7 @@ def test_no_credentials_or_no_client_is_told_at_the_start(settings, tmp_path, ka
         session.Session(config, tmp_path / "out", session.budget.Clock())
     assert "set KAGGLE_API_TOKEN or KAGGLE_USERNAME and KAGGLE_KEY in the environment" in str(told.value)
     assert "\n" not in str(told.value) and not (tmp_path / "out").exists()
-    monkeypatch.setitem(copies.NEEDS, "kaggle", ("kaggle", "no_such_client"))
+    monkeypatch.setitem(backup.NEEDS, "kaggle", ("kaggle", "no_such_client"))
     with pytest.raises(ValueError, match="pip install no_such_client, or leave second_copy empty"):
         session.Session(config, tmp_path / "out", session.budget.Clock())
 
@@ -151,10 +152,10 @@ def test_credentials_come_from_the_notebooks_secrets_too(tmp_path, monkeypatch):
         "        return {'KAGGLE_KEY': 'k', 'HF_TOKEN': 'h'}[name]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert copies.credentials("kaggle") == {"KAGGLE_USERNAME": "ann", "KAGGLE_KEY": "k"}
-    assert copies.credentials("hub") == {"HF_TOKEN": "h"}
+    assert backup.credentials("kaggle") == {"KAGGLE_USERNAME": "ann", "KAGGLE_KEY": "k"}
+    assert backup.credentials("hub") == {"HF_TOKEN": "h"}
     monkeypatch.setenv("HF_TOKEN", "mine")
-    assert copies.credentials("hub") == {"HF_TOKEN": "mine"}
+    assert backup.credentials("hub") == {"HF_TOKEN": "mine"}
 
 
 # a run
@@ -184,7 +185,7 @@ def test_a_run_goes_on_with_its_copy_and_ends_with_the_same_bytes(settings, tmp_
                 break
     mounted = server.versions["ann/run-copy"][-1] if place == "kaggle" else server.folder
     assert checkpoint.newest_name(mounted / "checkpoints") == "step-00000003"
-    assert not (tmp_path / "cut" / copies.FOLDER).exists()
+    assert not (tmp_path / "cut" / backup.FOLDER).exists()
     shutil.rmtree(tmp_path / "cut")
     (first, *_) = list(session.distill(plain, tmp_path / "next", resume=str(mounted)))
     assert (first["resumed"], first["session"]) == ("step-00000003", 2)
@@ -209,4 +210,4 @@ def test_a_run_whose_copies_fail_is_the_same_run(settings, tmp_path, kaggle):
 
 def test_the_process_that_sends_finds_what_this_one_finds(monkeypatch):
     monkeypatch.setattr("sys.path", ["", "/elsewhere"])
-    assert env.of_a_process(A="1")["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/elsewhere"
+    assert environment.of_a_process(A="1")["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/elsewhere"

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from kdlib import corpus
+from kdlib.data import corpus
 
 ROWS = [{"id": 1, "text": 'One, with a comma and "quotes".'}, {"id": 2, "text": "Two\nlines."}, {"id": 3, "text": "3"}]
 

@@ -7,8 +7,10 @@ import types
 import pytest
 from test_resume import state_of
 
-from kdlib import cockpit, dashboard, front, records, report, session
+from kdlib import files
 from kdlib.config import Config
+from kdlib.report import html, live_figure, live_panel, terminal
+from kdlib.session import session
 
 
 class Hand:
@@ -70,7 +72,7 @@ class Drawn(bytes):
 def shown(monkeypatch):
     """What was displayed."""
     things = []
-    monkeypatch.setattr(front, "show", things.append)
+    monkeypatch.setattr(terminal, "show", things.append)
     return things
 
 
@@ -89,13 +91,13 @@ def drawn(monkeypatch, hand):
         hand.time += 0.25 if found else 0.1
         return Drawn(b"\x89PNG")
 
-    monkeypatch.setattr(dashboard, "cockpit", draw)
+    monkeypatch.setattr(live_panel, "cockpit", draw)
     return made
 
 
 @pytest.fixture
 def panel(shown, hand, drawn):
-    return dashboard.Panel(clock=hand, front_end=Somebody())
+    return live_panel.Panel(clock=hand, front_end=Somebody())
 
 
 def drive(panel, hand, found, step_s=1.0):
@@ -151,7 +153,7 @@ def test_a_click_is_a_wish_and_its_button_rests_until_it_is_fulfilled(panel, han
 
 
 def test_where_clicks_are_not_heard_there_are_no_buttons(shown, hand, drawn):
-    panel = dashboard.Panel(clock=hand, front_end=Somebody(hears=False))
+    panel = live_panel.Panel(clock=hand, front_end=Somebody(hears=False))
     assert panel.widgets.buttons == {}
     drive(panel, hand, [START, *map(train, range(1, 20))])
     assert "interrupt this cell" in page(panel)
@@ -186,9 +188,9 @@ def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, monkeypatch, te
         hand.time += seconds * (3 if counts[kind] % 10 == 0 else 1)
         return Drawn(b"")
 
-    monkeypatch.setattr(dashboard.Widgets, "show_text", lambda *_: takes("text", text_s))
-    monkeypatch.setattr(dashboard, "cockpit", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
-    panel, shares = dashboard.Panel(clock=hand, front_end=Somebody()), []
+    monkeypatch.setattr(live_panel.Widgets, "show_text", lambda *_: takes("text", text_s))
+    monkeypatch.setattr(live_panel, "cockpit", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
+    panel, shares = live_panel.Panel(clock=hand, front_end=Somebody()), []
     for step in range(1, 20_001):
         hand.time += step_s
         panel.show(train(step))
@@ -205,7 +207,7 @@ def test_what_a_figure_takes_does_not_grow_with_the_run(panel, hand):
     panel.figure.share = 0.0
     drive(panel, hand, map(train, range(1, 10_001)))
     rows = panel.seen.trained["distilled", 0]
-    assert 700 <= len(rows) <= dashboard.MOST_RECORDS + 1
+    assert 700 <= len(rows) <= live_panel.MOST_RECORDS + 1
     assert (rows[0]["step"], rows[-1]["step"]) == (8, 10_000)
     assert {b["step"] - a["step"] for a, b in itertools.pairwise(rows)} == {8}
 
@@ -251,7 +253,7 @@ def test_nonsense_never_throws_and_is_told_at_the_end(panel, hand, record):
 
 
 def test_a_widget_that_fails_never_throws(shown, hand, drawn, monkeypatch):
-    panel = dashboard.Panel(clock=hand, front_end=Somebody())
+    panel = live_panel.Panel(clock=hand, front_end=Somebody())
     monkeypatch.setattr(panel.front_end, "read", lambda: 1 / 0)
     drive(panel, hand, map(train, range(1, 30)))
     with pytest.warns(UserWarning, match="ZeroDivisionError: division by zero"):
@@ -259,8 +261,8 @@ def test_a_widget_that_fails_never_throws(shown, hand, drawn, monkeypatch):
 
 
 def test_where_no_widget_can_be_made_the_figure_comes_at_the_end(shown, hand, drawn, monkeypatch):
-    monkeypatch.setattr(dashboard, "Widgets", lambda *_: 1 / 0)
-    panel = dashboard.Panel(clock=hand, front_end=Somebody())
+    monkeypatch.setattr(live_panel, "Widgets", lambda *_: 1 / 0)
+    panel = live_panel.Panel(clock=hand, front_end=Somebody())
     drive(panel, hand, [*map(train, range(1, 30)), {}])
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         assert panel.close() == b"\x89PNG"
@@ -278,22 +280,22 @@ def test_an_interrupt_is_not_swallowed(panel, monkeypatch):
 
 def test_without_a_front_end_there_is_one_figure_at_the_end(shown, hand, drawn, monkeypatch):
     """In a notebook it is displayed, elsewhere it is given back; until then nothing is shown and nothing is drawn."""
-    panel = dashboard.Panel(clock=hand)
+    panel = live_panel.Panel(clock=hand)
     drive(panel, hand, [START, *map(train, range(1, 200)), ALERT, PLAN, PAUSED])
     assert (drawn, shown, panel.widgets) == ([], [], None)
     assert panel.close() == b"\x89PNG"
     assert panel.close() is None
-    monkeypatch.setattr(front, "kernel", lambda: object())
-    panel = dashboard.Panel(clock=hand)
+    monkeypatch.setattr(terminal, "kernel", lambda: object())
+    panel = live_panel.Panel(clock=hand)
     drive(panel, hand, map(train, range(1, 20)))
     assert panel.close() is None
     assert [thing[:4] for thing in shown] == [b"\x89PNG"]
-    assert dashboard.Panel(clock=hand).close() is None
+    assert live_panel.Panel(clock=hand).close() is None
     assert len(shown) == 1
 
 
 def test_close_leaves_the_last_state_with_the_buttons_at_rest(shown, hand, drawn):
-    with dashboard.Panel(clock=hand, front_end=Somebody()) as panel:
+    with live_panel.Panel(clock=hand, front_end=Somebody()) as panel:
         drive(panel, hand, [START, *map(train, range(1, 20))])
         assert not panel.widgets.picture.value
         assert not any(button.disabled for button in panel.widgets.buttons.values())
@@ -307,7 +309,7 @@ def test_close_leaves_the_last_state_with_the_buttons_at_rest(shown, hand, drawn
 def test_earlier_sessions_are_in_the_picture(shown, hand, tmp_path):
     lines = [*map(train, range(1, 11)), scored(10)]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    panel = dashboard.Panel(tmp_path, hand)
+    panel = live_panel.Panel(tmp_path, hand)
     drive(panel, hand, [{**START, "resumed": "step-00000010"}, train(11)])
     assert [r["step"] for r in panel.seen.all()] == [10, *range(1, 12)]
 
@@ -330,7 +332,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_figure_at_any_stage(stage):
-    made = cockpit.cockpit(STAGES[stage], "dark" if stage == "looks" else "light")
+    made = live_figure.cockpit(STAGES[stage], "dark" if stage == "looks" else "light")
     assert made.png()[:4] == b"\x89PNG"
     assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in made.axes)
 
@@ -338,7 +340,7 @@ def test_a_figure_at_any_stage(stage):
 def test_the_figure_shows_the_values():
     found = [*map(train, range(1, 31)), *(train(n, "ce_only") for n in range(1, 9)), scored(0, "teacher"), scored(0)]
     found += [scored(10), scored(20), scored(25, asked=True), scored(5, "ce_only")]
-    loss, shares, gradient, curves, memory, rate = cockpit.cockpit(found).axes
+    loss, shares, gradient, curves, memory, rate = live_figure.cockpit(found).axes
     tops = [max(path.get_extents().y1 for path in stack.get_paths()) for stack in loss.collections[:2]]
     assert tops == pytest.approx([0.4 * 4.0, 4.0])
     assert [stack.get_paths()[0].get_extents().y1 for stack in shares.collections] == pytest.approx([40.0, 100.0])
@@ -352,7 +354,7 @@ def test_the_figure_shows_the_values():
 
 
 def test_a_second_student_is_the_one_that_is_shown():
-    loss, *_ = cockpit.cockpit([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
+    loss, *_ = live_figure.cockpit([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
     assert {path.get_extents().x1 for stack in loss.collections[:2] for path in stack.get_paths()} == {5.0}
     assert len(loss.collections[0].get_paths()[0].vertices) < 20
 
@@ -369,10 +371,10 @@ class Kernel:
     (Kernel(True), "Interactive", True),
 ])  # fmt: skip
 def test_who_may_answer_sits_in_front(monkeypatch, found, batch, seen):
-    monkeypatch.setattr(front, "kernel", lambda: found)
+    monkeypatch.setattr(terminal, "kernel", lambda: found)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", batch) if batch else None
-    assert (front.somebody() is not None) == seen
-    assert seen is False or not front.somebody().hears
+    assert (terminal.somebody() is not None) == seen
+    assert seen is False or not terminal.somebody().hears
 
 
 class Stream:
@@ -428,7 +430,7 @@ class Speaker(Kernel):
 
 def test_clicks_are_dealt_with_and_all_else_waits_in_its_order():
     kernel = Speaker()
-    reader, callback = front.FrontEnd(kernel), kernel.shell_stream._recv_callback
+    reader, callback = terminal.FrontEnd(kernel), kernel.shell_stream._recv_callback
     assert reader.hears
     sent = ["execute_request 1", "comm_msg 2", "complete_request 3", "comm_info_request 4", "execute_request 5"]
     kernel.shell_stream.waiting += sent
@@ -443,16 +445,16 @@ def test_clicks_are_dealt_with_and_all_else_waits_in_its_order():
 def test_a_message_that_breaks_its_handler_stops_nothing():
     kernel = Speaker()
     kernel.shell_stream.waiting += ["comm_msg broken", "execute_request 1", "", "comm_msg 2"]
-    front.FrontEnd(kernel).read()
+    terminal.FrontEnd(kernel).read()
     assert (kernel.handled, kernel.later, len(kernel.problems)) == (["comm_msg 2"], ["execute_request 1", ""], 1)
 
 
 def test_a_panel_changes_nothing_of_a_run(settings, tmp_path, shown, hand, drawn, monkeypatch):
     """With somebody who clicks all the time, and with nobody."""
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    monkeypatch.setattr(html, "write_report", lambda folder: None)
     for name, somebody in (("clicked", Somebody()), ("alone", None)):
         plan = Config.from_dict({**settings, "max_steps": 6, "eval_steps": 4, "control": "off"})
-        panel = dashboard.Panel(tmp_path / name, hand, somebody)
+        panel = live_panel.Panel(tmp_path / name, hand, somebody)
         for record in session.distill(plan, tmp_path / name, wishes=panel.wishes):
             hand.time += 10.0
             if somebody:
@@ -460,6 +462,6 @@ def test_a_panel_changes_nothing_of_a_run(settings, tmp_path, shown, hand, drawn
             panel.show(record)
         panel.close()
         assert panel.problem is None
-    looks = [r["step"] for r in records.read_records(tmp_path / "clicked" / "records.jsonl") if r.get("asked")]
+    looks = [r["step"] for r in files.read_records(tmp_path / "clicked" / "records.jsonl") if r.get("asked")]
     assert len(looks) >= 2
     assert state_of(tmp_path / "clicked") == state_of(tmp_path / "alone")

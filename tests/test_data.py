@@ -6,21 +6,22 @@ from families import LINES, LOSSLESS, byte_level, reader, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import batching, data, vocab
-from kdlib.corpus import Document
+from kdlib.align import vocab
+from kdlib.data import batching, tokenize, windowing
+from kdlib.data.corpus import Document
 
 
 def windows_of(text, ours="unigram", theirs="byte_level", max_length=24):
     document = text if isinstance(text, Document) else Document(text)
     pair = reader(ours), reader(theirs)
-    return data.cut_windows(document, *(data.encode(document, used) for used in pair), *pair, max_length)
+    return windowing.cut_windows(document, *(tokenize.encode(document, used) for used in pair), *pair, max_length)
 
 
 def test_labels_are_the_next_token():
     for window in windows_of(LINES[0]):
         for i, label in enumerate(window.student_labels[:-1]):
             assert label == window.student_ids[i + 1]
-        assert window.student_labels[-1] == data.IGNORE
+        assert window.student_labels[-1] == windowing.IGNORE
         assert (window.teacher_labels[:-1] == window.teacher_ids[1:]).all()
 
 
@@ -94,20 +95,20 @@ CHAT = Document("", (("user", "Where is the cat?"), ("assistant", "The cat sat o
 
 def chat_reader(tokenizer, template=TEMPLATE):
     tokenizer.chat_template = template
-    return data.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    return tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
 
 
 def chat_window(max_length=400):
     ours = chat_reader(unigram())
     theirs = chat_reader(byte_level(), "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}")
-    sides = [data.encode(CHAT, used) for used in (ours, theirs)]
-    (window,) = data.cut_windows(CHAT, *sides, ours, theirs, max_length)
+    sides = [tokenize.encode(CHAT, used) for used in (ours, theirs)]
+    (window,) = windowing.cut_windows(CHAT, *sides, ours, theirs, max_length)
     return window, ours, theirs
 
 
 def test_a_conversation_is_learned_on_its_answers_only():
     window, ours, _ = chat_window()
-    learned = window.student_labels[window.student_labels != data.IGNORE]
+    learned = window.student_labels[window.student_labels != windowing.IGNORE]
     said = b"".join(ours.vocabulary.tokens[i] or b"|" for i in learned).decode()
     assert said.split("|") == ["The cat sat on the mat.", "The dog is.", ""]
     assert learned.tolist().count(ours.tokenizer.eos_token_id) == 2
@@ -118,7 +119,7 @@ def test_a_conversation_is_aligned_inside_answers_across_two_templates():
     assert window.num_bytes == len("The cat sat on the mat.The dog is.")
     assert len(window.student_rows) > 6
     for row, other in zip(window.student_rows, window.teacher_rows, strict=True):
-        assert window.student_labels[row] != data.IGNORE
+        assert window.student_labels[row] != windowing.IGNORE
         mine = ours.vocabulary.tokens[window.student_ids[row + 1]].strip()
         hers = theirs.vocabulary.tokens[window.teacher_ids[other + 1]].strip()
         assert mine.startswith(hers) or hers.startswith(mine)
@@ -126,8 +127,8 @@ def test_a_conversation_is_aligned_inside_answers_across_two_templates():
 
 def test_a_conversation_without_a_template_is_written_out_plainly():
     ours, theirs = reader("unigram"), reader("byte_level")
-    sides = [data.encode(CHAT, used) for used in (ours, theirs)]
-    (window,) = data.cut_windows(CHAT, *sides, ours, theirs, 400)
+    sides = [tokenize.encode(CHAT, used) for used in (ours, theirs)]
+    (window,) = windowing.cut_windows(CHAT, *sides, ours, theirs, 400)
     written = " ".join(ours.tokenizer.decode(window.student_ids).split())
     assert "User: Where is the cat? Assistant: The cat sat on the mat.</s>" in written
     assert (window.student_labels == ours.tokenizer.eos_token_id).sum() == 2
@@ -142,7 +143,7 @@ def test_a_long_conversation_is_cut_off_and_still_scores_equal_bytes():
 
 def test_a_template_that_changes_the_content_is_refused():
     with pytest.raises(ValueError, match=r"chat template .* leaves out or changes a user message"):
-        data.encode(CHAT, chat_reader(unigram(), "{% for m in messages %}{{ m.content | upper }}{% endfor %}"))
+        tokenize.encode(CHAT, chat_reader(unigram(), "{% for m in messages %}{{ m.content | upper }}{% endfor %}"))
 
 
 def test_collate_pads_on_the_right_and_moves_the_rows():
@@ -152,10 +153,10 @@ def test_collate_pads_on_the_right_and_moves_the_rows():
     assert batch.student_ids.shape == (2, len(long.student_ids))
     assert batch.student_ids[1, len(short.student_ids) :].unique().tolist() == [7]
     assert batch.teacher_ids[1, len(short.teacher_ids) :].unique().tolist() == [9]
-    assert (batch.labels[1, len(short.student_ids) :] == data.IGNORE).all()
+    assert (batch.labels[1, len(short.student_ids) :] == windowing.IGNORE).all()
     assert batch.student_mask.sum(1).tolist() == [len(long.student_ids), len(short.student_ids)]
     assert batch.num_student_tokens == len(long.student_ids) + len(short.student_ids)
-    assert batch.num_labels == sum(int((w.student_labels != data.IGNORE).sum()) for w in windows)
+    assert batch.num_labels == sum(int((w.student_labels != windowing.IGNORE).sum()) for w in windows)
     flat = batch.student_ids.flatten()[batch.student_rows]
     assert flat.tolist() == [*long.student_ids[long.student_rows], *short.student_ids[short.student_rows]]
     flat = batch.teacher_ids.flatten()[batch.teacher_rows]

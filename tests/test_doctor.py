@@ -19,30 +19,17 @@ from test_cli import flags
 from test_memory import limited
 from test_time import World
 
-from kdlib import (
-    budget,
-    cache,
-    cli,
-    data,
-    doctor,
-    evaluate,
-    findings,
-    foretold,
-    inputs,
-    machine,
-    memory,
-    models,
-    pairing,
-    precision,
-    progress,
-    saving,
-    session,
-    tiny,
-    train,
-    vocab,
-)
+from kdlib import cli, demo, doctor, machine, memory, progress
+from kdlib.align import vocab
+from kdlib.clock import Clock, spoken
 from kdlib.config import Config
-from kdlib.findings import Finding
+from kdlib.data import tokenize
+from kdlib.evaluation import pair_report, scoring
+from kdlib.models import devices, loading
+from kdlib.report import findings
+from kdlib.report.findings import Finding
+from kdlib.session import cache_writer, checkpoint_schedule, forecast, inputs, session, time_budget
+from kdlib.training import loop
 
 GIB = 2**30
 CU128 = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -341,20 +328,20 @@ def test_what_may_be_gained_is_a_share_of_what_lies_between(settings):
     loaded = inputs.load(config)
     told = lambda bits, perplexity: types.SimpleNamespace(bits_per_byte=bits, perplexity=perplexity)  # noqa: E731
     found = {
-        name: pairing._prospect(loaded.pair, told(theirs, 9.0), told(ours, perplexity))
+        name: pair_report._prospect(loaded.pair, told(theirs, 9.0), told(ours, perplexity))
         for name, theirs, ours, perplexity in (
             ("apart", 1.5, 2.5, 9.0), ("same", 2.5, 2.5, 9.0), ("new", 1.5, 7.0, loaded.pair.head.num_rows),
         )
     }  # fmt: skip
-    low, high = pairing.SAVED
+    low, high = pair_report.SAVED
     assert found["apart"].number == pytest.approx(low)
     assert found["apart"].value.endswith(f"; {low:.2f} to {high:.2f} better")
     assert (found["same"].state, found["same"].number) == ("note", 0.0)
     assert found["new"].number is None
     assert "learns to read first" in found["new"].value
-    assert pairing._advice(config).state == "ok"
+    assert pair_report._advice(config).state == "ok"
     for changes in ({"kd_method": "projector"}, {"kd_weight": 0.3}, {"lm_weight": 0.5}):
-        assert pairing._advice(config.replace(**changes)).state == "note"
+        assert pair_report._advice(config.replace(**changes)).state == "note"
 
 
 def test_a_teacher_that_reads_a_text_again_is_better_read_from_a_cache(settings):
@@ -363,19 +350,19 @@ def test_a_teacher_that_reads_a_text_again_is_better_read_from_a_cache(settings)
     steps = config.max_steps * config.batch_size
     assert told.number == pytest.approx(2 * steps / len(inputs.load(config).train))
     assert told.remedy == "--teacher-cache auto"
-    assert foretold.readings_finding(config, 1.9).state == "ok"
-    assert foretold.readings_finding(config.replace(attention_weight=0.1), 5.0).state == "ok"
+    assert forecast.readings_finding(config, 1.9).state == "ok"
+    assert forecast.readings_finding(config.replace(attention_weight=0.1), 5.0).state == "ok"
     for changes in ({"teacher_cache": "cache"}, {"kd_method": "none"}):
-        assert foretold.readings_finding(config.replace(**changes), 5.0) is None
+        assert forecast.readings_finding(config.replace(**changes), 5.0) is None
 
 
 def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monkeypatch, tmp_path):
     """Memory and time are those of steps from a cache; the reading itself is part of the plan's time."""
     settings, seen, told = {**settings, "max_steps": 200, "teacher_cache": "auto"}, [], {}
     monkeypatch.setattr(doctor, "Training", noting(doctor.Training, seen))
-    plan_findings = foretold.plan_findings
+    plan_findings = forecast.plan_findings
     monkeypatch.setattr(
-        foretold, "plan_findings", lambda *given: told.update(read_s=given[-1]) or plan_findings(*given)
+        forecast, "plan_findings", lambda *given: told.update(read_s=given[-1]) or plan_findings(*given)
     )
     found = examined(settings)
     assert [teacher.model for teacher in seen] == [None]
@@ -387,10 +374,10 @@ def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monke
     assert seen[-1].model is not None
     assert live["the whole plan"].number > 0
     more = found["disk for checkpoints"].number - live["disk for checkpoints"].number
-    list(cache.write(Config.from_dict(settings), tmp_path / "cache"))
+    list(cache_writer.write(Config.from_dict(settings), tmp_path / "cache"))
     assert more == pytest.approx(sum(p.stat().st_size for p in (tmp_path / "cache").glob("train-*")), rel=0.1)
     with_reading, without = (
-        plan_findings(Config.from_dict(settings), 1.0, 8, budget.Budget(1e6, budget.Clock(), 0.0), read_s)[0].number
+        plan_findings(Config.from_dict(settings), 1.0, 8, time_budget.Budget(1e6, Clock(), 0.0), read_s)[0].number
         for read_s in (50.0, 0.0)
     )
     assert with_reading == pytest.approx(without + 50.0)
@@ -408,9 +395,9 @@ def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkey
             clock.time += took
             yield {"kind": kind}
 
-    monkeypatch.setattr(cache.Pass, "run", run)
+    monkeypatch.setattr(cache_writer.Pass, "run", run)
     monkeypatch.setattr(doctor.signals, "CachedTeacher", lambda folders: None)
-    look = doctor.Look(config, loaded, precision.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
+    look = doctor.Look(config, loaded, devices.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
     with look.rest:
         look._read_first()
     few = 4 * (doctor.NUM_STEPS + 2)
@@ -429,17 +416,17 @@ def test_rows_without_a_token_are_counted():
     tokenizer = unigram()
     vocabulary = vocab.read_vocabulary(tokenizer)
     for more, state in ((0, "ok"), (30, "ok"), (200, "note")):
-        head = models.Head(tiny_model(tokenizer, vocab_size=len(tokenizer) + more), vocabulary)
-        found = pairing._rows("student", head)
+        head = loading.Head(tiny_model(tokenizer, vocab_size=len(tokenizer) + more), vocabulary)
+        found = pair_report._rows("student", head)
         assert (found.state, found.number) == (state, more)
         assert found.value == f"{more} of {len(tokenizer) + more} rows have no token"
     gaps = dataclasses.replace(vocabulary, gaps=(7, 9))
-    assert pairing._rows("student", models.Head(tiny_model(tokenizer), gaps)).number == 2
+    assert pair_report._rows("student", loading.Head(tiny_model(tokenizer), gaps)).number == 2
 
 
 def test_marks_around_a_text():
     def marks(side, tokenizer):
-        return pairing._marks(side, data.make_reader(tokenizer, vocab.read_vocabulary(tokenizer)))
+        return pair_report._marks(side, tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer)))
 
     found = marks("student", word_piece())
     assert found.value == "no BOS, no EOS; it puts [CLS] in front of a text, [SEP] behind it"
@@ -449,24 +436,27 @@ def test_marks_around_a_text():
 
 def test_little_in_common_is_told():
     few = vocab.SharedVocabulary(np.arange(5), np.arange(5), 0.04, 0.02)
-    assert pairing._shared(few).state == "note"
-    assert pairing._shared(few).value == "5 tokens: 4.0% of the student's, 2.0% of the teacher's"
-    assert (pairing._coverage(0.3, "your text").state, pairing._coverage(0.6, "a sample").state) == ("note", "ok")
-    assert pairing._one_to_one([], "a sample").number == 0.0
+    assert pair_report._shared(few).state == "note"
+    assert pair_report._shared(few).value == "5 tokens: 4.0% of the student's, 2.0% of the teacher's"
+    assert (pair_report._coverage(0.3, "your text").state, pair_report._coverage(0.6, "a sample").state) == (
+        "note",
+        "ok",
+    )
+    assert pair_report._one_to_one([], "a sample").number == 0.0
     rows, ours, theirs = np.array([0, 1, 4]), np.array([1, 1, 6]), np.array([1, 1, 5])  # the second begins no span
     window = types.SimpleNamespace(student_rows=rows, teacher_rows=rows, student_stops=ours, teacher_stops=theirs)
-    assert pairing._spans([window]).tolist() == [[1, 1], [2, 1]]
-    assert pairing._one_to_one([window], "a sample").number == 0.5
+    assert pair_report._spans([window]).tolist() == [[1, 1], [2, 1]]
+    assert pair_report._one_to_one([window], "a sample").number == 0.5
 
 
 def test_a_tokenizer_that_changes_the_text_is_told(settings, tmp_path):
-    tiny.save(tiny_model(byte_level_lower()), byte_level_lower(), tmp_path / "lower")
+    demo.save(tiny_model(byte_level_lower()), byte_level_lower(), tmp_path / "lower")
     told = examined(settings, teacher=str(tmp_path / "lower"))["text left as it is"]
     assert told.state == "note" and told.number < 1.0 and "% of the teacher's" in told.value
 
 
 def score(nats):
-    return evaluate.Score(1.0, math.exp(nats), None, None, np.zeros(1), np.zeros(1))
+    return scoring.Score(1.0, math.exp(nats), None, None, np.zeros(1), np.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -483,7 +473,7 @@ def score(nats):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_whether_ids_are_the_models_own(settings, side, nats, refused, state, words, sampled):
     loaded = inputs.load(Config.from_dict(settings))
-    found = pairing._ids(side, loaded, score(nats), refused, sampled)
+    found = pair_report._ids(side, loaded, score(nats), refused, sampled)
     assert found.state == state and words in found.meaning
     if sampled:
         reader = loaded.pair.teacher.reader if side == "teacher" else loaded.pair.student_reader
@@ -506,11 +496,11 @@ def test_a_method_with_little_to_go_by_is_told(settings):
     config = Config.from_dict({**settings, "kd_method": "shared_vocab"})
     pair = inputs.load(config).pair
     pair.buckets["shared_vocab"] = vocab.Buckets(np.full(1000, 3), np.zeros(1000, np.int64), np.arange(3))
-    told = pairing._method("shared_vocab", pair, config)
+    told = pair_report._method("shared_vocab", pair, config)
     assert (told.name, told.state, told.number) == ("kd shared_vocab, chosen", "note", 0.0)
-    assert pairing._method("shared_vocab", pair, Config()).state == "ok"
+    assert pair_report._method("shared_vocab", pair, Config()).state == "ok"
     pair.shared = vocab.SharedVocabulary(np.arange(23), np.arange(23), 0.1, 0.1)
-    assert pairing._method("projector", pair, config).state == "note"  # the teacher is 24 wide
+    assert pair_report._method("projector", pair, config).state == "note"  # the teacher is 24 wide
 
 
 @pytest.mark.parametrize(
@@ -526,21 +516,21 @@ def test_a_method_with_little_to_go_by_is_told(settings):
 )
 def test_the_height_against_what_there_is(predicted, there, recomputes, way, state, words):
     config = Config(gradient_checkpointing=way)
-    found = foretold.peak_finding(predicted * GIB, there * GIB, 12 * GIB, recomputes, config)
+    found = forecast.peak_finding(predicted * GIB, there * GIB, 12 * GIB, recomputes, config)
     assert found.state == state and words in found.meaning + found.remedy
     assert found.value == ("more than 12.0 GiB" if math.isinf(predicted) else f"{predicted:.1f} GiB of 12.0 GiB")
 
 
 def test_what_takes_less_memory():
-    every = foretold.remedies(None, Config(gradient_checkpointing="off"))
+    every = forecast.remedies(None, Config(gradient_checkpointing="off"))
     for words in ("batch_size", "gradient_checkpointing auto", "max_length below 384", "cache", "8bit", "adamw_8bit"):
         assert words in every
     spent = Config(batch_size=1, teacher_cache="x", optimizer="adamw_8bit")
-    assert foretold.remedies(None, spent) == "max_length below 384, or a smaller student"
-    assert "quantization" not in foretold.remedies(None, Config(teacher_quantization="8bit"))
+    assert forecast.remedies(None, spent) == "max_length below 384, or a smaller student"
+    assert "quantization" not in forecast.remedies(None, Config(teacher_quantization="8bit"))
     told = "--batch-size 2 --grad-accumulation {} is foretold to fit{}"
-    assert foretold.remedies(2, Config(batch_size=8, grad_accumulation=3)) == told.format(12, ", with the same result")
-    assert foretold.remedies(2, Config(batch_size=5)) == told.format(2, "")
+    assert forecast.remedies(2, Config(batch_size=8, grad_accumulation=3)) == told.format(12, ", with the same result")
+    assert forecast.remedies(2, Config(batch_size=5)) == told.format(2, "")
 
 
 def test_a_batch_that_fits_is_found(settings, monkeypatch):
@@ -564,7 +554,7 @@ def test_a_batch_that_fits_is_found(settings, monkeypatch):
 
 
 def test_layers_made_anew_are_told(settings, tmp_path, monkeypatch):
-    tiny.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
+    demo.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
     settings = {**settings, "student": str(tmp_path / "student"), "batch_size": 8, "loss_chunk_size": 32}
     limited(monkeypatch, 10**12)
     plain, anew = (examined(settings, gradient_checkpointing=way)["peak, foretold"].number for way in ("off", "on"))
@@ -574,7 +564,7 @@ def test_layers_made_anew_are_told(settings, tmp_path, monkeypatch):
 
 
 def test_a_teacher_with_a_card_of_its_own(settings):
-    told = foretold.apart_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
+    told = forecast.apart_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
     assert (told.value, told.state) == ("2.0 GiB of 15.0 GiB in use on cuda:1", "ok")
 
 
@@ -583,7 +573,7 @@ def test_memory_that_runs_out_is_a_finding(settings, monkeypatch, where):
     def out(*given, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    owner, name = (inputs, "load") if where == "load" else (train.Training, "_gradients")
+    owner, name = (inputs, "load") if where == "load" else (loop.Training, "_gradients")
     monkeypatch.setattr(owner, name, out)
     found = examined(settings)
     assert found["room"].state == "wrong" and "smaller batch_size" in found["room"].remedy
@@ -591,32 +581,32 @@ def test_memory_that_runs_out_is_a_finding(settings, monkeypatch, where):
 
 
 def test_a_batch_that_was_halved_is_told(settings, monkeypatch):
-    real = train.Training._gradients
+    real = loop.Training._gradients
 
     def tight(training, *given):
         if training.micro_batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(training, *given)
 
-    monkeypatch.setattr(train.Training, "_gradients", tight)
+    monkeypatch.setattr(loop.Training, "_gradients", tight)
     found = examined(settings, batch_size=8)["windows in one pass"]
     assert (found.value, found.state) == ("2 of 8", "note")
     assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 ")
 
 
 def step(**changes):
-    record = train.StepRecord(1, 1.0, {}, {}, 0.1, 1.0, 100, 2.0, {}, {}, None, "", 8, {})
+    record = loop.StepRecord(1, 1.0, {}, {}, 0.1, 1.0, 100, 2.0, {}, {}, None, "", 8, {})
     return dataclasses.replace(record, **changes)
 
 
 def test_losses_that_are_no_numbers_are_told():
     good, scale = step(), step(skipped="gradient not finite at loss scale 65536, lowered (documents 3)")
     bad = step(skipped="kd not finite (documents 3)")
-    assert foretold.numbers_finding([good, good], True).value == "2 of 2 steps"
-    told = [foretold.numbers_finding([good, *more], scaled) for more, scaled in (([scale], True), ([scale, bad], True))]
+    assert forecast.numbers_finding([good, good], True).value == "2 of 2 steps"
+    told = [forecast.numbers_finding([good, *more], scaled) for more, scaled in (([scale], True), ([scale, bad], True))]
     assert [(f.state, f.value) for f in told] == [("note", "1 of 2 steps"), ("wrong", "1 of 3 steps")]
     assert told[1].meaning == bad.skipped
-    assert foretold.numbers_finding([scale], False).state == "wrong"
+    assert forecast.numbers_finding([scale], False).state == "wrong"
 
 
 def test_speed_is_for_a_step_of_the_texts_mean_length(settings, monkeypatch):
@@ -643,13 +633,13 @@ def test_few_steps_are_taken_where_they_are_slow(settings, monkeypatch):
 def test_hours_and_sessions_by_hand():
     """Eleven hours, 100 s of them for the start: 600 steps of 100 s, 20 evaluations of 50 s, a control as long."""
     config = Config(max_steps=600, control="full", save_steps=10)
-    known = budget.Budget(11 * 3600.0, budget.Clock(), 0.0, {"start": 100, "evaluate": 50, "test": 200}, {
+    known = time_budget.Budget(11 * 3600.0, Clock(), 0.0, {"start": 100, "evaluate": 50, "test": 200}, {
         "save": 10, "export": 20, "conclude": 30
     })  # fmt: skip
-    whole, sessions = foretold.plan_findings(config, 100.0, 1000.0, known)
+    whole, sessions = forecast.plan_findings(config, 100.0, 1000.0, known)
     left = 2 * 600 * 100 * (1 + 10 / (10 * 100)) + 2 * 20 * 50 + 2 * 200 + 30
     assert whole.number == pytest.approx(left)
-    assert whole.value == f"600 steps, {budget.spoken(left)}" and "an evaluation every 30 steps" in whole.meaning
+    assert whole.value == f"600 steps, {spoken(left)}" and "an evaluation every 30 steps" in whole.meaning
     margin = 0.02 * 39600 + 2 * 100
     first = 39600 - 100 - 1.25 * (10 + 50 + 20) - margin
     later = 39600 - 1.25 * (100 + 10 + 50 + 20) - margin
@@ -657,29 +647,29 @@ def test_hours_and_sessions_by_hand():
     assert (sessions.state, sessions.value) == (
         "note", "4 of 11 h 00 min each (time_budget is empty: a run then has no end)"
     )  # fmt: skip
-    one = foretold.plan_findings(config.replace(max_steps=100, time_budget="11h"), 100.0, 1000.0, known)[1]
+    one = forecast.plan_findings(config.replace(max_steps=100, time_budget="11h"), 100.0, 1000.0, known)[1]
     assert (one.state, one.value) == ("ok", "1 of 11 h 00 min each")
-    saving = foretold.plan_findings(config.replace(save_steps=0), 100.0, 1000.0, known)[0]
+    saving = forecast.plan_findings(config.replace(save_steps=0), 100.0, 1000.0, known)[0]
     assert saving.number == pytest.approx(left - 2 * 600 * 100 * (0.01 - 0.02))  # two in a hundred, at most
     for short, needed in ((50, 2), (-50, 1)):  # by how much the first session is too short: the start decides
         known.seconds = (left - short + 100 + 1.25 * (10 + 50 + 20) + 2 * 100) / 0.98
-        assert foretold.plan_findings(config, 100.0, 1000.0, known)[1].number == needed
+        assert forecast.plan_findings(config, 100.0, 1000.0, known)[1].number == needed
     known.seconds = 300.0
-    none = foretold.plan_findings(config, 100.0, 1000.0, known)[1]
+    none = forecast.plan_findings(config, 100.0, 1000.0, known)[1]
     assert (none.state, none.value.startswith("too short: 5 min")) == ("wrong", True)
-    assert "off" not in (repeated := foretold.plan_findings(config.replace(repeats=3), 1.0, 1.0, known)[0]).value
+    assert "off" not in (repeated := forecast.plan_findings(config.replace(repeats=3), 1.0, 1.0, known)[0]).value
     assert ", 3 times" in repeated.meaning
 
 
 def by_tokens(patch):
     """A clock on which a step takes a fifth of a second for each token."""
-    world, real = World(patch, step=0.0), train.Training._gradients
+    world, real = World(patch, step=0.0), loop.Training._gradients
 
     def gradients(training, taken, *given):
         world.time += 0.2 * sum(len(window.student_ids) for window in taken)
         return real(training, taken, *given)
 
-    patch.setattr(train.Training, "_gradients", gradients)
+    patch.setattr(loop.Training, "_gradients", gradients)
     return world
 
 
@@ -688,7 +678,7 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
     """By a clock on which every task takes its time."""
     settings = {**settings, "control": "off", "max_steps": 540, "eval_steps": 27, "eval_tokens": 150, **more}
     config = Config.from_dict({**settings, "time_budget": "1h"})
-    for room in (saving, foretold):
+    for room in (checkpoint_schedule, forecast):
         monkeypatch.setattr(room, "SAVE_EVERY_S", 400.0)
     with monkeypatch.context() as patch:
         told = {f.name: f for f in doctor.examine(config, clock=by_tokens(patch))}
@@ -701,12 +691,12 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
 
 
 def test_a_session_without_an_end_is_told_on_kaggle():
-    told = [foretold.sessions_finding(2, given, 39600.0, True) for given in ("", "11h")]
+    told = [forecast.sessions_finding(2, given, 39600.0, True) for given in ("", "11h")]
     assert [(f.state, f.remedy, f.value) for f in told] == [
         ("note", "--time-budget 11h", "2 of 11 h 00 min each"), ("note", "", "2 of 11 h 00 min each")
     ]  # fmt: skip
-    assert foretold.sessions_finding(1, "", 39600.0, False).state == "ok"
-    assert foretold.sessions_finding(None, "", 39600.0, True).state == "wrong"
+    assert forecast.sessions_finding(1, "", 39600.0, False).state == "ok"
+    assert forecast.sessions_finding(None, "", 39600.0, True).state == "wrong"
 
 
 def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
@@ -715,7 +705,7 @@ def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
     assert doctor.wanted_tokens(config, {"validation": 100, "test": 200}) == [80, 200]
     assert doctor.wanted_tokens(config, {"validation": 60, "test": 999}) == [60, 320]
     loaded = inputs.load(config)
-    look = doctor.Look(config, loaded, precision.accelerator("fp32"), budget.Clock(), 5.0, 3.0, lambda *_: None)
+    look = doctor.Look(config, loaded, devices.accelerator("fp32"), Clock(), 5.0, 3.0, lambda *_: None)
     loaded.held_out_tokens, loaded.validation, loaded.test = {"validation": 100, "test": 200}, 40, 50
     monkeypatch.setattr(doctor, "_num_tokens", lambda size: size)
     look.budget.took("evaluate", 3.0)
@@ -726,7 +716,7 @@ def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
     monkeypatch.setattr(inputs, "load", lambda config, *given: changed.update(config.to_dict()) or loaded)
     for more, eval_tokens in (({"eval_tokens": 9999}, doctor.READ_TOKENS), ({"eval_tokens": 90}, 90),
                               ({"eval_tokens": 9999, "teacher_cache": "x"}, 9999)):  # fmt: skip
-        doctor._look(Config.from_dict({**settings, **more}), precision.accelerator("fp32"), budget.Clock(), print)
+        doctor._look(Config.from_dict({**settings, **more}), devices.accelerator("fp32"), Clock(), print)
         assert changed["eval_tokens"] == eval_tokens and not changed["check_teacher"]
 
 
@@ -736,11 +726,11 @@ def test_room_for_checkpoints():
     one = 300 + 2 * 100 + meg
     states = {}
     for free in (3 * one + 200 + 50, 3 * one + 200 + 49, 2 * one + 200 + 50, 2 * one + 200 + 49):
-        found = foretold.disk_finding(sizes, Config(keep_checkpoints=2), free, 50)
+        found = forecast.disk_finding(sizes, Config(keep_checkpoints=2), free, 50)
         assert found.number == 3 * one + 200 + 50
         states[free] = found.state
     assert list(states.values()) == ["ok", "note", "note", "wrong"]
-    assert foretold.disk_finding(sizes, Config(control="off", repeats=2, keep_checkpoints=1), 10**9, 0).number == (
+    assert forecast.disk_finding(sizes, Config(control="off", repeats=2, keep_checkpoints=1), 10**9, 0).number == (
         2 * (300 + 200 + meg) + 200
     )
 
@@ -767,7 +757,7 @@ def test_nothing_is_written_and_nothing_of_the_run_is_changed(settings, tmp_path
 
 
 def test_the_arithmetic_that_was_chosen_before_stays(settings):
-    chosen = precision.accelerator("bf16")
+    chosen = devices.accelerator("bf16")
     examined(settings)
     assert accelerate.state.AcceleratorState().mixed_precision == chosen.mixed_precision == "bf16"
 
@@ -854,7 +844,7 @@ def test_tokenizers_with_nothing_in_common_will_not_work(capsys, settings, tmp_p
         )
         core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<unk>")
-        tiny.save(tiny_model(made), made, tmp_path / name)
+        demo.save(tiny_model(made), made, tmp_path / name)
     status, out, _ = run(capsys, *flags(settings, teacher=tmp_path / "one", student=tmp_path / "two"))
     assert status == 1 and "no token in common" in " ".join(out.split())
 

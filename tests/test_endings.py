@@ -13,24 +13,15 @@ import torch
 import transformers
 from families import byte_level, unigram
 
-from kdlib import (
-    budget,
-    cache,
-    conclusion,
-    course,
-    files,
-    inputs,
-    inside,
-    precision,
-    records,
-    report,
-    resume,
-    session,
-    signals,
-    tiny,
-    train,
-)
+from kdlib import demo, files
+from kdlib.clock import Clock
 from kdlib.config import Config
+from kdlib.evaluation import internals
+from kdlib.files import read_json, read_records
+from kdlib.models import devices, teacher_cache
+from kdlib.report import html
+from kdlib.session import cache_writer, experiment, finish, inputs, resume, run_folder, session
+from kdlib.training import loop
 
 SMALL = {"control": "off", "max_steps": 2, "eval_steps": 1}
 
@@ -40,7 +31,7 @@ def distil(settings, out, **more):
 
 
 def status(out):
-    return records.read_json(out / "status.json")
+    return read_json(out / "status.json")
 
 
 def weights(out):
@@ -61,8 +52,8 @@ def raising(error):
 @pytest.mark.parametrize(
     ("module", "name", "part"),
     [
-        (conclusion, "_samples", "the samples"), (inside, "look", "the look inside"),
-        (report, "write_report", "the report"),
+        (finish, "_samples", "the samples"), (internals, "look", "the look inside"),
+        (html, "write_report", "the report"),
     ],
 )  # fmt: skip
 def test_what_only_shows_a_run_may_fail(settings, tmp_path, monkeypatch, module, name, part):
@@ -71,8 +62,8 @@ def test_what_only_shows_a_run_may_fail(settings, tmp_path, monkeypatch, module,
     assert found[-1]["kind"] == "verdict"
     assert status(tmp_path / "run")["state"] == "complete"
     assert alerts(found) == {part: f"{part} failed: RuntimeError: no such layer"}
-    assert records.read_records(tmp_path / "run" / "records.jsonl")[-1]["part"] == part
-    assert records.read_json(tmp_path / "run" / "verdict.json")["answer"]
+    assert read_records(tmp_path / "run" / "records.jsonl")[-1]["part"] == part
+    assert read_json(tmp_path / "run" / "verdict.json")["answer"]
     assert weights(tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -84,7 +75,7 @@ def test_student_and_verdict_are_written_before_anything_is_looked_at(settings, 
         seen.append((status(out)["state"], weights(out) != b"", (out / "verdict.json").exists()))
         return {}
 
-    monkeypatch.setattr(conclusion, "_samples", look)
+    monkeypatch.setattr(finish, "_samples", look)
     distil({**settings, **SMALL}, out)
     assert seen == [("complete", True, True)]
 
@@ -97,7 +88,7 @@ def test_a_process_that_dies_while_it_draws_left_a_complete_run(settings, tmp_pa
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write_report", raising(Died()))
+        patch.setattr(html, "write_report", raising(Died()))
         with pytest.raises(Died):
             distil({**settings, **SMALL}, out)
     assert status(out)["state"] == "complete"
@@ -135,12 +126,12 @@ def hybrid(kind, tokenizer):
 @pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
 def test_a_hybrid_model_ends_with_a_student_and_a_verdict(settings, tmp_path, kind, role):
     tokenizer = unigram() if role == "student" else byte_level()
-    tiny.save(hybrid(kind, tokenizer), tokenizer, tmp_path / kind)
+    demo.save(hybrid(kind, tokenizer), tokenizer, tmp_path / kind)
     found = distil({**settings, **SMALL, role: str(tmp_path / kind)}, tmp_path / "run")
     assert found[-1]["kind"] == "verdict"
     assert status(tmp_path / "run")["state"] == "complete"
     assert weights(tmp_path / "run")
-    look = records.read_json(tmp_path / "run" / "figures" / "inside.json")
+    look = read_json(tmp_path / "run" / "figures" / "inside.json")
     assert "without" in look or look["attention"]
 
 
@@ -151,7 +142,7 @@ def test_a_text_without_a_common_position_has_no_look_inside(settings, tmp_path)
         for window in group:
             for name in ("student_rows", "teacher_rows", "student_stops", "teacher_stops"):
                 object.__setattr__(window, name, getattr(window, name)[:0])
-    look = inside.look(Config.from_dict(settings), loaded, {})
+    look = internals.look(Config.from_dict(settings), loaded, {})
     assert "no held-out window has an aligned position" in look["without"]
 
 
@@ -163,8 +154,8 @@ def test_a_pause_that_can_not_export_is_still_a_pause(settings, tmp_path, monkey
     """The checkpoint is whole, the state says so, and the next session ends the run as if nothing had happened."""
     settings = {**settings, "control": "off", "max_steps": 4, "eval_steps": 3, "save_steps": 1}
     distil(settings, tmp_path / "whole")
-    place = {"evaluate": course.Course, "write_student": conclusion, "write_report": report}[what]
-    real = course.Course.evaluate
+    place = {"evaluate": experiment.Course, "write_student": finish, "write_report": html}[what]
+    real = experiment.Course.evaluate
 
     def failing(*given):
         if what == "evaluate" and given[1].step != 2:
@@ -202,7 +193,7 @@ def test_a_checkpoint_that_can_not_be_written_is_no_failed_run(settings, tmp_pat
 
 
 def test_a_second_interrupt_does_not_spoil_a_complete_run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "write_report", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(html, "write_report", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         distil({**settings, **SMALL}, tmp_path / "run")
     assert status(tmp_path / "run")["state"] == "complete"
@@ -323,7 +314,7 @@ def test_held_out_text_is_read_once(settings, monkeypatch):
 def test_timing_steps_for_the_control_takes_no_more_memory_than_training(settings, tmp_path, monkeypatch):
     """The pair's own student, one optimizer at a time, and its weights as they were."""
     living, most, students = weakref.WeakSet(), [], set()
-    real = course.Course._training
+    real = experiment.Course._training
 
     def training(self, objective, *given):
         made = real(self, objective, *given)
@@ -332,14 +323,14 @@ def test_timing_steps_for_the_control_takes_no_more_memory_than_training(setting
         students.add(id(objective.student))
         return made
 
-    monkeypatch.setattr(course.Course, "_training", training)
+    monkeypatch.setattr(experiment.Course, "_training", training)
     config = Config.from_dict({**settings, "control": "full"})
-    made = session.Session(config.replace(teacher_cache="live"), tmp_path / "run", budget.Clock())
+    made = session.Session(config.replace(teacher_cache="live"), tmp_path / "run", Clock())
     plan = made.course
     plan.legs.append(plan._new_leg("distilled", 0))
     plan.legs[0].train_s = 1e9
     assert plan._step_cost_ratio() > 0.0
-    assert len(most) == 2 * course.CALIBRATION_BLOCKS
+    assert len(most) == 2 * experiment.CALIBRATION_BLOCKS
     assert max(most) == 1
     assert students == {id(made.course.pair.student)}
     for name, tensor in made.course.pair.student.state_dict().items():
@@ -369,7 +360,7 @@ def test_timing_steps_ends_when_it_took_its_share(settings, tmp_path, monkeypatc
     made = session.Session(config, tmp_path / "run", clock)
     made.course.legs.append(made.course._new_leg("distilled", 0))
     made.course.legs[0].train_s = 500.0  # a block of 12 s twice fits into 25 s
-    monkeypatch.setattr(course, "Training", Steps)
+    monkeypatch.setattr(experiment, "Training", Steps)
     made.course.scorer.on_progress = lambda phase, done, total: begun.append(done)
     assert made.course._step_cost_ratio() == 3.0
     assert sorted(set(begun)) == [0, 1]
@@ -377,9 +368,9 @@ def test_timing_steps_ends_when_it_took_its_share(settings, tmp_path, monkeypatc
 
 def test_a_cache_stops_within_a_shard(settings, tmp_path, monkeypatch):
     """By a signal, or by the clock; no further batch is read, and the next call ends with the same bytes."""
-    monkeypatch.setattr(signals, "SHARD_POSITIONS", 10**6)
+    monkeypatch.setattr(teacher_cache, "SHARD_POSITIONS", 10**6)
     config = Config.from_dict({**settings, "batch_size": 2})
-    list(cache.write(config, tmp_path / "whole"))
+    list(cache_writer.write(config, tmp_path / "whole"))
     for name in ("signal", "clock"):
         heard = []
 
@@ -400,11 +391,11 @@ def test_a_cache_stops_within_a_shard(settings, tmp_path, monkeypatch):
                     clock.time = 100.0
 
         limited = config.replace(time_budget="60s")
-        found = list(cache.write(limited, tmp_path / name, clock, on_progress=on_progress))
+        found = list(cache_writer.write(limited, tmp_path / name, clock, on_progress=on_progress))
         assert found[-1]["kind"] == "paused"
         assert ("SIGTERM" if name == "signal" else "time budget") in found[-1]["reason"]
         assert len(heard) == 3
-        assert list(cache.write(config, tmp_path / name))[-1]["kind"] == "complete"
+        assert list(cache_writer.write(config, tmp_path / name))[-1]["kind"] == "complete"
         for path in (tmp_path / "whole").glob("*.safetensors"):
             assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
 
@@ -412,13 +403,13 @@ def test_a_cache_stops_within_a_shard(settings, tmp_path, monkeypatch):
 def test_a_step_with_a_part_that_is_no_number_moves_nothing_under_a_loss_scaler(settings, monkeypatch):
     """Also where its gradients are finite: the step is recorded as skipped, so it must not be taken."""
     config = Config.from_dict({**settings, "teacher_cache": "live"})
-    loaded, machine = inputs.load(config), precision.accelerator("fp32")
+    loaded, machine = inputs.load(config), devices.accelerator("fp32")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6)
     monkeypatch.setattr(machine, "scaler", scaler)
     monkeypatch.setattr(machine, "unscale_gradients", lambda optimizer: scaler.unscale_(optimizer.optimizer))
     objective = inputs.make_objective(loaded.pair, config)
-    training = train.Training(objective, loaded.pair.teacher, loaded.train, 6, config, machine, budget.Clock())
-    real = train.Training._gradients
+    training = loop.Training(objective, loaded.pair.teacher, loaded.train, 6, config, machine, Clock())
+    real = loop.Training._gradients
 
     def gradients(self, *given):
         counts, found = real(self, *given)
@@ -426,7 +417,7 @@ def test_a_step_with_a_part_that_is_no_number_moves_nothing_under_a_loss_scaler(
             found[0][0]["kd"] = torch.tensor(float("inf"))
         return counts, found
 
-    monkeypatch.setattr(train.Training, "_gradients", gradients)
+    monkeypatch.setattr(loop.Training, "_gradients", gradients)
     before = {name: tensor.clone() for name, tensor in objective.student.state_dict().items()}
     moved = []
     for record in itertools.islice(training, 4):
@@ -447,7 +438,7 @@ def test_what_a_checkpoint_holds_is_loaded_when_it_is_needed(settings, tmp_path,
     steps.close()
     loaded, real = [], safetensors.torch.load_file
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: loaded.append(path) or real(path))
-    found = resume.find(records.RunFolder(tmp_path / "run"), "auto")
+    found = resume.find(run_folder.RunFolder(tmp_path / "run"), "auto")
     assert found.facts is not None
     assert set(found.groups) >= {"student", "optimizer", "random"}
     assert loaded == []
@@ -457,7 +448,7 @@ def test_a_folder_is_a_run_as_soon_as_it_is_one(settings, tmp_path):
     """Readers find records before the first was written."""
     steps = session.distill(Config.from_dict({**settings, **SMALL}), tmp_path / "run")
     next(steps)
-    assert records.read_records(tmp_path / "run" / "records.jsonl") == []
+    assert read_records(tmp_path / "run" / "records.jsonl") == []
     steps.close()
 
 
@@ -467,7 +458,7 @@ def test_an_error_at_any_write_of_a_session_costs_nothing(settings, tmp_path, mo
     session ends it as if nothing had happened.
     """
     settings = {**settings, "control": "full", "max_steps": 4, "eval_steps": 2, "save_steps": 2}
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.0)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.0)
     distil(settings, tmp_path / "whole")
     real, count, seen = files._replace, itertools.count(), {"injected": 0, "paused": 0, "failed": 0, "complete": 0}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdlib.config import Config
-from kdlib.session import distill
+from kdlib.session.session import distill
 
 EVAL = Path(os.environ.get("KDLIB_EVAL", Path(__file__).parent.parent / ".venv" / "eval"))
 """lm-eval in an environment of its own (`make test-slow`)."""

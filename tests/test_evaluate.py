@@ -9,10 +9,16 @@ import torch
 import transformers
 from families import FAMILIES, byte_level, reader, tiny_model
 
-from kdlib import comparison, data, evaluate, inputs, models, precision, samples, vocab
+from kdlib import compare
+from kdlib.align import vocab
 from kdlib.config import Config
-from kdlib.corpus import Document
-from kdlib.teacher import Teacher
+from kdlib.data import tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.evaluation import samples, scoring
+from kdlib.models import devices as precision
+from kdlib.models import loading
+from kdlib.models.teacher import Teacher
+from kdlib.session import inputs
 
 
 @pytest.fixture
@@ -23,12 +29,12 @@ def small():
     windows = []
     for number, text in enumerate(texts):
         document = Document(text)
-        sides = [data.encode(document, used) for used in (ours, theirs)]
-        windows += data.cut_windows(document, *sides, ours, theirs, 20, number)
-    head = models.Head(student, ours.vocabulary)
+        sides = [tokenize.encode(document, used) for used in (ours, theirs)]
+        windows += windowing.cut_windows(document, *sides, ours, theirs, 20, number)
+    head = loading.Head(student, ours.vocabulary)
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
     teacher = Teacher(teacher, theirs)
-    return student, head, teacher, windows, evaluate.hold_out(windows, teacher, head, shared, 2, chunk_size=5), shared
+    return student, head, teacher, windows, scoring.hold_out(windows, teacher, head, shared, 2, chunk_size=5), shared
 
 
 def nats_by_hand(model, windows, side):
@@ -52,7 +58,7 @@ def nats_by_hand(model, windows, side):
 def test_bits_per_byte_and_perplexity_are_written_out(small, side):
     student, head, teacher, windows, held_out, _ = small
     if side == "student":
-        score = evaluate.evaluate_student(student, head, held_out, chunk_size=5)
+        score = scoring.evaluate_student(student, head, held_out, chunk_size=5)
         every, scored, size = nats_by_hand(student, windows, side)
     else:
         score = held_out.teacher_score
@@ -66,7 +72,7 @@ def test_bits_per_byte_and_perplexity_are_written_out(small, side):
 
 def test_kl_and_agreement_are_written_out(small):
     student, head, teacher, windows, held_out, shared = small
-    score = evaluate.evaluate_student(student, head, held_out)
+    score = scoring.evaluate_student(student, head, held_out)
     kl, agreed, count = 0.0, 0, 0
     ours, theirs = reader("unigram").vocabulary, reader("byte_level").vocabulary
     for window in windows:
@@ -87,11 +93,11 @@ def test_a_student_that_is_its_teacher_agrees_fully():
     used = reader("byte_level")
     model = tiny_model(used.tokenizer)
     document = Document("The cat sat on the mat.")
-    coded = data.encode(document, used)
-    windows = data.cut_windows(document, coded, coded, used, used, 40)
-    head, shared = models.Head(model, used.vocabulary), vocab.shared_vocabulary(used.vocabulary, used.vocabulary)
-    held_out = evaluate.hold_out(windows, Teacher(tiny_model(used.tokenizer), used), head, shared, 4)
-    score = evaluate.evaluate_student(model, head, held_out)
+    coded = tokenize.encode(document, used)
+    windows = windowing.cut_windows(document, coded, coded, used, used, 40)
+    head, shared = loading.Head(model, used.vocabulary), vocab.shared_vocabulary(used.vocabulary, used.vocabulary)
+    held_out = scoring.hold_out(windows, Teacher(tiny_model(used.tokenizer), used), head, shared, 4)
+    score = scoring.evaluate_student(model, head, held_out)
     assert score.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
     assert score.top1_agreement == 1.0
     assert score.bits_per_byte == pytest.approx(held_out.teacher_score.bits_per_byte, rel=1e-6)
@@ -100,7 +106,7 @@ def test_a_student_that_is_its_teacher_agrees_fully():
 def test_evaluation_leaves_the_training_mode_as_it_was(small):
     student, head, _, _, held_out, _ = small
     student.train()
-    evaluate.evaluate_student(student, head, held_out)
+    scoring.evaluate_student(student, head, held_out)
     assert student.training
 
 
@@ -108,7 +114,7 @@ def test_perplexity_knows_nothing_of_label_smoothing(settings):
     plain, smoothed = (
         inputs.load(Config.from_dict({**settings, "label_smoothing": smoothing})) for smoothing in (0.0, 0.5)
     )
-    scores = [evaluate.evaluate_student(i.pair.student, i.pair.head, i.test).perplexity for i in (plain, smoothed)]
+    scores = [scoring.evaluate_student(i.pair.student, i.pair.head, i.test).perplexity for i in (plain, smoothed)]
     assert scores[0] == scores[1]
 
 
@@ -198,9 +204,9 @@ def test_openings_are_of_different_documents(small):
 
 def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
     config, heard = Config.from_dict({**settings, "control": "off"}), []
-    found = comparison.compare(config, lambda *told: heard.append(told))
+    found = compare.compare(config, lambda *told: heard.append(told))
     loaded = inputs.load_for_evaluation(config)
-    score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
+    score = scoring.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
     batches = [(done, len(loaded.test.batches)) for done in range(len(loaded.test.batches))]
     counted = {phase: [told[1:] for told in heard if told[0] == phase] for phase, *_ in heard}
     assert {phase: counts for phase, counts in counted.items() if counts != [(0, 0)]} == {
@@ -225,7 +231,7 @@ def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
     assert sum(score.retention["frequency"]["num"]) > 0
     assert score.retention["frequency"]["num"][0] == 0.0  # it is counted in this very text
     assert len(found["samples"]["openings"]) == len(found["samples"]["student"]["texts"]) == 8
-    page = "\n".join(comparison.told(found))
+    page = "\n".join(compare.told(found))
     for words in (
         f"{score.bits_per_byte:.4f}",
         "tokens read before it",
@@ -251,14 +257,14 @@ def test_a_comparison_is_made_on_the_cards_that_are_there(settings, monkeypatch,
 
     monkeypatch.setattr(inputs, "load_for_evaluation", load_for_evaluation)
     with pytest.raises(ZeroDivisionError):
-        comparison.compare(Config.from_dict({**settings, "teacher_device": wanted}))
+        compare.compare(Config.from_dict({**settings, "teacher_device": wanted}))
     assert asked == [torch.device("cuda"), dtype, torch.device(there)]
 
 
 def test_a_comparison_that_runs_out_of_memory_takes_smaller_batches(settings, monkeypatch):
     """First the teacher where it is asked, then the student where it is scored."""
     config = Config.from_dict({**settings, "batch_size": 8, "packing": "off"})
-    wanted, real, sizes = comparison.compare(config), models.last_hidden, []
+    wanted, real, sizes = compare.compare(config), loading.last_hidden, []
 
     def last_hidden(model, ids, *rest, **more):
         sizes.append(len(ids))
@@ -266,8 +272,8 @@ def test_a_comparison_that_runs_out_of_memory_takes_smaller_batches(settings, mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, ids, *rest, **more)
 
-    monkeypatch.setattr(models, "last_hidden", last_hidden)
-    found = comparison.compare(config)
+    monkeypatch.setattr(loading, "last_hidden", last_hidden)
+    found = compare.compare(config)
     assert {8, 4, 2} <= set(sizes)
     for name in ("teacher", "student"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-5)

@@ -6,8 +6,11 @@ import itertools
 import pytest
 import torch
 
-from kdlib import checkpoint, evaluate, memory, parts, records, session, train
+from kdlib import files, memory
 from kdlib.config import Config
+from kdlib.evaluation import scoring
+from kdlib.session import checkpoint, session
+from kdlib.training import loop, terms
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 SETTINGS = {"control": "off", "max_steps": 6, "eval_steps": 2, "batch_size": 8, "save_steps": 2}
@@ -48,7 +51,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(settings, tmp
         return model.training
 
     if where == "forward":
-        monkeypatch.setattr(train.models, "read", failing(train.models.read, OUT_OF_MEMORY, {5, 7}, in_training))
+        monkeypatch.setattr(loop.models, "read", failing(loop.models.read, OUT_OF_MEMORY, {5, 7}, in_training))
     elif where == "backward":
         monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, {5, 7}))
     else:
@@ -77,7 +80,7 @@ def test_memory_that_runs_out_within_an_update_is_no_step_to_go_on_from(settings
     monkeypatch.setattr(torch.optim.AdamW, "step", half)
     with pytest.raises(torch.OutOfMemoryError):
         distil(settings, tmp_path / "run")
-    assert records.read_json(tmp_path / "run" / "status.json")["state"] == "failed"
+    assert files.read_json(tmp_path / "run" / "status.json")["state"] == "failed"
     monkeypatch.setattr(torch.optim.AdamW, "step", real)
     found = distil(settings, tmp_path / "run")
     assert (found[0]["resumed"], found[-1]["kind"]) == ("step-00000004", "verdict")
@@ -85,7 +88,7 @@ def test_memory_that_runs_out_within_an_update_is_no_step_to_go_on_from(settings
 
 def test_an_evaluation_that_runs_out_of_memory_is_taken_in_smaller_batches(settings, tmp_path, monkeypatch):
     wanted = distil(settings, tmp_path / "whole")
-    monkeypatch.setattr(evaluate._Tally, "add_pairs", failing(evaluate._Tally.add_pairs, OUT_OF_MEMORY, {2, 4, 9}))
+    monkeypatch.setattr(scoring._Tally, "add_pairs", failing(scoring._Tally.add_pairs, OUT_OF_MEMORY, {2, 4, 9}))
     found = distil(settings, tmp_path / "run")
     same_run(found, wanted)
     _, _, facts, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
@@ -96,7 +99,7 @@ def test_no_room_for_a_single_window_fails_with_advice(settings, tmp_path, monke
     monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, range(3, 99)))
     with pytest.raises(MemoryError, match="no room for a single window; lower max_length"):
         distil(settings, tmp_path / "run")
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], "lower max_length" in status["reason"]) == ("failed", True)
 
 
@@ -111,8 +114,8 @@ def test_another_error_is_no_lack_of_memory():
 
 
 def poisoned(where, value, steps):
-    """`train.Training._gradients` that puts `value` where it is asked to, at some steps (counted from 1)."""
-    real = train.Training._gradients
+    """`loop.Training._gradients` that puts `value` where it is asked to, at some steps (counted from 1)."""
+    real = loop.Training._gradients
 
     def gradients(self, *given):
         weight = next(p for p in self.objective.student.parameters() if p.ndim == 2)
@@ -140,19 +143,19 @@ def test_one_step_without_a_number_changes_nothing(settings, tmp_path, monkeypat
         calls = itertools.count(1)
 
         def broken(objective, rows):
-            return parts.next_token(objective, rows) * (value if next(calls) == 5 else 1.0)  # two look ahead
+            return terms.next_token(objective, rows) * (value if next(calls) == 5 else 1.0)  # two look ahead
 
-        monkeypatch.setitem(parts.LM, "lm", dataclasses.replace(parts.LM["lm"], values=broken))
+        monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], values=broken))
     else:
-        monkeypatch.setattr(train.Training, "_gradients", poisoned(where, value, {3}))
-    states, real = {}, train.Training._update
+        monkeypatch.setattr(loop.Training, "_gradients", poisoned(where, value, {3}))
+    states, real = {}, loop.Training._update
 
     def seen(self, skipped):
         before = self.tensors()
         real(self, skipped)
         states[self.step + 1] = before, self.tensors()
 
-    monkeypatch.setattr(train.Training, "_update", seen)
+    monkeypatch.setattr(loop.Training, "_update", seen)
     found = distil(settings, tmp_path / "run", loss_chunk_size=10**6, use_ema=True)
     skipped = [r["step"] for r in found if r["kind"] == "train" and r["skipped"]]
     assert skipped == [3]
@@ -168,10 +171,10 @@ def test_one_step_without_a_number_changes_nothing(settings, tmp_path, monkeypat
 @pytest.mark.parametrize("where", ["gradient", "parameter"])
 def test_no_number_any_more_stops_the_run_at_a_state_that_can_be_gone_on_with(settings, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "_gradients", poisoned(where, float("nan"), range(4, 99)))
+        patch.setattr(loop.Training, "_gradients", poisoned(where, float("nan"), range(4, 99)))
         with pytest.raises(FloatingPointError, match="3 steps in a row"):
             distil(settings, tmp_path / "run", max_steps=20, non_finite_steps=3)
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert status["state"] == "failed"
     assert ("weights are no numbers either: student.model.embed_tokens.weight" in status["reason"]) == (
         where == "parameter"

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from kdlib import charts, plots, style
 from kdlib.config import Config
-from kdlib.report import aligned, write_report
-from kdlib.session import distill
+from kdlib.report import charts, figures, style
+from kdlib.report.html import aligned, write_report
+from kdlib.session.session import distill
 
 
 def train(step, run="distilled", session=1, **changes):
@@ -38,14 +38,14 @@ def test_averaging_is_what_the_average_saves():
         evaluated(20, 1.5),
         evaluated(20, 1.625, averaged=True),
     ]
-    assert lines(plots.averaging(records).axes[0])["distilled"] == [(10, 0.25), (20, -0.125)]
-    assert plots.has_averages(records)
-    assert not plots.has_averages(records[:1])
+    assert lines(figures.averaging(records).axes[0])["distilled"] == [(10, 0.25), (20, -0.125)]
+    assert figures.has_averages(records)
+    assert not figures.has_averages(records[:1])
 
 
 def test_memory_is_in_gib_over_the_time_of_all_students():
     records = [train(1), train(2), train(1, "ce_only"), train(4, "ce_only")]
-    axes = plots.memory(records).axes[0]
+    axes = figures.memory(records).axes[0]
     drawn = lines(axes)
     assert drawn["in use, distilled"] == [(2.0, 1.0), (4.0, 2.0)]
     assert drawn["in use, control"] == [(6.0, 1.0), (12.0, 4.0)]
@@ -56,7 +56,7 @@ def test_memory_is_in_gib_over_the_time_of_all_students():
 
 
 def test_throughput_shows_speed_and_padding():
-    above, below = plots.throughput([train(1), train(2), train(1, "ce_only")]).axes
+    above, below = figures.throughput([train(1), train(2), train(1, "ce_only")]).axes
     assert lines(above)["distilled"] == [(1, 100.0), (2, 200.0)]
     assert lines(below)["the student's"] == [(1, 1.5), (2, 1.5)]
     assert lines(below)["the teacher's"] == [(1, 1.25), (2, 1.25)]
@@ -65,7 +65,7 @@ def test_throughput_shows_speed_and_padding():
 def test_the_timeline_gives_every_session_its_time():
     records = [train(1), evaluated(1, 3.0), train(2, session=2), evaluated(2, 2.0, session=2), train(3, "ce_only", 2)]
     records += [{"kind": "alert", "run": "distilled", "repeat": 0, "step": 1, "session": 1}]
-    axes = plots.sessions(records).axes[0]
+    axes = figures.sessions(records).axes[0]
     bars = [(bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2)) for bar in axes.patches]
     assert bars == [(0.0, 2.0, 0), (2.0, 2.0, 0), (4.0, 6.0, 1)]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["distilled", "control"]
@@ -123,7 +123,7 @@ def test_alignment_shows_windows_and_sizes():
 
 @pytest.mark.parametrize("theme", style.THEMES)
 def test_a_picture_is_a_small_png_in_its_themes_colours(theme):
-    made = plots.loss_shares([train(1), train(2)], theme)
+    made = figures.loss_shares([train(1), train(2)], theme)
     image = made._repr_png_()
     assert image.startswith(b"\x89PNG")
     assert len(image) < 30_000
@@ -135,7 +135,7 @@ def test_a_picture_is_a_small_png_in_its_themes_colours(theme):
     ["learning_curves", "loss_shares", "gradient_shares", "routing", "averaging", "memory", "throughput", "sessions"],
 )
 def test_figures_of_a_run_that_has_no_records_yet_are_drawn(name):
-    assert getattr(plots, name)([]).png()
+    assert getattr(figures, name)([]).png()
 
 
 def test_pieces_are_coloured_alike_on_both_sides_and_nothing_is_markup():
@@ -174,7 +174,7 @@ def test_the_page_holds_every_figure_after_the_verdict_and_what_to_trust(setting
 
 def test_several_runs_are_compared_over_their_time_with_one_control():
     one = [evaluated(1, 3.0), evaluated(2, 2.0), evaluated(2, 9.0, averaged=True), evaluated(3, 2.5, "ce_only")]
-    axes = plots.compared({"a way": one, "another": [evaluated(4, 1.0), evaluated(5, 7.0, "ce_only")]}).axes[0]
+    axes = figures.compared({"a way": one, "another": [evaluated(4, 1.0), evaluated(5, 7.0, "ce_only")]}).axes[0]
     assert lines(axes) == {
         "a way": [(2.0, 3.0), (4.0, 2.0)],
         "another": [(8.0, 1.0)],

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kdlib import env, files
+from kdlib import environment, files
 
 CHILD = """
 import os, signal, sys
@@ -70,7 +70,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new(kind, begun, tmp_path):
         files.remove(path.parent)
         start()
         command = [sys.executable, "-c", CHILD, str(path), kind, str(kill_at)]
-        ended = subprocess.run(command, env=env.of_a_process(), check=False).returncode
+        ended = subprocess.run(command, env=environment.of_a_process(), check=False).returncode
         if ended == 0:
             break
         assert ended == -signal.SIGKILL

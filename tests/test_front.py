@@ -7,7 +7,8 @@ import time
 import jupyter_client.manager
 import pytest
 
-from kdlib import env, records
+from kdlib import environment, files
+from kdlib.session import run_folder
 
 CELL = """
 from kdlib import Config, cli, dashboard, distill
@@ -63,7 +64,7 @@ def tells(words):
 @pytest.fixture
 def talk(tmp_path):
     manager, client = jupyter_client.manager.start_new_kernel(
-        cwd=str(tmp_path), env=env.of_a_process(), extra_arguments=["--log-level=40"]
+        cwd=str(tmp_path), env=environment.of_a_process(), extra_arguments=["--log-level=40"]
     )
     yield Talk(client)
     client.stop_channels()
@@ -89,10 +90,10 @@ def test_clicks_are_heard_while_the_cell_runs_and_the_next_cell_waits(settings, 
     assert [c["data"].keys() & {"image/png"} for c in talk.of("display_data")] == [set()]
     ends = [m["parent_header"]["msg_id"] for m in talk.said for cell in (first, second, third) if is_end_of(cell)(m)]
     assert ends == [first, second, third]
-    run = records.RunFolder(tmp_path / "run")
+    run = run_folder.RunFolder(tmp_path / "run")
     assert run.last_status()["state"] == "paused"
     assert len(list(run.checkpoints.glob("step-*"))) == 2
-    assert sum(bool(r.get("asked")) for r in records.read_records(run.records.path)) == 1
+    assert sum(bool(r.get("asked")) for r in files.read_records(run.records.path)) == 1
 
 
 def test_with_nobody_in_front_there_is_one_plain_picture_at_the_end(settings, tmp_path, talk):

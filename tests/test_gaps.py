@@ -8,9 +8,14 @@ import shutil
 
 import pytest
 
-from kdlib import charts, cli, dashboard, evaluate, leg, plots, records, report, session, style, verdict
-from kdlib.cockpit import cockpit
+from kdlib import cli
 from kdlib.config import Config
+from kdlib.evaluation import scoring, verdict
+from kdlib.files import _plain, read_json, read_records, write_json
+from kdlib.report import charts, figures, live_panel, style
+from kdlib.report.html import os, read_run, write_report
+from kdlib.report.live_figure import cockpit
+from kdlib.session import arm, run_folder, session
 
 PLOTS = (
     "learning_curves", "loss_shares", "gradient_shares", "routing", "averaging", "memory", "throughput", "sessions",
@@ -30,7 +35,7 @@ def run(tmp_path_factory, pair):
     )  # fmt: skip
     list(session.distill(config, out))
     alert = {"kind": "alert", "run": "distilled", "repeat": 0, "step": 2, "session": 1, "sign": "x", "part": None}
-    records.Records(out / "records.jsonl").append({**alert, "meaning": "a sign", "advice": "look"})
+    run_folder.Records(out / "records.jsonl").append({**alert, "meaning": "a sign", "advice": "look"})
     return out
 
 
@@ -62,17 +67,17 @@ def nulled(value, new=None):
 
 def draw_records(found):
     """Every figure of records, the panel, the cockpit and the alerts, as pictures where `png` asks for them."""
-    made = [getattr(plots, name)(found) for name in PLOTS]
-    made += [plots.compared({"one": found, "two": found}), cockpit(found)]
-    assert plots.measured(found, "grad_shares") in (True, False)
-    seen = dashboard.Seen()
+    made = [getattr(figures, name)(found) for name in PLOTS]
+    made += [figures.compared({"one": found, "two": found}), cockpit(found)]
+    assert figures.measured(found, "grad_shares") in (True, False)
+    seen = live_panel.Seen()
     for record in found:
         seen.add(record, 0.0)
-        assert dashboard._headline(seen) and dashboard._bars(seen, 1.0)
+        assert live_panel._headline(seen) and live_panel._bars(seen, 1.0)
         if record["kind"] == "alert":
-            assert "a sign" in dashboard._alert(record)
-    facts = leg.Leg("distilled", 0, 4, 4, 4).facts()
-    leg.Leg.from_facts(facts, None, found)
+            assert "a sign" in live_panel._alert(record)
+    facts = arm.Leg("distilled", 0, 4, 4, 4).facts()
+    arm.Leg.from_facts(facts, None, found)
     return made
 
 
@@ -83,14 +88,14 @@ def fields(found):
 
 @pytest.mark.parametrize("new", [None, math.nan, math.inf])
 def test_every_figure_bears_records_without_a_number(run, new):
-    found = records.read_records(run / "records.jsonl")
+    found = read_records(run / "records.jsonl")
     for made in draw_records([nulled(record, new) for record in found]):
         assert made.png()
 
 
 def test_every_figure_bears_any_field_that_is_null(run):
     """In all records of a kind, and in one alone between others that have it."""
-    found = records.read_records(run / "records.jsonl")
+    found = read_records(run / "records.jsonl")
     assert len(fields(found)) > 40
     for kind, *path in fields(found):
         changed = copy.deepcopy(found)
@@ -108,10 +113,10 @@ def test_every_figure_bears_any_field_that_is_null(run):
 
 
 def test_a_gap_is_drawn_where_a_number_is_null(run):
-    found = records.read_records(run / "records.jsonl")
+    found = read_records(run / "records.jsonl")
     scored = [r for r in found if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == "distilled"]
     scored[0]["bits_per_byte"] = None
-    line = next(line for line in plots.learning_curves(found).axes[0].lines if line.get_label() == "distilled")
+    line = next(line for line in figures.learning_curves(found).axes[0].lines if line.get_label() == "distilled")
     drawn = [r["bits_per_byte"] for r in scored if not r["averaged"]]
     assert math.isnan(line.get_ydata()[0]) and list(line.get_ydata()[1:]) == drawn[1:]
 
@@ -130,7 +135,7 @@ def of_a_verdict(found):
 
 
 def test_every_chart_bears_a_verdict_without_numbers(run):
-    found = records.read_json(run / "verdict.json")
+    found = read_json(run / "verdict.json")
     for new in (None, math.nan, math.inf):
         for made in of_a_verdict(nulled(found, new)):
             assert made.png()
@@ -142,12 +147,12 @@ def test_every_chart_bears_a_verdict_without_numbers(run):
                 put(changed, path, None)
         list(of_a_verdict(changed))
     endless = {**found, "interval": [-math.inf, math.inf]}  # one document alone
-    for made in of_a_verdict(endless), of_a_verdict(json.loads(json.dumps(records._plain(endless)))):
+    for made in of_a_verdict(endless), of_a_verdict(json.loads(json.dumps(_plain(endless)))):
         assert all(each.png() for each in made)
 
 
 def test_every_chart_bears_a_look_inside_without_numbers(run):
-    found = records.read_json(run / "figures" / "inside.json")
+    found = read_json(run / "figures" / "inside.json")
     for new in (None, math.nan):
         for name in OF_INSIDE:
             assert getattr(charts, name)(nulled(found, new)).png()
@@ -157,23 +162,23 @@ def test_the_page_bears_files_without_numbers(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for name in ("status", "verdict", "config", "env", "figures/inside"):
         path = tmp_path / "run" / f"{name}.json"
-        path.write_text(json.dumps(nulled(records.read_json(path))))
-    found = records.read_records(run / "records.jsonl")
+        path.write_text(json.dumps(nulled(read_json(path))))
+    found = read_records(run / "records.jsonl")
     lines = "".join(json.dumps(nulled(record)) + "\n" for record in found)
     (tmp_path / "run" / "records.jsonl").write_text(lines)
-    page = report.write_report(tmp_path / "run").read_text()
+    page = write_report(tmp_path / "run").read_text()
     assert "– of the student&#x27;s tokens" in page
     assert "<td>–</td>" in page
 
 
 def test_scores_bear_null(run):
     """What a checkpoint or a cache keeps of a score has null for NaN."""
-    score = evaluate.Score(2.0, 9.0, 0.5, 0.25, bits := evaluate.np.array([8.0, 4.0]), bits / 2)
+    score = scoring.Score(2.0, 9.0, 0.5, 0.25, bits := scoring.np.array([8.0, 4.0]), bits / 2)
     kept = json.loads(json.dumps(score.to_dict()))
-    found = records.read_json(run / "verdict.json")
+    found = read_json(run / "verdict.json")
     kept["retention"] = found["retention"]["distilled"]
     for name in ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement", "bits", "retention"):
-        torn = evaluate.Score.from_dict({**kept, name: nulled(kept[name]) if name in ("bits", "retention") else None})
+        torn = scoring.Score.from_dict({**kept, name: nulled(kept[name]) if name in ("bits", "retention") else None})
         named = {
             "teacher": torn,
             "student_before": torn,
@@ -181,8 +186,8 @@ def test_scores_bear_null(run):
             "distilled": verdict.mean_score([torn, torn]),
         }
         answer = verdict.make_verdict("full", named, [(torn, torn)] * 2)
-        list(of_a_verdict(json.loads(json.dumps(records._plain(answer)))))
-    assert evaluate.Score.from_dict(kept).summary() == score.summary()
+        list(of_a_verdict(json.loads(json.dumps(_plain(answer)))))
+    assert scoring.Score.from_dict(kept).summary() == score.summary()
 
 
 AT = {"step": 0, "max_steps": 4, "elapsed_s": 1.0, "sessions": 1}
@@ -216,7 +221,7 @@ def test_a_run_that_has_not_trained_has_a_page_that_says_so(run, tmp_path, capsy
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     page = (out / "report.html").read_text()
     assert f"<h1>The run is {html.escape(title)}</h1>" in page
-    assert report.read_run(out).records == []
+    assert read_run(out).records == []
 
 
 @pytest.mark.parametrize(
@@ -226,7 +231,7 @@ def test_a_page_is_written_without_any_one_of_the_files(run, tmp_path, missing):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (shutil.rmtree if missing == "figures" else type(out).unlink)(out / missing)
-    page = report.write_report(out).read_text()
+    page = write_report(out).read_text()
     assert ("What to trust" in page) == (missing != "verdict.json")
     assert (missing == "verdict.json") == ("<h1>The run is complete. Its verdict.json can&#x27;t be read.</h1>" in page)
 
@@ -235,9 +240,9 @@ def test_a_page_without_samples_and_looks_is_written(run, tmp_path):
     """The look inside is allowed to fail."""
     out = tmp_path / "run"
     shutil.copytree(run, out)
-    records.write_json(out / "figures" / "inside.json", {"without": "the models could not be watched"})
-    records.write_json(out / "verdict.json", {**records.read_json(out / "verdict.json"), "samples": {}})
-    page = report.write_report(out).read_text()
+    write_json(out / "figures" / "inside.json", {"without": "the models could not be watched"})
+    write_json(out / "verdict.json", {**read_json(out / "verdict.json"), "samples": {}})
+    page = write_report(out).read_text()
     assert "No look inside the models: the models could not be watched." in page
     assert "What they write" not in page
 
@@ -255,13 +260,13 @@ def test_a_folder_that_holds_no_run_is_refused_in_one_line(tmp_path, capsys, con
 
 def test_a_run_that_lies_in_a_folder_for_reading_only_is_drawn_elsewhere(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report.os, "access", lambda path, mode: path != run)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run)
     before = sorted(run.rglob("*"))
-    assert report.write_report(run) == tmp_path / "report.html"
+    assert write_report(run) == tmp_path / "report.html"
     assert sorted(run.rglob("*")) == before
 
 
 def test_a_panel_goes_on_with_a_run_that_has_no_records_yet(tmp_path, monkeypatch):
-    panel = dashboard.Panel(tmp_path / "run")
+    panel = live_panel.Panel(tmp_path / "run")
     panel.show({"kind": "start", "resumed": "step-00000000", "session_s": math.inf, "session_left_s": math.inf})
     assert panel.problem is None

@@ -14,8 +14,12 @@ import torch
 from families import LINES
 from processes import together
 
-from kdlib import cli, doctor, machine, memory, precision, records, samples, session, tiny
+from kdlib import cli, demo, doctor, machine, memory
 from kdlib.config import Config
+from kdlib.evaluation import samples
+from kdlib.files import read_json
+from kdlib.models import devices
+from kdlib.session import session
 
 HOUSE = Path(__file__).parent.parent
 GIB = 2**30
@@ -66,17 +70,17 @@ def _short_samples(monkeypatch):
 def small_default(tmp_path_factory, monkeypatch):
     """An embedded default whose teacher takes three steps on a few lines."""
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(tiny, "docstrings", lambda *_: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(150)})
-    monkeypatch.setitem(tiny.TEACHER, "vocab", 320)
-    monkeypatch.setitem(tiny.STUDENT, "vocab", 400)
-    monkeypatch.setattr(tiny, "prepare", functools.partial(tiny.prepare, steps=3))
+    monkeypatch.setattr(demo, "docstrings", lambda *_: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(150)})
+    monkeypatch.setitem(demo.TEACHER, "vocab", 320)
+    monkeypatch.setitem(demo.STUDENT, "vocab", 400)
+    monkeypatch.setattr(demo, "prepare", functools.partial(demo.prepare, steps=3))
 
 
 def test_an_accelerator_is_made_in_one_place():
     files = [path for folder in ("kdlib", "benchmarks") for path in (HOUSE / folder).rglob("*.py")]
     files += [*(HOUSE / "notebooks").glob("*.ipynb"), *(HOUSE / "kaggle").glob("*.py")]
     made = [path.name for path in files if re.search(r"Accelerator\(|import Accelerator", path.read_text("utf-8"))]
-    assert made == ["precision.py"]
+    assert made == ["devices.py"]
 
 
 @pytest.mark.parametrize(
@@ -91,16 +95,16 @@ def test_an_accelerator_is_made_in_one_place():
 )
 def test_what_a_card_computes_in_is_what_it_has_units_for(monkeypatch, names, arithmetic, teacher):
     put_in(monkeypatch, names)
-    made = precision.accelerator("auto")
+    made = devices.accelerator("auto")
     assert (made.mixed_precision, made.device.type) == (arithmetic, "cuda")
     assert (made.scaler is not None) == (arithmetic == "fp16")
-    assert precision.teacher_device("auto", made) == torch.device(teacher)
-    assert precision.teacher_device("cpu", made) == torch.device("cpu")
+    assert devices.teacher_device("auto", made) == torch.device(teacher)
+    assert devices.teacher_device("cpu", made) == torch.device("cpu")
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}[arithmetic]
-    assert precision.teacher_dtype(made, teacher) == half
-    assert precision.teacher_dtype(made, "cpu") == torch.float32
+    assert devices.teacher_dtype(made, teacher) == half
+    assert devices.teacher_dtype(made, "cpu") == torch.float32
     with pytest.raises(ValueError, match=f"cuda:2, and this machine has {len(names)} cards"):
-        precision.teacher_device("cuda:2", made)
+        devices.teacher_device("cuda:2", made)
     assert memory.usage(made.device) == {"used_bytes": GIB, "total_bytes": CARDS[names[0]][1]}
 
 
@@ -111,10 +115,10 @@ def test_the_doctor_says_of_a_card_what_a_run_does_on_it(monkeypatch, names):
     named = "cards 0, 1" if len(names) > 1 else "card 0"
     name, size, capability, _ = CARDS[names[0]]
     assert found[named].value.startswith(name) and found[named].number == size
-    assert found[f"arithmetic, {named}"].value == precision.accelerator("auto").mixed_precision
+    assert found[f"arithmetic, {named}"].value == devices.accelerator("auto").mixed_precision
     assert found[f"kernels, {named}"].state == "ok"
     assert (found[f"Triton, {named}"].value == "possible") == (capability >= (7, 0))
-    assert ("teacher's place" in found) == (precision.teacher_device("auto", precision.accelerator("auto")).index == 1)
+    assert ("teacher's place" in found) == (devices.teacher_device("auto", devices.accelerator("auto")).index == 1)
 
 
 def test_the_doctor_sees_a_build_without_kernels_for_the_card(monkeypatch):
@@ -127,37 +131,37 @@ def test_the_doctor_sees_a_build_without_kernels_for_the_card(monkeypatch):
 @pytest.mark.parametrize(("names", "arithmetic"), [(["T4"], "fp16"), (["A100"], "bf16")])
 def test_after_an_accelerator_for_the_processor_the_card_is_taken(monkeypatch, names, arithmetic):
     put_in(monkeypatch, names)
-    first = precision.accelerator("fp32", cpu=True)
-    second = precision.accelerator("auto")
+    first = devices.accelerator("fp32", cpu=True)
+    second = devices.accelerator("auto")
     assert (second.device.type, second.mixed_precision) == ("cuda", arithmetic)
     assert (first.device.type, first.mixed_precision, first.scaler) == ("cpu", "no", None)
-    assert precision.accelerator("auto", cpu=True).mixed_precision == "no"
+    assert devices.accelerator("auto", cpu=True).mixed_precision == "no"
     with pytest.raises(ValueError, match="fp16 needs a CUDA card"):
-        precision.accelerator("fp16", cpu=True)
+        devices.accelerator("fp16", cpu=True)
 
 
 @pytest.mark.parametrize(("names", "arithmetic"), [(["T4"], "fp16"), (["A100"], "bf16")])
 def test_after_the_demos_preparation_a_card_may_be_used(monkeypatch, small_default, names, arithmetic):
     """The preparation trains on the processor, in fp32, whatever card there is."""
     put_in(monkeypatch, names)
-    tiny.small(3, 2000, 5000)
-    made = precision.accelerator("auto")
+    demo.small(3, 2000, 5000)
+    made = devices.accelerator("auto")
     assert (made.device.type, made.mixed_precision) == ("cuda", arithmetic)
 
 
 def test_a_machine_told_to_use_its_processor_has_no_cards_arithmetic(monkeypatch):
     put_in(monkeypatch, ["T4"])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    made = precision.accelerator("auto")
+    made = devices.accelerator("auto")
     assert (made.device.type, made.mixed_precision) == ("cpu", "no")
     with pytest.raises(ValueError, match="fp16 needs a CUDA card"):
-        precision.accelerator("fp16")
+        devices.accelerator("fp16")
 
 
 def test_an_accelerator_in_use_keeps_its_arithmetic_when_another_is_made(monkeypatch):
     """accelerate asks the state of the process for it, in `autocast` and in `prepare`."""
     put_in(monkeypatch, ["T4"])
-    half, whole = precision.accelerator("fp16"), precision.accelerator("bf16")
+    half, whole = devices.accelerator("fp16"), devices.accelerator("bf16")
     for made, dtype in ((half, torch.float16), (whole, torch.bfloat16), (half, torch.float16)):
         with made.autocast():
             assert torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == dtype
@@ -168,20 +172,20 @@ def test_an_accelerator_in_use_keeps_its_arithmetic_when_another_is_made(monkeyp
 
 
 def test_an_accelerator_that_is_refused_changes_nothing(monkeypatch):
-    made = precision.accelerator("bf16")
+    made = devices.accelerator("bf16")
     with pytest.raises(ValueError, match="Unknown mixed_precision"):
-        precision.accelerator("int3")
+        devices.accelerator("int3")
     assert accelerate.state.AcceleratorState._shared_state is made.states[1]
 
 
 def test_a_temporary_accelerator_leaves_what_was_chosen_before():
     before = accelerate.Accelerator(cpu=True)
-    with precision.temporary_accelerator("bf16") as made:
+    with devices.temporary_accelerator("bf16") as made:
         assert accelerate.state.AcceleratorState().mixed_precision == made.mixed_precision == "bf16"
     assert accelerate.state.AcceleratorState().mixed_precision == before.mixed_precision
-    abandoned = precision.temporary_accelerator("bf16")
+    abandoned = devices.temporary_accelerator("bf16")
     abandoned.__enter__()
-    later = precision.accelerator("fp32")
+    later = devices.accelerator("fp32")
     abandoned.__exit__(None, None, None)  # as the collector may do at any time
     assert accelerate.state.AcceleratorState._shared_state is later.states[1]
 
@@ -218,16 +222,16 @@ def test_a_session_in_the_middle_of_another_changes_neither(settings, tmp_path):
 
 
 def in_a_launch():
-    with precision.temporary_accelerator("bf16"):
+    with devices.temporary_accelerator("bf16"):
         pass
     assert accelerate.PartialState().num_processes == 2  # what accelerate's functions ask
-    first = precision.accelerator("fp32", cpu=True)
+    first = devices.accelerator("fp32", cpu=True)
     group = torch.distributed.group.WORLD
     for amp_dtype in ("bf16", "fp32"):
-        made = precision.accelerator(amp_dtype)
+        made = devices.accelerator(amp_dtype)
         assert made.num_processes == first.num_processes == 2
         assert made.reduce(torch.ones(1), "sum").item() == 2.0
-    with precision.temporary_accelerator("bf16", cpu=True) as made:
+    with devices.temporary_accelerator("bf16", cpu=True) as made:
         assert made.num_processes == 2
     assert torch.distributed.group.WORLD is group
     assert accelerate.PartialState().num_processes == 2
@@ -239,10 +243,10 @@ def test_the_process_group_of_a_launch_is_kept():
 
 def test_in_a_launch_all_processes_share_a_kind_of_device(monkeypatch):
     made = []
-    monkeypatch.setattr(precision, "Accelerator", lambda **settings: made.append(settings))
-    precision.accelerator("fp32", cpu=True)
+    monkeypatch.setattr(devices, "Accelerator", lambda **settings: made.append(settings))
+    devices.accelerator("fp32", cpu=True)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    precision.accelerator("fp32", cpu=True)
+    devices.accelerator("fp32", cpu=True)
     assert [settings["cpu"] for settings in made] == [True, False]
 
 
@@ -264,7 +268,7 @@ def command(name, settings, out):
 
 @pytest.mark.parametrize("name", ["demo", "distill", "doctor", "cache", "evaluate"])
 def test_every_command_runs_in_any_arithmetic_after_any_other(settings, small_default, tmp_path, name, capsys):
-    precision.accelerator("fp32", cpu=True)
+    devices.accelerator("fp32", cpu=True)
     for amp_dtype in ("bf16", "fp32"):
         words = [*command(name, settings, tmp_path / amp_dtype), "--amp-dtype", amp_dtype]
         assert cli.main(words) == 0, capsys.readouterr().err
@@ -310,5 +314,5 @@ def test_every_notebook_runs_in_any_arithmetic_after_any_other(small_default, tm
         for source in cells:
             exec(compile(source.replace('"small-run"', repr(amp_dtype)), name, "exec"), names)
         (status, *_) = sorted(tmp_path.glob(f"{amp_dtype}*/**/status.json")) or [tmp_path / "status.json"]
-        assert records.read_json(status)["state"] == "complete"
-        assert records.read_json(status.parent / "config.json")["amp_dtype"] == amp_dtype
+        assert read_json(status)["state"] == "complete"
+        assert read_json(status.parent / "config.json")["amp_dtype"] == amp_dtype

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import Config, distill, env, kernel, records
+from kdlib import Config, distill, environment, kaggle
+from kdlib.session import run_folder
 
 NEW = {
     "pair": "datasets/ann/pair", "qwen": "models/q/qwen/transformers/0.6b/1", "run": "notebooks/ann/kdlib-distill/run",
@@ -41,23 +42,23 @@ def mounted(request, tmp_path, monkeypatch):
 
 def test_inputs_are_found_by_their_marks_in_either_layout(mounted):
     root, layout = mounted
-    assert kernel.located("qwen", "model") == str(root / layout["qwen"])
-    assert kernel.located("qwen/transformers/0.6b/1", "model") == str(root / layout["qwen"])
-    assert kernel.located("/kaggle/input/pair/student", "model") == str(root / layout["pair"] / "student")
-    assert kernel.located("/kaggle/input/datasets/ann/pair/student", "model") == str(root / layout["pair"] / "student")
-    assert kernel.located("pair/texts", "text") == str(root / layout["pair"] / "texts")
-    assert kernel.located("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
+    assert kaggle.located("qwen", "model") == str(root / layout["qwen"])
+    assert kaggle.located("qwen/transformers/0.6b/1", "model") == str(root / layout["qwen"])
+    assert kaggle.located("/kaggle/input/pair/student", "model") == str(root / layout["pair"] / "student")
+    assert kaggle.located("/kaggle/input/datasets/ann/pair/student", "model") == str(root / layout["pair"] / "student")
+    assert kaggle.located("pair/texts", "text") == str(root / layout["pair"] / "texts")
+    assert kaggle.located("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
 
 
 def test_a_config_walks_what_is_mounted_once(mounted, monkeypatch):
     root, layout = mounted
-    walks, real = [], kernel._mounted
-    monkeypatch.setattr(kernel, "_mounted", lambda: walks.append(1) or real())
+    walks, real = [], kaggle._mounted
+    monkeypatch.setattr(kaggle, "_mounted", lambda: walks.append(1) or real())
     settings = {"eval_dataset": "texts/b.jsonl", "teacher_cache": "elsewhere"}
-    config = kernel.config("qwen", "pair/student", "texts/a.jsonl, imdb", settings)
+    config = kaggle.config("qwen", "pair/student", "texts/a.jsonl, imdb", settings)
     assert config.eval_dataset == str(root / layout["pair"] / "texts" / "b.jsonl")
     assert len(walks) == 1
-    kernel.config("qwen", "", "", {})
+    kaggle.config("qwen", "", "", {})
     assert len(walks) == 2  # what was attached meanwhile is seen
 
 
@@ -67,24 +68,24 @@ def test_mounted_text_is_all_that_is_read_as_text(mounted, name):
     folder = root / layout["pair"] / "words"
     folder.mkdir()
     (folder / name).touch()
-    assert kernel.located("words", "text") == str(folder)
-    assert kernel.located("pair/words/" + name, "text") == str(folder / name)
+    assert kaggle.located("words", "text") == str(folder)
+    assert kaggle.located("pair/words/" + name, "text") == str(folder / name)
 
 
 def test_a_model_next_to_texts_is_no_text(mounted):
     root, layout = mounted
-    assert kernel.located("pair", "text") == str(root / layout["pair"] / "texts")
+    assert kaggle.located("pair", "text") == str(root / layout["pair"] / "texts")
 
 
 def test_what_is_not_mounted_is_left_as_it_is(mounted, tmp_path):
     for name in ("Qwen/Qwen3-0.6B", "", str(tmp_path), "0.6", "texts/c.jsonl"):
-        assert kernel.located(name, "model") == name
+        assert kaggle.located(name, "model") == name
 
 
 def test_several_texts_are_found_one_by_one(mounted):
     root, layout = mounted
     texts = root / layout["pair"] / "texts"
-    assert kernel.located("texts/a.jsonl, texts/b.jsonl", "text") == f"{texts / 'a.jsonl'},{texts / 'b.jsonl'}"
+    assert kaggle.located("texts/a.jsonl, texts/b.jsonl", "text") == f"{texts / 'a.jsonl'},{texts / 'b.jsonl'}"
 
 
 def test_two_candidates_are_refused(mounted):
@@ -94,40 +95,40 @@ def test_two_candidates_are_refused(mounted):
     (other / "config.json").write_text("{}")
     (other / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"'qwen' fits 2 inputs: .*0.6b/1, .*1.7b/1; give the full path"):
-        kernel.located("qwen", "model")
-    assert kernel.located("qwen/transformers/1.7b/1", "model") == str(other)
+        kaggle.located("qwen", "model")
+    assert kaggle.located("qwen/transformers/1.7b/1", "model") == str(other)
 
 
 def test_the_previous_session_is_found_and_two_are_refused(mounted, tmp_path):
     root, layout = mounted
-    assert kernel.previous(tmp_path / "run") == str(root / layout["run"])
-    assert kernel.previous(tmp_path / "run", "never") == "never"
-    assert kernel.previous(tmp_path / "run", "/a/path") == "/a/path"
+    assert kaggle.previous(tmp_path / "run") == str(root / layout["run"])
+    assert kaggle.previous(tmp_path / "run", "never") == "never"
+    assert kaggle.previous(tmp_path / "run", "/a/path") == "/a/path"
     begun_only = root / "elsewhere" / "run"
     begun_only.mkdir(parents=True)
     (begun_only / "status.json").write_text('{"state": "failed"}')
     (begun_only / "config.json").write_text('{"kd_method": "none"}')
-    assert kernel.previous(tmp_path / "run") == str(root / layout["run"])  # nothing to go on with in the other
+    assert kaggle.previous(tmp_path / "run") == str(root / layout["run"])  # nothing to go on with in the other
     (begun_only / "verdict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"2 runs are mounted: .*; set resume to one of them, or to never"):
-        kernel.previous(tmp_path / "run")
+        kaggle.previous(tmp_path / "run")
 
 
 def test_a_run_in_the_folder_goes_before_a_mounted_one(mounted, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"kd_method": "none"}')
-    assert kernel.previous(tmp_path / "run") == "auto"
+    assert kaggle.previous(tmp_path / "run") == "auto"
 
 
 def test_a_config_of_a_kernel_has_its_inputs_and_its_end(mounted, monkeypatch):
     root, layout = mounted
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    config = kernel.config("qwen", "pair/student", "pair/texts", {"max_steps": 3})
+    config = kaggle.config("qwen", "pair/student", "pair/texts", {"max_steps": 3})
     assert config.teacher == str(root / layout["qwen"]) and config.max_steps == 3
     assert config.time_budget == "11h"
-    assert kernel.config("a", "b", "c", {}, "40m").time_budget == "40m"
+    assert kaggle.config("a", "b", "c", {}, "40m").time_budget == "40m"
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
-    assert kernel.config("a", "b", "c", {}).time_budget == ""
+    assert kaggle.config("a", "b", "c", {}).time_budget == ""
 
 
 def test_the_age_of_a_session_is_that_of_its_machine(tmp_path, monkeypatch):
@@ -135,9 +136,9 @@ def test_the_age_of_a_session_is_that_of_its_machine(tmp_path, monkeypatch):
     (tmp_path / "1" / "stat").write_text("1 (a (b) c) S " + " ".join(["0"] * 18 + ["500"] + ["0"] * 20))
     (tmp_path / "uptime").write_text("125.5 30.0")
     monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
-    assert env.session_age_s() == 0.0
+    assert environment.session_age_s() == 0.0
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert env.session_age_s() == 125.5 - 500 / env.os.sysconf("SC_CLK_TCK")
+    assert environment.session_age_s() == 125.5 - 500 / environment.os.sysconf("SC_CLK_TCK")
 
 
 UNREADABLE = {
@@ -154,7 +155,7 @@ def test_a_machine_that_does_not_tell_its_age_began_now(tmp_path, monkeypatch, n
         (tmp_path / path).write_text(text)
     monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert env.session_age_s() == 0.0
+    assert environment.session_age_s() == 0.0
 
 
 def without(monkeypatch, module, name, error):
@@ -172,31 +173,31 @@ def test_a_system_without_sysconf_began_now(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_PROC", str(tmp_path))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     for error in (None, ValueError("unrecognized configuration name")):
-        without(monkeypatch, env.os, "sysconf", error)
-        assert env.session_age_s() == 0.0
+        without(monkeypatch, environment.os, "sysconf", error)
+        assert environment.session_age_s() == 0.0
 
 
 @pytest.mark.parametrize("error", [None, OSError("not permitted")])
 def test_a_system_that_does_not_tell_its_processors_has_one(monkeypatch, error):
-    monkeypatch.setattr(env.os, "cpu_count", lambda: 3)
-    without(monkeypatch, env.os, "sched_getaffinity", error)
-    assert env.num_processors() == 3
-    monkeypatch.setattr(env.os, "cpu_count", lambda: None)
-    assert env.num_processors() == env.describe()["processors"] == 1
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 3)
+    without(monkeypatch, environment.os, "sched_getaffinity", error)
+    assert environment.num_processors() == 3
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: None)
+    assert environment.num_processors() == environment.describe()["processors"] == 1
 
 
 def test_a_disk_that_does_not_tell_is_not_full(tmp_path, monkeypatch):
-    assert env.free_bytes(tmp_path / "nowhere") == math.inf
+    assert environment.free_bytes(tmp_path / "nowhere") == math.inf
     for error in (None, OSError("statvfs fails")):
-        without(monkeypatch, env.shutil, "disk_usage", error)
-        assert env.free_bytes(tmp_path) == math.inf
+        without(monkeypatch, environment.shutil, "disk_usage", error)
+        assert environment.free_bytes(tmp_path) == math.inf
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert env.free_bytes(tmp_path) == env.KEPT_BYTES
+    assert environment.free_bytes(tmp_path) == environment.KEPT_BYTES
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert env.free_bytes(tmp_path) == math.inf
+    assert environment.free_bytes(tmp_path) == math.inf
 
 
 def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeypatch):
@@ -209,8 +210,8 @@ def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     links = sum((tmp_path / name).lstat().st_size for name in ("link", "torn"))
-    assert env.free_bytes("run") == env.KEPT_BYTES - 4000 - links
-    real = env.os.scandir
+    assert environment.free_bytes("run") == environment.KEPT_BYTES - 4000 - links
+    real = environment.os.scandir
 
     @contextlib.contextmanager
     def vanishing(folder):
@@ -223,8 +224,8 @@ def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeyp
             (tmp_path / "b").rmdir()
         yield sorted(listed, key=lambda entry: entry.name != "second")  # what is gone comes first
 
-    monkeypatch.setattr(env.os, "scandir", vanishing)
-    assert env.free_bytes("run") == env.KEPT_BYTES - 2000 - links
+    monkeypatch.setattr(environment.os, "scandir", vanishing)
+    assert environment.free_bytes("run") == environment.KEPT_BYTES - 2000 - links
 
 
 def test_a_complete_run_is_taken_over_whole(settings, tmp_path):
@@ -244,20 +245,20 @@ def test_a_kernel_writes_no_more_than_kaggle_keeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights").write_bytes(b"0" * 3000)
-    monkeypatch.setattr(env, "KEPT_BYTES", 10_000)
-    assert env.free_bytes("run") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
+    monkeypatch.setattr(environment, "KEPT_BYTES", 10_000)
+    assert environment.free_bytes("run") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert env.free_bytes("run") == 7000
-    assert env.free_bytes("/") == pytest.approx(shutil.disk_usage("/").free, rel=0.01)
-    assert kernel.config("a", "b", "c", {"keep_checkpoints": 90}).keep_checkpoints == 20
-    assert kernel.config("a", "b", "c", {"keep_checkpoints": 3}).keep_checkpoints == 3
+    assert environment.free_bytes("run") == 7000
+    assert environment.free_bytes("/") == pytest.approx(shutil.disk_usage("/").free, rel=0.01)
+    assert kaggle.config("a", "b", "c", {"keep_checkpoints": 90}).keep_checkpoints == 20
+    assert kaggle.config("a", "b", "c", {"keep_checkpoints": 3}).keep_checkpoints == 3
 
 
 CELL = "from kdlib import kernel\nwith kernel.guard('run'):\n    {}\nprint('not reached')"
 
 
 def in_kernel(code, folder, kind):
-    surroundings = {**env.os.environ, "KAGGLE_KERNEL_RUN_TYPE": kind}
+    surroundings = {**environment.os.environ, "KAGGLE_KERNEL_RUN_TYPE": kind}
     return subprocess.run(
         [sys.executable, "-c", CELL.format(code)], cwd=folder, env=surroundings, capture_output=True, text=True
     )
@@ -286,16 +287,16 @@ def test_a_failure_before_someones_eyes_is_raised(tmp_path):
 
 @pytest.mark.parametrize("state", ["failed", "paused", "complete"])
 def test_what_a_session_says_of_its_end_stays(tmp_path, state):
-    records.RunFolder(tmp_path / "run").path.mkdir()
+    run_folder.RunFolder(tmp_path / "run").path.mkdir()
     told = {"reason": "goes on from step-00000007", "step": 7, "max_steps": 9}
-    records.RunFolder(tmp_path / "run").status(state, **told)
+    run_folder.RunFolder(tmp_path / "run").status(state, **told)
     assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"state": state, **told}
 
 
 def test_a_session_that_fails_while_it_runs_keeps_its_step(tmp_path):
-    records.RunFolder(tmp_path / "run").path.mkdir()
-    records.RunFolder(tmp_path / "run").status("running", reason="", step=7, max_steps=9, sessions=2)
+    run_folder.RunFolder(tmp_path / "run").path.mkdir()
+    run_folder.RunFolder(tmp_path / "run").status("running", reason="", step=7, max_steps=9, sessions=2)
     assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     reason = "ZeroDivisionError: division by zero"

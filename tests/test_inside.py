@@ -7,15 +7,21 @@ import pytest
 import torch
 from families import reader, tiny_model
 
-from kdlib import data, hooks, inputs, inside, models, tiny
+from kdlib import demo
 from kdlib.config import Config
-from kdlib.corpus import Document
-from kdlib.session import distill
+from kdlib.data import tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.evaluation import internals
+from kdlib.models import hooks, loading
+from kdlib.session import inputs
+from kdlib.session.session import distill
 
 
 def windows_of(text, ours, theirs, length=64):
     document = Document(text)
-    return data.cut_windows(document, *(data.encode(document, each) for each in (ours, theirs)), ours, theirs, length)
+    return windowing.cut_windows(
+        document, *(tokenize.encode(document, each) for each in (ours, theirs)), ours, theirs, length
+    )
 
 
 def hsic_by_hand(x, y):
@@ -38,21 +44,21 @@ def test_layer_similarity_is_the_unbiased_kernel_alignment():
     x, y = random.normal(size=(7, 3)), random.normal(size=(7, 5))
     y[:, :2] += 2 * x[:, :2]
     expected = hsic_by_hand(x, y) / np.sqrt(hsic_by_hand(x, x) * hsic_by_hand(y, y))
-    assert inside.cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-9)
+    assert internals.cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_similarity_does_not_see_rotation_scale_or_offset():
     random = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, generator=random, dtype=torch.float64)
     turned = 3 * x @ torch.linalg.qr(torch.randn(6, 6, generator=random, dtype=torch.float64)).Q + 5
-    assert inside.cka(x, turned) == pytest.approx(1.0)
-    assert abs(inside.cka(x, torch.randn(40, 200, generator=random, dtype=torch.float64))) < 0.2  # no bias by width
+    assert internals.cka(x, turned) == pytest.approx(1.0)
+    assert abs(internals.cka(x, torch.randn(40, 200, generator=random, dtype=torch.float64))) < 0.2  # no bias by width
 
 
 def test_pieces_are_the_text_and_tokens_of_either_side():
     ours, theirs = reader("unigram"), reader("byte_level")
     text = "The cat sat on the mat, and the dog looked."
-    pieces = inside.spans(windows_of(text, ours, theirs)[0], ours, theirs)
+    pieces = internals.spans(windows_of(text, ours, theirs)[0], ours, theirs)
     for piece in pieces:
         assert "".join(piece["student"]).strip() == "".join(piece["teacher"]).strip()
     assert "".join("".join(piece["teacher"]) for piece in pieces) == text
@@ -72,7 +78,7 @@ def test_sizes_count_pieces_by_their_tokens():
         ):
             if stop > row:
                 counts[min(stop - row, 4) - 1, min(end - other, 4) - 1] += 1
-    assert inside.sizes(windows) == pytest.approx(counts / counts.sum(), abs=1e-5)
+    assert internals.sizes(windows) == pytest.approx(counts / counts.sum(), abs=1e-5)
     assert counts.sum() > 5
 
 
@@ -84,7 +90,7 @@ def test_the_attention_map_is_the_models_own(side):
     model = tiny_model(used.tokenizer, 24)
     window = windows_of("The cat sat on the mat, and the dog looked.", ours, theirs)[0]
     rows, ids = getattr(window, f"{side}_rows"), getattr(window, f"{side}_ids")
-    found = inside.attention_map(model, window, side)
+    found = internals.attention_map(model, window, side)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -103,7 +109,7 @@ def test_layers_are_read_at_aligned_positions():
     ours, theirs = reader("unigram"), reader("byte_level")
     model = tiny_model(ours.tokenizer, 16)
     window = windows_of("The cat sat on the mat.", ours, theirs)[0]
-    states = inside.layer_states(model, [window, window], "student")
+    states = internals.layer_states(model, [window, window], "student")
     with torch.no_grad():
         whole = model(torch.from_numpy(window.student_ids)[None], output_hidden_states=True).hidden_states
     assert len(states) == model.config.num_hidden_layers
@@ -145,7 +151,7 @@ def test_any_other_failure_costs_the_look_alone(settings, tmp_path, monkeypatch)
     def fail(*_):
         raise KeyError("ours")
 
-    monkeypatch.setattr(inside, "layer_states", fail)
+    monkeypatch.setattr(internals, "layer_states", fail)
     found = list(distill(Config.from_dict({**settings, "control": "off"}), tmp_path / "run"))
     assert found[-1]["kind"] == "verdict"
     told = json.loads((tmp_path / "run" / "figures" / "inside.json").read_text())
@@ -154,10 +160,10 @@ def test_any_other_failure_costs_the_look_alone(settings, tmp_path, monkeypatch)
 
 
 def test_a_sentence_needs_tokenizers_only(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     text = "The cat sat on the mat, and the dog looked at the cat. Caf\u00e9."
-    tiny.write_jsonl(tmp_path / "text.jsonl", [text])
-    pieces = inside.sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "text.jsonl")}))
+    demo.write_jsonl(tmp_path / "text.jsonl", [text])
+    pieces = internals.sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "text.jsonl")}))
     shown = "".join("".join(piece["teacher"]) for piece in pieces)
     assert shown.strip() == text.replace(
         "\u00e9", "\\xc3\\xa9"
@@ -166,8 +172,8 @@ def test_a_sentence_needs_tokenizers_only(settings, tmp_path, monkeypatch):
 
 def test_a_long_text_is_shown_up_to_a_whole_word(settings, tmp_path):
     words = " ".join(f"word{i}" for i in range(200))
-    tiny.write_jsonl(tmp_path / "long.jsonl", [words])
-    pieces = inside.sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "long.jsonl")}))
+    demo.write_jsonl(tmp_path / "long.jsonl", [words])
+    pieces = internals.sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "long.jsonl")}))
     shown = "".join("".join(piece["teacher"]) for piece in pieces).strip()
-    assert len(shown) <= inside.SHOWN_CHARS
+    assert len(shown) <= internals.SHOWN_CHARS
     assert words[len(shown)] == " "

@@ -11,10 +11,16 @@ import pytest
 import torch
 from families import FAMILIES, LOSSLESS, reader, tiny_model
 
-from kdlib import batching, budget, data, doctor, inputs, session, signals, spelled, tiny, train, walk
+from kdlib import clock, demo, doctor
 from kdlib.config import Config
-from kdlib.corpus import Document
-from kdlib.teacher import TopTokens
+from kdlib.data import batching, tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.losses import partial_tokens
+from kdlib.losses.teacher_signal import TopTokens
+from kdlib.models import teacher_cache, trie
+from kdlib.models.trie import NONE, Trie
+from kdlib.session import inputs, session
+from kdlib.training import loop
 
 PAIRS = [("unigram", "byte_level"), ("byte_level", "sentencepiece_bpe"), ("unigram_nfkc", "byte_level_lower")]
 SPELLINGS = [(1,), (1, 2), (1, 2, 3), (1, 4), (5,), (), (1, 2, 1), (6, 1), (6, 2), (1, 2, 3, 3)]
@@ -25,7 +31,7 @@ APART, JOINED, TAIL = np.arange(7), np.array([0, 1, 2, 6, 2, 1, 7]), 7
 
 
 def trie_of(student, bucket_of=APART, **columns):
-    return spelled.Trie.of(SPELLINGS, student, bucket_of, TAIL, **columns)
+    return Trie.of(SPELLINGS, student, bucket_of, TAIL, **columns)
 
 
 def in_buckets(piece_U, bucket_of=APART):
@@ -37,7 +43,7 @@ def in_buckets(piece_U, bucket_of=APART):
 def saved(folder, texts, student, teacher):
     for seed, (side, name) in enumerate((("student", student), ("teacher", teacher))):
         tokenizer = FAMILIES[name]()
-        tiny.save(tiny_model(tokenizer, 16, 2, seed=seed), tokenizer, folder / side)
+        demo.save(tiny_model(tokenizer, 16, 2, seed=seed), tokenizer, folder / side)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {
         "teacher": str(folder / "teacher"), "student": str(folder / "student"), "dataset": str(folder / "text.jsonl"),
@@ -145,10 +151,10 @@ def agree(spellings, read, whole, piece, student, bucket_of, tail):
 def by_hand(loaded, batch, student):
     """`(kd, positions)`: kd as a mean over common boundaries, and how many of the student's positions have a signal."""
     pair, readers = loaded.pair, (loaded.pair.student_reader, loaded.pair.teacher.reader)
-    buckets, teacher = inputs.buckets_of(pair, "inside_tokens"), copy.deepcopy(pair.teacher.model).double()
+    buckets, teacher = trie.buckets_of(pair, "inside_tokens"), copy.deepcopy(pair.teacher.model).double()
     ours = student(batch.student_ids, attention_mask=batch.student_mask).logits.flatten(0, 1).softmax(-1)
     theirs = teacher(batch.teacher_ids, attention_mask=batch.teacher_mask).logits.flatten(0, 1).softmax(-1).detach()
-    in_pieces = [data.spellings(a, b.vocabulary.tokens) for a, b in itertools.permutations(readers)]
+    in_pieces = [tokenize.spellings(a, b.vocabulary.tokens) for a, b in itertools.permutations(readers)]
     labels = batch.labels.flatten().tolist(), batch.teacher_labels.flatten().tolist()
     total, positions = 0.0, 0
     spans = batch.student_rows, batch.student_stops, batch.teacher_rows, batch.teacher_stops
@@ -242,7 +248,7 @@ def test_a_place_agrees_where_the_texts_own_tokens_are_one_outcome(student, buck
 
 def test_a_walk_knows_what_was_read_since_the_boundary():
     trie = trie_of("wholes")
-    labels = np.array([9, 1, 2, 3, 9, 5, 1, 9, 1, 2, data.IGNORE, 2, 6, 7])
+    labels = np.array([9, 1, 2, 3, 9, 5, 1, 9, 1, 2, windowing.IGNORE, 2, 6, 7])
     firsts, stops = np.array([1, 5, 8, 12, 12]), np.array([5, 8, 11, 12, 14])
     positions, spans, nodes = trie.walk(labels, firsts, stops)
     assert positions.tolist() == [2, 3, 4, 9, 10, 13]
@@ -254,7 +260,7 @@ def test_a_walk_knows_what_was_read_since_the_boundary():
     assert trie.ends[nodes].tolist() == [True, True, True, True, True, False]
     assert trie_of("pieces").ends.tolist() == [False, True, True, True, True]
     assert trie.walk(labels, firsts[:0], stops[:0]).shape == (3, 0)
-    nothing = spelled.Trie.of([(), (1,), (2,)], "pieces", APART, TAIL)
+    nothing = Trie.of([(), (1,), (2,)], "pieces", APART, TAIL)
     assert nothing.walk(labels, firsts, stops).shape == (3, 0)
 
 
@@ -263,12 +269,12 @@ def test_is_zero_where_both_say_the_same_and_where_nothing_is_said():
     wholes = torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.2, 0.1, 0.0, 0.05, 0.15, 0.0]], dtype=torch.float64)
     same = torch.tensor([[0.02, 0.1, 0.6, 0.0, 0.2, 0.04, 0.04], [0.7, 0.25, 0.75, 0.1, 0.1, 0.1, 0.1]]).double()
     nodes, rows = np.array([node_of(tries["wholes"], read) for read in ((1,), (6,))]), np.zeros(2, dtype=np.int64)
-    for trie in tries.values():
-        found = trie.divergence((wholes.log(), rows[:1]), (same.log(), rows[:1]), nodes[:1])
+    for tree in tries.values():
+        found = tree.divergence((wholes.log(), rows[:1]), (same.log(), rows[:1]), nodes[:1])
         assert found.abs().item() < 1e-12
         nothing = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.3, 0.0, 0.1, 0.1, 0.0]]).double().log().requires_grad_()
         given = nothing.clone(), rows[:1]
-        found = trie.divergence(given, (same.log().requires_grad_(), rows[:1]), nodes[:1], "jsd")
+        found = tree.divergence(given, (same.log().requires_grad_(), rows[:1]), nodes[:1], "jsd")
         assert found.item() == 0.0
         assert not torch.autograd.grad(found, nothing, allow_unused=True)[0].any()
     after_6 = tries["wholes"].divergence((wholes.log(), rows), (same.log(), np.array([0, 1])), nodes)
@@ -314,7 +320,7 @@ def test_neither_chunks_nor_micro_batches_change_value_or_gradient(plain, change
 def test_a_teachers_token_is_spelled_as_the_student_reads_it_in_a_text(plain):
     _, loaded = plain
     reader, tokens = loaded.pair.student_reader, loaded.pair.teacher.reader.vocabulary.tokens
-    spellings, first = data.spellings(reader, tokens), data.first_tokens(reader, tokens)
+    spellings, first = tokenize.spellings(reader, tokens), tokenize.first_tokens(reader, tokens)
     assert sum(map(bool, spellings)) > 0.4 * len(tokens)
     assert all(ids[0] == begin for ids, begin in zip(spellings, first.tolist(), strict=True) if ids and begin >= 0)
 
@@ -324,7 +330,7 @@ def test_spellings_are_the_bytes_of_whole_characters(name):
     used = reader(name)
     asked = [None, b"", b" the", "東".encode(), "東".encode()[:2], b"\xff", b" was", "é".encode(), b"cat"]
     asked += reader("byte_level").vocabulary.tokens
-    found = data.spellings(used, asked)
+    found = tokenize.spellings(used, asked)
     assert [found[i] for i in (0, 1, 4, 5)] == [()] * 4
     for token, ids in zip(asked, found, strict=True):
         assert not ids or b"".join(used.vocabulary.tokens[i] for i in ids) == token
@@ -337,7 +343,7 @@ def test_spellings_are_the_bytes_of_whole_characters(name):
 def test_line_breaks_and_blanks_are_spelled_too(name):
     """As they are read behind a word: behind a line break they would be one token with it."""
     used, asked = reader(name), [b"\n", b"\n\n", b"\n    ", b"    ", b"   \n", b"\n\n    ", b" the", b"\n        "]
-    found, first = data.spellings(used, asked), data.first_tokens(used, asked).tolist()
+    found, first = tokenize.spellings(used, asked), tokenize.first_tokens(used, asked).tolist()
     for token, ids, begin in zip(asked, found, first, strict=True):
         assert ids, token
         assert b"".join(used.vocabulary.tokens[i] for i in ids) == token
@@ -349,16 +355,18 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
     """Upper-case letters that one side reads in lower case, a torn character, a prompt."""
     ours, theirs = reader("byte_level_lower"), reader("sentencepiece_bpe")
     tries = [
-        spelled.Trie.of(
-            data.spellings(a, b.vocabulary.tokens), student, np.arange(a.vocabulary.num_rows), a.vocabulary.num_rows
+        Trie.of(
+            tokenize.spellings(a, b.vocabulary.tokens), student, np.arange(a.vocabulary.num_rows), a.vocabulary.num_rows
         )
         for student, (a, b) in zip(("pieces", "wholes"), itertools.permutations((ours, theirs)), strict=True)
     ]
     document = Document("The first item, THE QUICK BROWN FOX, the list 東京 and a dog.")
-    windows = data.cut_windows(document, *(data.encode(document, each) for each in (ours, theirs)), ours, theirs, 400)
+    windows = windowing.cut_windows(
+        document, *(tokenize.encode(document, each) for each in (ours, theirs)), ours, theirs, 400
+    )
     batch = batching.collate(windows)
     changed = set(b"TQUICKBROWNFXHE")
-    walked, seen = walk.Walk.of(tries, batch), 0
+    walked, seen = partial_tokens.Walk.of(tries, batch), 0
     for side, used in (("student", ours), ("teacher", theirs)):
         labels, firsts, stops = batch.spans_of(side)
         for first, stop in zip(firsts, stops, strict=True):
@@ -386,7 +394,7 @@ def test_nothing_is_asked_or_walked_where_kd_is_off(plain, monkeypatch):
     _, loaded = plain
     assert made(loaded, kd_weight=0.0, layerwise_weight=0.1).wants({"lm": 1.0})["inner"] is False
     assert made(loaded).wants({"lm": 1.0, "kd": 1.0})["inner"] is True
-    monkeypatch.setattr(walk.Walk, "of", lambda *_: pytest.fail("walked"))
+    monkeypatch.setattr(partial_tokens.Walk, "of", lambda *_: pytest.fail("walked"))
     objective = made(loaded, kd_weight=0.0, layerwise_weight=0.1)
     _, found, _ = told(loaded, objective, batching.collate(loaded.train[:2], *loaded.pair.pads))
     assert set(found) == {"lm", "layerwise"}
@@ -437,8 +445,8 @@ def test_a_teacher_that_says_nothing_is_kept_as_such():
     wholes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.3, 0.0, 0.1, 0.1, 0.0]]).log()
     nodes, row = np.array([node_of(trie, (1,))]), np.zeros(1, dtype=np.int64)
     silent = trie.shortlist(wholes, row, nodes, 3)
-    assert (silent.log_probs < spelled.NONE).all()
-    read = signals._distributions(silent.log_probs.numpy().astype(np.float16).astype(np.float32))
+    assert (silent.log_probs < NONE).all()
+    read = teacher_cache._distributions(silent.log_probs.numpy().astype(np.float16).astype(np.float32))
     silent = TopTokens(silent.ids, torch.from_numpy(read))
     ours = torch.full((1, 7), 1 / 7).log().requires_grad_()
     found = trie.divergence_from(silent, ours, row, nodes)
@@ -460,9 +468,9 @@ def test_the_doctor_tells_the_share_of_positions_with_a_signal(plain):
     objective, known, inside_ours, inside_theirs = made(loaded), 0, 0, 0
     for window in loaded.pair.sample:
         batch = batching.collate([window])
-        walked = walk.Walk.of(objective.tries, batch)
+        walked = partial_tokens.Walk.of(objective.tries, batch)
         inside_ours, inside_theirs = inside_ours + len(walked.positions), inside_theirs + len(walked.inner)
-        known += int(walk.agreeing(objective.buckets, batch).sum())
+        known += int(partial_tokens.agreeing(objective.buckets, batch).sum())
     positions = sum(window.num_positions for window in loaded.pair.sample)
     assert found.number == (known + inside_ours) / positions
     assert found.value.startswith(f"{found.number:.1%} of the student's positions have a signal, ")
@@ -477,7 +485,7 @@ def steps_of(config, device=None):
     objective = inputs.make_objective(loaded.pair, config)
     torch.manual_seed(0)
     machine, layout = accelerate.Accelerator(cpu=True), (loaded.pair.pads, loaded.pair.widest)
-    training = train.Training(objective, loaded.pair.teacher, loaded.train, 4, config, machine, budget.Clock(), *layout)
+    training = loop.Training(objective, loaded.pair.teacher, loaded.train, 4, config, machine, clock.Clock(), *layout)
     records = [{name: value for name, value in vars(record).items() if name != "step_s"} for record in training]
     return records, objective
 

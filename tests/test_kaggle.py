@@ -73,8 +73,9 @@ def test_the_carrying_cell_brings_kdlib_and_leaves_its_stamp(tmp_path):
     path, version = ran.stdout.split()
     assert Path(path).is_relative_to(tmp_path) and version == kernel.kdlib.__version__
     assert json.loads((tmp_path / "kernel.json").read_text()) == {"token": "abc"}
-    ours = {path.name: path.read_bytes() for path in (HOUSE / "kdlib").glob("*.py")}
-    assert {p.name: p.read_bytes() for p in Path(path).parent.glob("*.py")} == ours
+    house, carried = HOUSE / "kdlib", Path(path).parent
+    ours = {path.relative_to(house): path.read_bytes() for path in house.rglob("*.py")}
+    assert {path.relative_to(carried): path.read_bytes() for path in carried.rglob("*.py")} == ours
     assert run_cell(kernel.carrying_cell({"token": "abc"}), tmp_path).returncode == 0  # a kernel restarted
 
 

@@ -6,7 +6,8 @@ import time
 import jupyter_client.manager
 import pytest
 
-from kdlib import checkpoint, records
+from kdlib import files
+from kdlib.session import checkpoint
 
 LOOP = """
 from kdlib import Config, cli, distill
@@ -43,11 +44,11 @@ def wait_for_steps(out, count=3):
 
 
 def check_paused(out):
-    status = records.read_json(out / "status.json")
+    status = files.read_json(out / "status.json")
     path, groups, _, broken = checkpoint.newest(out / "checkpoints")
     assert (status["state"], broken) == ("paused", {})
     assert f"goes on from {path.name}" in status["reason"]
-    done = [r["step"] for r in records.read_records(out / "records.jsonl") if r["kind"] == "train"]
+    done = [r["step"] for r in files.read_records(out / "records.jsonl") if r["kind"] == "train"]
     assert path.name == checkpoint.folder_name(done[-1])
     assert "optimizer" in groups
 

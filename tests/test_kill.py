@@ -12,8 +12,10 @@ import pytest
 import torch
 from processes import CONTEXT
 
-from kdlib import checkpoint, records, report, saving, session
+from kdlib import files
 from kdlib.config import Config
+from kdlib.report import html
+from kdlib.session import checkpoint, checkpoint_schedule, session
 
 SAVE_STEPS = 3
 READ_FIRST = {"max_length": 160, "batch_size": 8, "max_steps": 12, "eval_steps": 4, "save_steps": 3, "control": "off"}
@@ -24,9 +26,9 @@ def drive(settings, out, by_the_clock, figures=True):
     """In a process of its own: the run, to its end. `by_the_clock`: saves behind the training, as often as they come."""
     torch.set_num_threads(1)
     if not figures:
-        report.write_report = lambda folder: None
+        html.write_report = lambda folder: None
     if by_the_clock:
-        saving.SAVE_EVERY_S, saving.SAVE_SHARE = 0.05, 1.0
+        checkpoint_schedule.SAVE_EVERY_S, checkpoint_schedule.SAVE_SHARE = 0.05, 1.0
     for _ in session.distill(Config.from_dict(settings), out):
         pass
 
@@ -65,7 +67,7 @@ def check_what_is_left(out, by_the_clock):
     """The newest checkpoint is whole, and no more than one interval of the recorded steps is lost. The steps lost."""
     path, groups, facts, broken = checkpoint.newest(out / "checkpoints")
     assert broken == {}
-    recorded = records.read_records(out / "records.jsonl") if (out / "records.jsonl").exists() else []
+    recorded = files.read_records(out / "records.jsonl") if (out / "records.jsonl").exists() else []
     done = max((r["step"] for r in recorded if r["kind"] == "train"), default=0)
     if path is None:
         assert done <= SAVE_STEPS
@@ -103,9 +105,9 @@ def kill_many_times(settings, folder, count, num_steps=90):
             lost = check_what_is_left(out, by_the_clock)
             seen["most steps lost"] = max(seen["most steps lost"], 0 if by_the_clock else lost)
         to_its_end(values, out, by_the_clock)
-        assert records.read_json(out / "status.json")["state"] == "complete"
+        assert files.read_json(out / "status.json")["state"] == "complete"
         assert (out / "student" / "model.safetensors").read_bytes() == wanted
-        steps = [r["step"] for r in records.read_records(out / "records.jsonl") if r["kind"] == "train"]
+        steps = [r["step"] for r in files.read_records(out / "records.jsonl") if r["kind"] == "train"]
         assert steps == list(range(1, num_steps + 1))
         seen["runs ended"] += 1
     return seen
@@ -169,7 +171,7 @@ def killed_at_calls(settings, folder, places):
             assert ended == -signal.SIGKILL
             kills += 1
             assert in_a_process(settings, out, 0, 0) == 0
-            assert records.read_json(out / "status.json")["state"] == "complete"
+            assert files.read_json(out / "status.json")["state"] == "complete"
             assert (out / "student" / "model.safetensors").read_bytes() == wanted, (begun, kill_at)
             assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".old")], (begun, kill_at)
             assert (out / "verdict.json").exists() and (out / "report.html").exists()

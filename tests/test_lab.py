@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import records
+from kdlib import files
+from kdlib.session import run_folder
 
 pytestmark = pytest.mark.slow
 HOUSE = Path(__file__).parent.parent
@@ -100,8 +101,8 @@ def test_each_button_does_what_it_says(settings, tmp_path, kernel):
         )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
     told = json.loads(ran.stdout.splitlines()[-1])
-    run = records.RunFolder(tmp_path / "run")
-    looks = [r for r in records.read_records(run.records.path) if r.get("asked")]
+    run = run_folder.RunFolder(tmp_path / "run")
+    looks = [r for r in files.read_records(run.records.path) if r.get("asked")]
     assert told["evaluate"] == f"step {looks[0]['step']}: {looks[0]['bits_per_byte']:.4f} bits per byte, for a look"
     assert len(looks) == 1
     step, name = told["save"].split(": saved as ")

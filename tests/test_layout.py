@@ -7,70 +7,46 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parent.parent / "kdlib"
-FLOORS = [
-    "cli kernel",
-    "self_test",
-    "self_checks",
-    "tiny",
-    "doctor",
-    "foretold",
-    "session",
-    "reading",
-    "cache",
-    "course conclusion resume pairing comparison",
-    "leg report inputs peak saving dashboard",
-    "plots charts train verdict cockpit front",
-    "inside",
-    "signals",
-    "evaluate objective checkpoint export identity plan ahead",
-    "spelled walk",
-    "teacher parts router retention samples",
-    "models projector",
-    "batching hooks ema seeds optimizer",
-    "windows",
-    "data corpus",
-    "align vocab fused attention chat",
-    "losses machine copies upload",
-    "memory precision schedule records env alerts",
-    "keys",
-    "config",
-    "budget findings style wishes files progress",
-]
-FLOOR = {room: len(FLOORS) - height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
-STANDARD_LIBRARY_ONLY = {
-    "config",
-    "budget",
-    "schedule",
-    "records",
-    "env",
-    "alerts",
-    "findings",
-    "keys",
-    "wishes",
-    "files",
+SMALL = {"clock", "config", "environment", "files", "memory", "progress"}
+PACKAGES = {
+    "align": set(),
+    "report": set(),
+    "losses": {"align"},
+    "data": {"align"},
+    "models": {"align", "data", "losses"},
+    "training": {"align", "data", "losses", "models"},
+    "evaluation": {"align", "data", "losses", "models", "report"},
+    "session": {"align", "data", "losses", "models", "training", "evaluation", "report", "machine", "keys"},
 }
+"""What each package may import, beside the small modules."""
+STANDARD_LIBRARY_ONLY = {
+    "clock", "config", "environment", "files", "keys", "session.alerts", "session.requests",
+    "session.run_folder", "session.time_budget", "report.findings", "training.schedule",
+}  # fmt: skip
 ROOMS = [
-    (r"\blog_softmax\b", {"losses"}),
-    (r"\bplt\.|matplotlib", {"style"}),
-    (r"-100", {"data", "losses", "models"}),
-    (r"\btokenizer\(", {"data", "chat", "samples"}),
-    (r"\.from_pretrained\(", {"models", "export", "report"}),
-    (r"\.backward\(|optimizer\.step\(", {"train", "peak"}),
-    (r"os\.replace|safetensors", {"checkpoint", "files", "env", "signals"}),
-    (r"os\.environ|/kaggle/", {"env"}),
-    (r"\btime\.", {"budget"}),
-    (r"inference_mode\(", {"teacher"}),
-    (r"Interface\.register|register_forward", {"hooks"}),
-    (r"reduction=", {"losses"}),
+    (r"\blog_softmax\b", {"losses.divergences"}),
+    (r"\bplt\.|matplotlib", {"report.style"}),
+    (r"-100", {"data.windowing", "losses.divergences", "models.loading"}),
+    (r"\btokenizer\(", {"data.tokenize", "data.chat", "evaluation.samples"}),
+    (r"\.from_pretrained\(", {"models.loading", "session.export", "report.html"}),
+    (r"\.backward\(|optimizer\.step\(", {"training.loop", "training.peak_memory"}),
+    (r"os\.replace|safetensors", {"session.checkpoint", "files", "environment", "models.teacher_cache"}),
+    (r"os\.environ|/kaggle/", {"environment"}),
+    (r"\btime\.", {"clock"}),
+    (r"inference_mode\(", {"models.teacher"}),
+    (r"Interface\.register|register_forward", {"models.hooks"}),
+    (r"reduction=", {"losses.divergences"}),
 ]
 
 
 def sources():
-    return {path.stem: path.read_text(encoding="utf-8") for path in HOUSE.glob("*.py") if path.stem != "__init__"}
+    """The source of every module, by its name without `kdlib`."""
+    paths = [path for path in HOUSE.rglob("*.py") if path.stem != "__init__"]
+    return {".".join(path.relative_to(HOUSE).with_suffix("").parts): path.read_text(encoding="utf-8") for path in paths}
 
 
 def imports_of(source):
-    """`(module, depth)` of every import statement; depth 0 is the top of the file."""
+    """The dotted name of everything that is imported."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -79,24 +55,32 @@ def imports_of(source):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(source):
-    return {name.split(".")[1] for name in imports_of(source) if name.startswith("kdlib.")} & set(FLOOR)
+def modules_imported(source):
+    """Names of the modules of kdlib that are imported, without `kdlib`."""
+    return {name.removeprefix("kdlib.") for name in imports_of(source) if name.startswith("kdlib.")} & set(sources())
 
 
-def test_every_file_has_a_floor():
-    assert set(sources()) == set(FLOOR)
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_a_package_imports_only_what_it_may(module):
+    room = module.partition(".")[0]
+    wanted = {name.partition(".")[0] for name in modules_imported(sources()[module])} - {room}
+    assert room not in SMALL or wanted <= SMALL
+    assert room not in PACKAGES or wanted <= PACKAGES[room] | SMALL
 
 
-@pytest.mark.parametrize("room", sorted(FLOOR))
-def test_imports_run_downwards_only(room):
-    above = {other for other in rooms_imported(sources()[room]) if FLOOR[other] > FLOOR[room]}
-    beside = {other for other in rooms_imported(sources()[room]) if FLOOR[other] == FLOOR[room]}
-    assert not above
-    assert not beside or room in ("cli", "data")
+def test_every_package_has_its_rule():
+    assert {path.parent.name for path in HOUSE.glob("*/__init__.py")} == set(PACKAGES)
+
+
+def test_modules_of_a_package_import_each_other_without_a_circle():
+    graph = {module: modules_imported(source) for module, source in sources().items()}
+    while leaves := {module for module, wanted in graph.items() if not wanted}:
+        graph = {module: wanted - leaves for module, wanted in graph.items() if module not in leaves}
+    assert not graph
 
 
 def test_nothing_in_the_library_imports_the_embedded_default():
-    assert {room for room, source in sources().items() if "tiny" in rooms_imported(source)} == {"cli", "self_checks"}
+    assert {name for name, source in sources().items() if "demo" in modules_imported(source)} == {"cli", "self_checks"}
 
 
 @pytest.mark.parametrize("room", sorted(STANDARD_LIBRARY_ONLY))
@@ -105,11 +89,11 @@ def test_the_ground_floor_needs_the_standard_library_only(room):
 
     outside = {name.split(".")[0] for name in imports_of(sources()[room])} - sys.stdlib_module_names - {"kdlib"}
     assert not outside
-    assert rooms_imported(sources()[room]) <= STANDARD_LIBRARY_ONLY
+    assert modules_imported(sources()[room]) <= STANDARD_LIBRARY_ONLY
 
 
 def test_pages_and_pictures_never_see_a_model():
-    for room in ("report", "plots", "charts", "style", "cockpit", "dashboard", "front"):
+    for room in (name for name in sources() if name.startswith("report.")):
         assert not {"torch", "transformers"} & {name.split(".")[0] for name in imports_of(sources()[room])}
 
 
@@ -154,7 +138,7 @@ def test_the_package_needs_only_what_the_image_ships():
     come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil", "filelock"}
     shipped = allowed | come_with_them | sys.stdlib_module_names
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
-    optional = {"bitsandbytes": {"precision"}, **{name: {"copies", "upload"} for name in clients}}
+    optional = {"bitsandbytes": {"models.devices"}, **{name: {"session.backup", "session.upload"} for name in clients}}
     for room, source in sources().items():
         wanted = {name.split(".")[0] for name in imports_of(source)} - {"kdlib"} - shipped
         assert all(room in optional.get(name, ()) for name in wanted), room

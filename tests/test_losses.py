@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdlib import losses
+from kdlib.losses import divergences
 
 STUDENT = [1.3, -0.4, 0.2, 2.1, -3.0]
 TEACHER = [0.1, 1.9, -1.2, 0.7, 0.3]
@@ -30,7 +30,7 @@ ORACLES = {
     "skew_forward_kl": lambda s, t: kl(t, [0.1 * b + 0.9 * a for a, b in zip(s, t, strict=True)]),
     "skew_reverse_kl": lambda s, t: kl(s, [0.1 * a + 0.9 * b for a, b in zip(s, t, strict=True)]),
 }
-NAMES = sorted(losses.DIVERGENCES)
+NAMES = sorted(divergences.DIVERGENCES)
 
 
 def rows(values, requires_grad=False):
@@ -39,15 +39,15 @@ def rows(values, requires_grad=False):
 
 def divergence(name, student, teacher, temperature=1.0):
     """Of logits."""
-    made = [losses.log_probs(logits, temperature) for logits in (student, teacher)]
-    return losses.distillation(*made, name, temperature)
+    made = [divergences.log_probs(logits, temperature) for logits in (student, teacher)]
+    return divergences.distillation(*made, name, temperature)
 
 
 def bucket_divergence(student, teacher, student_buckets, teacher_buckets, num, name, temperature):
     """Of logits."""
     pairs = (student, student_buckets), (teacher, teacher_buckets)
-    told = [losses.bucket_log_probs(losses.log_probs(made, temperature), own, num) for made, own in pairs]
-    return losses.distillation(*told, name, temperature)
+    told = [divergences.bucket_log_probs(divergences.log_probs(made, temperature), own, num) for made, own in pairs]
+    return divergences.distillation(*told, name, temperature)
 
 
 def test_every_divergence_has_an_oracle():
@@ -156,12 +156,12 @@ def test_a_bucket_that_is_empty_on_both_sides_adds_nothing():
 def test_cross_entropy_is_written_out_and_ignores_minus_100():
     logits, labels = torch.tensor([STUDENT, TEACHER, STUDENT], dtype=torch.float64), torch.tensor([3, -100, 0])
     p = softmax(STUDENT)
-    found = losses.cross_entropy(losses.log_probs(logits), labels).tolist()
+    found = divergences.cross_entropy(divergences.log_probs(logits), labels).tolist()
     assert found == pytest.approx([-math.log(p[3]), 0.0, -math.log(p[0])], rel=1e-12)
 
 
 def test_label_smoothing_spreads_over_the_whole_vocabulary():
-    found = losses.cross_entropy(losses.log_probs(rows(STUDENT)), torch.tensor([3]), smoothing=0.1).item()
+    found = divergences.cross_entropy(divergences.log_probs(rows(STUDENT)), torch.tensor([3]), smoothing=0.1).item()
     p = softmax(STUDENT)
     mean = sum(-math.log(x) for x in p) / len(p)
     assert found == pytest.approx(0.9 * -math.log(p[3]) + 0.1 * mean, rel=1e-12)
@@ -169,15 +169,15 @@ def test_label_smoothing_spreads_over_the_whole_vocabulary():
 
 def test_token_mean_divides_by_the_positions_of_the_whole_step():
     values = torch.tensor([1.0, 2.0, 4.0])
-    assert losses.token_mean(values, 14).item() == pytest.approx(0.5)
-    parts = losses.token_mean(values[:1], 14) + losses.token_mean(values[1:], 14)
+    assert divergences.token_mean(values, 14).item() == pytest.approx(0.5)
+    parts = divergences.token_mean(values[:1], 14) + divergences.token_mean(values[1:], 14)
     assert parts.item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("length", [64, 512])
 def test_a_mean_divergence_does_not_grow_with_length(length):
     student, teacher = rows(STUDENT).expand(length, -1), rows(TEACHER).expand(length, -1)
-    found = losses.token_mean(divergence("forward_kl", student, teacher), length)
+    found = divergences.token_mean(divergence("forward_kl", student, teacher), length)
     assert found.item() == pytest.approx(kl(softmax(TEACHER), softmax(STUDENT)), rel=1e-9)
 
 
@@ -191,47 +191,49 @@ def top_k_by_hand(student, teacher, k):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_top_k_keeps_each_likely_token_once_and_a_tail(name, k):
-    made = [losses.log_probs(rows(values)) for values in (STUDENT, TEACHER)]
-    student, teacher, covered = losses.top_k_with_tail(*made, k)
+    made = [divergences.log_probs(rows(values)) for values in (STUDENT, TEACHER)]
+    student, teacher, covered = divergences.top_k_with_tail(*made, k)
     expected = top_k_by_hand(softmax(STUDENT), softmax(TEACHER), k)
     kept, tail = sum(expected[1][:-1]), [p for p in expected if p[-1] > 0]
     assert covered.item() == pytest.approx(kept, rel=1e-12)
     assert student.exp().sum().item() == pytest.approx(1.0, rel=1e-12)
     assert teacher.exp().sum().item() == pytest.approx(1.0, rel=1e-12)
     if len(tail) == 2:
-        assert losses.DIVERGENCES[name](student, teacher).item() == pytest.approx(ORACLES[name](*expected), rel=1e-9)
+        assert divergences.DIVERGENCES[name](student, teacher).item() == pytest.approx(
+            ORACLES[name](*expected), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_top_k_with_tail_is_a_lower_bound_in_a_thousand_cases_and_equal_at_all(name):
-    made = [losses.log_probs(3 * torch.randn(1000, 12, dtype=torch.float64)) for _ in range(2)]
-    full = losses.DIVERGENCES[name](*made)
+    made = [divergences.log_probs(3 * torch.randn(1000, 12, dtype=torch.float64)) for _ in range(2)]
+    full = divergences.DIVERGENCES[name](*made)
     before = torch.zeros(1000, dtype=torch.float64)
     for k in (1, 3, 6):
-        student, teacher, _ = losses.top_k_with_tail(*made, k)
-        bound = losses.DIVERGENCES[name](student, teacher)
+        student, teacher, _ = divergences.top_k_with_tail(*made, k)
+        bound = divergences.DIVERGENCES[name](student, teacher)
         assert (bound <= full + 1e-12).all()
         assert (bound >= before - 1e-12).all()  # more tokens can only tell more
         before = bound
     for k in (12, 500):
-        student, teacher, covered = losses.top_k_with_tail(*made, k)
-        torch.testing.assert_close(losses.DIVERGENCES[name](student, teacher), full, rtol=1e-9, atol=1e-12)
+        student, teacher, covered = divergences.top_k_with_tail(*made, k)
+        torch.testing.assert_close(divergences.DIVERGENCES[name](student, teacher), full, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(covered, torch.ones(1000, dtype=torch.float64))
 
 
 def test_top_k_gradient_passes_gradcheck():
-    teacher = losses.log_probs(torch.randn(3, 7, dtype=torch.float64))
+    teacher = divergences.log_probs(torch.randn(3, 7, dtype=torch.float64))
 
     def divergence(logits):
-        student, other, _ = losses.top_k_with_tail(losses.log_probs(logits), teacher, 2)
-        return losses.forward_kl(student, other)
+        student, other, _ = divergences.top_k_with_tail(divergences.log_probs(logits), teacher, 2)
+        return divergences.forward_kl(student, other)
 
     assert torch.autograd.gradcheck(divergence, torch.randn(3, 7, dtype=torch.float64, requires_grad=True))
 
 
 def test_spans_add_up_their_tokens():
     nats = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
-    found = losses.span_log_probs(nats, torch.tensor([0, -1, 2, 2, 0]), 3)
+    found = divergences.span_log_probs(nats, torch.tensor([0, -1, 2, 2, 0]), 3)
     assert found.tolist() == [-8.5, 0.0, -6.0]
 
 
@@ -239,7 +241,9 @@ def test_spans_add_up_their_tokens():
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
 def test_span_divergence_is_that_of_two_coins_times_temperature(name, temperature):
     ours, theirs = [-0.3, -7.0, -2.5], [-0.4, -3.0, -2.5]
-    found = losses.span_divergence(*(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs)), name, temperature)
+    found = divergences.span_divergence(
+        *(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs)), name, temperature
+    )
     for value, a, b in zip(found.tolist(), ours, theirs, strict=True):
         p, q = math.exp(a / temperature), math.exp(b / temperature)
         assert value == pytest.approx(temperature * ORACLES[name]([p, 1 - p], [q, 1 - q]), rel=1e-6, abs=1e-12)
@@ -249,39 +253,41 @@ def test_span_divergence_is_that_of_two_coins_times_temperature(name, temperatur
 def test_span_divergence_keeps_its_size_as_the_temperature_grows():
     """For large T the coins become rates: a log(a / b) - a + b with the nats a of the teacher and b of the student."""
     ours, theirs = torch.tensor([-7.0], dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
-    found = losses.span_divergence(ours, theirs, "forward_kl", 1e4).item()
+    found = divergences.span_divergence(ours, theirs, "forward_kl", 1e4).item()
     assert found == pytest.approx(3.0 * math.log(3.0 / 7.0) - 3.0 + 7.0, rel=1e-3)
 
 
 def test_span_divergence_of_certain_and_impossible_spans_is_finite_and_passes_gradcheck():
     ours = torch.tensor([0.0, -200.0, -1e-9, -0.5], requires_grad=True)
-    found = losses.span_divergence(ours, torch.tensor([-200.0, 0.0, 0.0, -0.7]))
+    found = divergences.span_divergence(ours, torch.tensor([-200.0, 0.0, 0.0, -0.7]))
     found.sum().backward()
     assert torch.isfinite(found).all()
     assert torch.isfinite(ours.grad).all()
     wide = torch.tensor([-0.1, -0.6, -0.8, -9.0], dtype=torch.float64, requires_grad=True)
     theirs = torch.tensor([-0.9, -0.2, -0.8, -3.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: losses.span_divergence(x, theirs, "forward_kl", 2.0), wide)
+    assert torch.autograd.gradcheck(lambda x: divergences.span_divergence(x, theirs, "forward_kl", 2.0), wide)
 
 
 def test_one_minus_cosine_is_written_out_and_blind_to_length():
     ours, theirs = [1.0, 2.0, -1.0], [0.5, -1.0, 3.0]
     dot = sum(a * b for a, b in zip(ours, theirs, strict=True))
     lengths = math.sqrt(sum(a * a for a in ours)) * math.sqrt(sum(b * b for b in theirs))
-    found = losses.one_minus_cosine(rows(ours), 7.0 * rows(theirs)).item()
+    found = divergences.one_minus_cosine(rows(ours), 7.0 * rows(theirs)).item()
     assert found == pytest.approx(1.0 - dot / lengths, rel=1e-12)
-    assert losses.one_minus_cosine(rows(ours), 3.0 * rows(ours)).item() == pytest.approx(0.0, abs=1e-12)
-    assert losses.one_minus_cosine(rows(ours), -rows(ours)).item() == pytest.approx(2.0, rel=1e-12)
-    assert torch.autograd.gradcheck(lambda x: losses.one_minus_cosine(x, rows(theirs)), rows(ours, requires_grad=True))
+    assert divergences.one_minus_cosine(rows(ours), 3.0 * rows(ours)).item() == pytest.approx(0.0, abs=1e-12)
+    assert divergences.one_minus_cosine(rows(ours), -rows(ours)).item() == pytest.approx(2.0, rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda x: divergences.one_minus_cosine(x, rows(theirs)), rows(ours, requires_grad=True)
+    )
 
 
 def test_info_nce_is_written_out_and_ln_n_where_nothing_differs():
     ours, theirs = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    found = losses.info_nce(ours, theirs, 0.5)
+    found = divergences.info_nce(ours, theirs, 0.5)
     for i in range(4):
-        cosines = [1.0 - losses.one_minus_cosine(ours[i : i + 1], theirs[j : j + 1]).item() for j in range(4)]
+        cosines = [1.0 - divergences.one_minus_cosine(ours[i : i + 1], theirs[j : j + 1]).item() for j in range(4)]
         weights = [math.exp(c / 0.5) for c in cosines]
         assert found[i].item() == pytest.approx(-math.log(weights[i] / sum(weights)), rel=1e-9)
-    assert losses.info_nce(ours, theirs[:1].expand(4, 3), 0.5).tolist() == pytest.approx([math.log(4)] * 4)
-    assert (losses.info_nce(10 * torch.eye(4), torch.eye(4), 0.01) < 1e-4).all()
-    assert torch.autograd.gradcheck(lambda x: losses.info_nce(x, theirs, 0.5), ours.requires_grad_())
+    assert divergences.info_nce(ours, theirs[:1].expand(4, 3), 0.5).tolist() == pytest.approx([math.log(4)] * 4)
+    assert (divergences.info_nce(10 * torch.eye(4), torch.eye(4), 0.01) < 1e-4).all()
+    assert torch.autograd.gradcheck(lambda x: divergences.info_nce(x, theirs, 0.5), ours.requires_grad_())

@@ -10,19 +10,11 @@ import torch
 import transformers
 from families import ARCHITECTURES, byte_level, tiny_model, unigram
 
-from kdlib import (
-    budget,
-    course,
-    inputs,
-    memory,
-    models,
-    peak,
-    records,
-    session,
-    tiny,
-    train,
-)
+from kdlib import clock, demo, files, memory
 from kdlib.config import Config
+from kdlib.models import loading
+from kdlib.session import experiment, inputs, session
+from kdlib.training import loop, peak_memory
 
 EVERYTHING = {
     "preset": "documents",
@@ -49,8 +41,8 @@ def training_of(settings, student=None, **changes):
     student = loaded.pair.student if student is None else student
     objective = inputs.make_objective(loaded.pair, config, student)
     machine = accelerate.Accelerator(cpu=True)
-    return train.Training(
-        objective, loaded.pair.teacher, loaded.train, 9, config, machine, budget.Clock(), loaded.pair.pads
+    return loop.Training(
+        objective, loaded.pair.teacher, loaded.train, 9, config, machine, clock.Clock(), loaded.pair.pads
     )
 
 
@@ -103,7 +95,7 @@ def test_memory_that_is_not_told_stands_in_nobodys_way(settings, tmp_path, monke
     if isinstance(error, OSError):
         changes = {"max_steps": 2, "control": "off", "gradient_checkpointing": "auto"}
         assert distil({**settings, **changes}, tmp_path / "run")[-1]["kind"] == "verdict"
-        trained = [r for r in records.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "train"]
+        trained = [r for r in files.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "train"]
         assert {(r["memory"]["used_bytes"], r["memory"]["total_bytes"]) for r in trained} == {(None, None)}
 
 
@@ -130,33 +122,33 @@ def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
     training = training_of(settings, with_dropout(tiny_model(unigram(), **changes)), **SHAPES[name])
     shortest, *_, longest = sorted(training.windows, key=lambda window: len(window.student_ids))
     training.windows = [shortest] * 8 + [longest] * 8
-    state, weights = torch.get_rng_state(), models.copy_of(training.objective)
-    predicted = peak.predicted_bytes(training) - USED
+    state, weights = torch.get_rng_state(), loading.copy_of(training.objective)
+    predicted = peak_memory.predicted_bytes(training) - USED
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in training.objective.parameters())
-    assert all(torch.equal(weights[key], value) for key, value in models.copy_of(training.objective).items())
+    assert all(torch.equal(weights[key], value) for key, value in loading.copy_of(training.objective).items())
     training.windows = [longest] * 8
     steps = iter(training)
     with memory.Tally("cpu") as tally:
         for _ in range(3):
             next(steps)
     assert predicted == pytest.approx(tally.most, rel=0.02)
-    assert peak.predicted_bytes(training) - USED == pytest.approx(
+    assert peak_memory.predicted_bytes(training) - USED == pytest.approx(
         predicted - 8 * sum(p.numel() for p in training.objective.parameters()), rel=0.02
     )  # the moments are there now
 
 
 def test_what_an_allocator_keeps_grows_with_the_windows():
     """Points of 2 and of 4 windows: 100 and 160 bytes alive, 20 and 50 more in use; ten windows."""
-    assert peak._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)
-    assert peak._height(4, 4, 4, 1000, (100, 990), (100, 990)) == (100, 0)
+    assert peak_memory._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)
+    assert peak_memory._height(4, 4, 4, 1000, (100, 990), (100, 990)) == (100, 0)
 
 
 def test_what_was_alive_elsewhere_is_not_counted_again():
     """A point with little alive, where the allocator still holds what an earlier pass has let go."""
     lively, less, idle = ((200, 1010), (220, 1010)), ((150, 1020), (160, 1045)), ((8, 1000), (16, 1133))
-    assert peak._top(1, 2, 8, 1000, [lively, idle]) == 220 + 6 * 20 + 10
-    assert peak._top(1, 2, 8, 1000, [idle, less, lively]) == (160 + 6 * 10) + (45 + 6 * 25)
+    assert peak_memory._top(1, 2, 8, 1000, [lively, idle]) == 220 + 6 * 20 + 10
+    assert peak_memory._top(1, 2, 8, 1000, [idle, less, lively]) == (160 + 6 * 10) + (45 + 6 * 25)
 
 
 def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):
@@ -165,8 +157,8 @@ def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_p
     def out(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(peak, "_points", out)
-    assert peak.predicted_bytes(training) == math.inf
+    monkeypatch.setattr(peak_memory, "_points", out)
+    assert peak_memory.predicted_bytes(training) == math.inf
     found = distil({**settings, "control": "off"}, tmp_path / "run")
     (alert,) = [r for r in found if r["kind"] == "alert"]
     assert alert["meaning"].endswith("of memory, and training will take more than that")
@@ -211,7 +203,7 @@ def test_nothing_is_left_of_making_layers_anew():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.config.to_dict() == config
     copied = copy.deepcopy(model)
-    assert torch.equal(models.last_hidden(copied, ids, mask), models.last_hidden(model, ids, mask))
+    assert torch.equal(loading.last_hidden(copied, ids, mask), loading.last_hidden(model, ids, mask))
 
 
 def limited(monkeypatch, total):
@@ -220,13 +212,13 @@ def limited(monkeypatch, total):
 
 def heights(settings, monkeypatch):
     limited(monkeypatch, 0)
-    return [peak.predicted_bytes(training_of(settings, gradient_checkpointing=way)) for way in ("off", "on")]
+    return [peak_memory.predicted_bytes(training_of(settings, gradient_checkpointing=way)) for way in ("off", "on")]
 
 
 @pytest.fixture
 def tight(settings, pair, tmp_path, monkeypatch):
     """Settings of a deeper student, and a machine that holds its training only with layers made anew."""
-    tiny.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
+    demo.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
     values = {
         **settings,
         "student": str(tmp_path / "student"),
@@ -278,7 +270,7 @@ def test_every_process_does_as_the_first_one(settings, monkeypatch):
     training = training_of(settings)
     scorer = types.SimpleNamespace(on_progress=lambda *_: None)
     here = types.SimpleNamespace(config=training.config, accelerator=training.accelerator, scorer=scorer)
-    course.Course._make_fit(here, training)
+    experiment.Course._make_fit(here, training)
     assert training.recomputes
 
 
@@ -290,15 +282,15 @@ def test_the_control_decides_for_itself(tight, tmp_path, monkeypatch):
     whole, anew = heights(settings, monkeypatch)
     assert max(plain, anew) < whole
     limited(monkeypatch, (max(plain, anew) + whole) // 2)
-    seen, real = [], train.Training._gradients
+    seen, real = [], loop.Training._gradients
 
     def gradients(self, *given):
         seen.append((self.teacher is not None, self.recomputes))
         return real(self, *given)
 
-    monkeypatch.setattr(train.Training, "_gradients", gradients)
-    monkeypatch.setattr(course, "CALIBRATION_BLOCKS", 1)
-    monkeypatch.setattr(course, "CALIBRATION_STEPS", 2)
+    monkeypatch.setattr(loop.Training, "_gradients", gradients)
+    monkeypatch.setattr(experiment, "CALIBRATION_BLOCKS", 1)
+    monkeypatch.setattr(experiment, "CALIBRATION_STEPS", 2)
     found = distil({**settings, "control": "full"}, tmp_path / "run")
     assert found[-1]["kind"] == "verdict"
     assert set(seen) == {(True, True), (False, False)}
@@ -318,5 +310,5 @@ def test_a_model_that_can_not_is_refused_or_left_alone(settings, tmp_path, monke
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     limited(monkeypatch, 1)
     training = training_of(settings)
-    peak.fit(training, 1)
+    peak_memory.fit(training, 1)
     assert not training.recomputes

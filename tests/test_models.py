@@ -6,7 +6,8 @@ import torch
 import transformers
 from families import byte_level, tiny_model, unigram, word_piece
 
-from kdlib import models, tiny
+from kdlib import demo
+from kdlib.models import loading
 
 
 def family(kind, tokenizer, **changes):
@@ -38,33 +39,33 @@ def test_models_load_as_they_were_saved_whole_or_in_shards(kind, tied, tmp_path)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     tokenizer.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded = models.load_model(str(tmp_path), "student")
+    loaded = loading.load_model(str(tmp_path), "student")
     assert not loaded.training
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value)
-    reader = models.load_reader(str(tmp_path), "student", loaded.config)
-    head = models.Head(loaded, reader.vocabulary)
+    reader = loading.load_reader(str(tmp_path), "student", loaded.config)
+    head = loading.Head(loaded, reader.vocabulary)
     ids = torch.tensor([[5, 9, 7]])
     mask = torch.ones_like(ids)
     expected = loaded(ids, attention_mask=mask).logits
-    torch.testing.assert_close(head.decode(models.last_hidden(loaded, ids, mask)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head.decode(loading.last_hidden(loaded, ids, mask)), expected, atol=1e-5, rtol=1e-4)
     assert (head.module.weight is loaded.get_input_embeddings().weight) == tied
     assert reader.context == loaded.config.max_position_embeddings
 
 
 def test_rows_beyond_the_tokenizer_get_no_probability(tmp_path):
     tokenizer = byte_level()
-    tiny.save(tiny_model(tokenizer, vocab_size=len(tokenizer) + 50), tokenizer, tmp_path)
-    model = models.load_model(str(tmp_path), "teacher")
-    reader = models.load_reader(str(tmp_path), "teacher", model.config)
-    probs = models.Head(model, reader.vocabulary).decode(torch.zeros(1, 16)).softmax(-1)
+    demo.save(tiny_model(tokenizer, vocab_size=len(tokenizer) + 50), tokenizer, tmp_path)
+    model = loading.load_model(str(tmp_path), "teacher")
+    reader = loading.load_reader(str(tmp_path), "teacher", model.config)
+    probs = loading.Head(model, reader.vocabulary).decode(torch.zeros(1, 16)).softmax(-1)
     assert probs.shape == (1, len(tokenizer))
     assert probs.sum().item() == pytest.approx(1.0)
 
 
 def refusal(source, match):
     with pytest.raises(ValueError, match=match) as caught:
-        models.load_model(str(source), "teacher")
+        loading.load_model(str(source), "teacher")
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +100,7 @@ def test_folders_without_a_model_or_tokenizer_are_refused(tmp_path):
     refusal(tmp_path, "is no model that loads")
     tiny_model(byte_level()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"student .* has no tokenizer that loads"):
-        models.load_reader(str(tmp_path), "student")
+        loading.load_reader(str(tmp_path), "student")
 
 
 def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
@@ -107,7 +108,7 @@ def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
     made_up = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
     made_up.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"student .* has no tokenizer that loads: all it knows are special tokens"):
-        models.load_tokenizer(str(tmp_path), "student")
+        loading.load_tokenizer(str(tmp_path), "student")
 
 
 def test_broken_weights_are_refused(tmp_path):
@@ -117,22 +118,22 @@ def test_broken_weights_are_refused(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_path):
-    tiny.save(tiny_model(byte_level()), unigram(), tmp_path)
-    model = models.load_model(str(tmp_path), "student")
+    demo.save(tiny_model(byte_level()), unigram(), tmp_path)
+    model = loading.load_model(str(tmp_path), "student")
     with pytest.raises(ValueError, match="the tokenizer belongs to another model"):
-        models.load_reader(str(tmp_path), "student", model.config)
+        loading.load_reader(str(tmp_path), "student", model.config)
 
 
 def test_the_reader_knows_what_is_put_around_a_text(tmp_path):
     for tokenizer, prefix in ((unigram(), [1]), (byte_level(), []), (word_piece(), [2])):
         tokenizer.save_pretrained(tmp_path)
-        reader = models.load_reader(str(tmp_path), "student")
+        reader = loading.load_reader(str(tmp_path), "student")
         assert reader.prefix == prefix
         assert reader.eos == ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
 def test_the_exported_student_is_a_plain_folder(tmp_path):
-    from kdlib import export
+    from kdlib.session import export
 
     tokenizer = unigram()
     model = tiny_model(tokenizer)
@@ -148,7 +149,7 @@ def test_the_exported_student_is_a_plain_folder(tmp_path):
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
-    from kdlib import checkpoint
+    from kdlib.session import checkpoint
 
     for step in (10, 200, 3000):
         (tmp_path / f"step-{step:08d}").mkdir()
@@ -171,4 +172,4 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     ],
 )  # fmt: skip
 def test_a_model_that_reads_long_rows_otherwise_is_tried_with_long_ones(made, expected):
-    assert models._depends_on_length(made()) is expected
+    assert loading._depends_on_length(made()) is expected

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import refresh
 
-from kdlib import cache, distill
+from kdlib import distill
 from kdlib.config import Config
+from kdlib.session import cache_writer
 
 HOUSE = Path(__file__).parent.parent
 NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
@@ -248,14 +249,14 @@ def test_a_notebook_whose_time_is_over_at_once_ends_its_kernel_well(kernel_of, t
 def test_a_comparison_of_caches_may_pause(kernel_of, tmp_path, pair, settings):
     """The cache is whole, and no time is left to train from it."""
     named = {name: str(pair / file) for name, file in NAMED.items()}
-    list(cache.write(Config.from_dict({"kd_top_k": 64, **OF_A_KERNEL, **named}), tmp_path / "made"))
+    list(cache_writer.write(Config.from_dict({"kd_top_k": 64, **OF_A_KERNEL, **named}), tmp_path / "made"))
     shown = kernel_of("teacher_cache", out="made", settings=OF_A_KERNEL, time_budget=SPENT)
     assert "The cache is complete." in shown and "live teacher was paused: " in shown
     assert not (tmp_path / "status.json").exists()
 
 
 def test_every_cell_that_may_fail_is_guarded():
-    """A batch kernel that ends with an error loses its files: what runs, reads or draws stands under `kernel.guard`."""
+    """A batch kernel that ends with an error loses its files: what runs, reads or draws stands under `kaggle.guard`."""
     risky = re.compile(r"\b(distill|cache\.write|examine|sentence|read_\w+|write_report|plots\.\w+|charts\.\w+)\(")
     for path in NOTEBOOKS:
         for cell in cells(path):

@@ -13,17 +13,23 @@ import pytest
 import torch
 from families import ARCHITECTURES, byte_level, tiny_model, unigram
 
-from kdlib import align, batching, budget, data, hooks, inputs, losses, parts, tiny, train, walk
+from kdlib import clock, demo
+from kdlib.align.boundaries import Alignment
 from kdlib.config import Config
-from kdlib.projector import FeatureMap, Standard
-from kdlib.router import FLOOR, LayerRouter
+from kdlib.data import batching, tokenize, windowing
+from kdlib.losses import divergences, partial_tokens
+from kdlib.models import hooks, trie
+from kdlib.models.projector import FeatureMap, Standard
+from kdlib.models.router import FLOOR, LayerRouter
+from kdlib.session import inputs
+from kdlib.training import loop, terms
 
 EVERYTHING = {
     "attention_layers": 2,
     "layerwise_weight": 0.3, "attention_weight": 0.2, "attention_alignment_weight": 0.2, "routing_feature_weight": 0.4,
     "contrastive_weight": 0.1, "kd_method": "shared_prefix",
 }  # fmt: skip
-FEATURES = sorted(parts.FEATURES)
+FEATURES = sorted(terms.FEATURES)
 
 
 @pytest.fixture(
@@ -33,7 +39,7 @@ def loaded(request, tmp_path_factory, texts):
     """A student and a teacher of different architectures, widths, depths and head counts."""
     folder = tmp_path_factory.mktemp("pair")
     for name, kind, tokenizer in zip(("student", "teacher"), request.param, (unigram(), byte_level()), strict=True):
-        tiny.save(ARCHITECTURES[kind](tokenizer), tokenizer, folder / name)
+        demo.save(ARCHITECTURES[kind](tokenizer), tokenizer, folder / name)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return inputs.load(config_of(folder))
 
@@ -141,14 +147,14 @@ def test_features_are_fed_from_the_aligned_positions_of_both_models(loaded):
             [torch.stack([states[b, t] for b, t in places]) for states in (last, *(seen.layers[i] for i in layers))]
         )
     (state, *ours), (last, *theirs) = sides
-    match = parts.Match(
+    match = terms.Match(
         types.SimpleNamespace(layers=ours),
         types.SimpleNamespace(layers=theirs, hidden=last),
         state,
         batch.rows_by_window,
     )
     for name in ("layerwise", "routing_feature", "contrastive"):
-        expected = parts.FEATURES[name].values(objective, match).mean().item()
+        expected = terms.FEATURES[name].values(objective, match).mean().item()
         assert found[name].item() == pytest.approx(expected, rel=1e-4), name
 
 
@@ -201,7 +207,7 @@ def test_a_part_that_is_off_costs_nothing_and_gives_zero_gradients(loaded):
 
 
 def parts_free_taps():
-    from kdlib.models import Taps
+    from kdlib.models.loading import Taps
 
     return Taps()
 
@@ -210,8 +216,8 @@ def test_the_loop_trains_everything_together(loaded):
     objective = made(loaded, preset="documents", share_steps=2, learning_rate=3e-3, kd_top_k=20)
     config = objective.config
     steps = list(
-        train.Training(
-            objective, loaded.pair.teacher, loaded.train, 20, config, accelerate.Accelerator(cpu=True), budget.Clock(),
+        loop.Training(
+            objective, loaded.pair.teacher, loaded.train, 20, config, accelerate.Accelerator(cpu=True), clock.Clock(),
             loaded.pair.pads,
         )
     )  # fmt: skip
@@ -250,7 +256,7 @@ def twins(tmp_path, texts, **changes):
     """Teacher and student are the same model with the same tokenizer."""
     tokenizer = byte_level()
     for name in ("teacher", "student"):
-        tiny.save(tiny_model(tokenizer, 16, 3), tokenizer, tmp_path / name)
+        demo.save(tiny_model(tokenizer, 16, 3), tokenizer, tmp_path / name)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return inputs.load(config_of(tmp_path, **changes))
 
@@ -279,7 +285,7 @@ def test_outlier_dimensions_of_any_size_leave_layerwise_where_it_is():
         torch.manual_seed(0)
         each = FeatureMap(48, 64)
         each.measure(sample[0] * ours, sample[1] * theirs)
-        values.append(losses.one_minus_cosine(*each(student * ours, teacher * theirs)))
+        values.append(divergences.one_minus_cosine(*each(student * ours, teacher * theirs)))
         raw.append(((student @ torch.ones(48, 64) - teacher * theirs) ** 2).mean())
     torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-4)
     assert raw[1] > 100 * raw[0]
@@ -291,8 +297,8 @@ def test_layerwise_does_not_grow_with_length(length):
     torch.manual_seed(3)
     each = FeatureMap(8, 12)
     student, teacher = torch.randn(1, 8).expand(length, -1), torch.randn(1, 12).expand(length, -1)
-    value = losses.token_mean(losses.one_minus_cosine(*each(student, teacher)), length)
-    assert value.item() == pytest.approx(losses.one_minus_cosine(*each(student[:1], teacher[:1])).item(), rel=1e-5)
+    value = divergences.token_mean(divergences.one_minus_cosine(*each(student, teacher)), length)
+    assert value.item() == pytest.approx(divergences.one_minus_cosine(*each(student[:1], teacher[:1])).item(), rel=1e-5)
 
 
 def test_standard_is_measured_once_and_written_out():
@@ -312,7 +318,7 @@ def test_standard_is_measured_once_and_written_out():
 def test_a_feature_map_sends_no_gradient_to_the_teachers_side():
     each = FeatureMap(4, 6)
     student, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 6)
-    losses.one_minus_cosine(*each(student, teacher)).sum().backward()
+    divergences.one_minus_cosine(*each(student, teacher)).sum().backward()
     assert student.grad.any()
     assert each.weight.grad.any()
 
@@ -348,11 +354,11 @@ def test_the_router_learns_and_asks_nothing_of_the_student():
 
 
 def test_contrastive_negatives_stay_within_their_window():
-    match = parts.Match(None, type("Signal", (), {"hidden": torch.randn(7, 6)})(), torch.randn(7, 4), (3, 4))
+    match = terms.Match(None, type("Signal", (), {"hidden": torch.randn(7, 6)})(), torch.randn(7, 4), (3, 4))
     beside = torch.nn.ModuleDict({"contrastive": FeatureMap(4, 6)})
-    found = parts.contrastive(type("Objective", (), {"beside": beside})(), match)
+    found = terms.contrastive(type("Objective", (), {"beside": beside})(), match)
     mapped, target = beside["contrastive"](match.state, match.teacher.hidden)
-    cosine = torch.nn.functional.cosine_similarity(mapped[:, None], target[None], dim=-1).detach() / parts.CONTRAST
+    cosine = torch.nn.functional.cosine_similarity(mapped[:, None], target[None], dim=-1).detach() / terms.CONTRAST
     for row, window in itertools.chain(((i, range(3)) for i in range(3)), ((i, range(3, 7)) for i in range(3, 7))):
         whole = sum(math.exp(cosine[row, j]) for j in window)
         assert found[row].item() == pytest.approx(-math.log(math.exp(cosine[row, row]) / whole), rel=1e-4)
@@ -360,7 +366,7 @@ def test_contrastive_negatives_stay_within_their_window():
 
 def small_pair(folder, texts):
     for name, tokenizer, seed in (("student", unigram(), 1), ("teacher", byte_level(), 2)):
-        tiny.save(tiny_model(tokenizer, 16, 2, seed=seed), tokenizer, folder / name)
+        demo.save(tiny_model(tokenizer, 16, 2, seed=seed), tokenizer, folder / name)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return inputs.load(config_of(folder))
 
@@ -371,7 +377,7 @@ def test_temperature_softens_buckets_and_not_tokens(tmp_path, texts, method):
     objective = made(loaded, kd_method=method, kd_temperature=3.0, kd_divergence="reverse_kl")
     batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
     _, found, _ = told(loaded, objective, batch)
-    buckets, told_by = inputs.buckets_of(loaded.pair, method), []
+    buckets, told_by = trie.buckets_of(loaded.pair, method), []
     for model, ids, mask, rows, own in (
         (objective.student, batch.student_ids, batch.student_mask, batch.student_rows, buckets.student),
         (loaded.pair.teacher.model, batch.teacher_ids, batch.teacher_mask, batch.teacher_rows, buckets.teacher),
@@ -382,7 +388,7 @@ def test_temperature_softens_buckets_and_not_tokens(tmp_path, texts, method):
         soft = sums ** (1 / 3.0)
         told_by.append(soft / soft.sum(-1, keepdim=True))
     ours, theirs = told_by
-    agree = walk.agreeing(buckets, batch)
+    agree = partial_tokens.agreeing(buckets, batch)
     assert 0.5 < agree.float().mean() < 1.0
     expected = 9.0 * (ours * (ours / theirs).log()).sum(-1).where(agree, 0.0).mean()
     assert found["kd"].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -429,27 +435,27 @@ def test_chunk_likelihood_is_written_out_over_whole_models(tmp_path, texts):
 
 def test_a_span_ends_at_the_next_boundary_and_holds_no_token_that_was_changed_or_is_not_learned():
     """Boundaries after the tokens 0, 1, 3, 4, 6 of ours and 0, 2, 3, 4, 5 of theirs."""
-    boundaries = align.Alignment(np.array([0, 1, 3, 4, 6]), np.array([0, 2, 3, 4, 5]), np.arange(5), np.ones(5, bool))
+    boundaries = Alignment(np.array([0, 1, 3, 4, 6]), np.array([0, 2, 3, 4, 5]), np.arange(5), np.ones(5, bool))
 
     def side(size, changed=(), marks=(), prompts=()):
         every = np.arange(size)
         off = [~np.isin(every, places) for places in (changed, marks, prompts)]
-        return data.Encoded(every, every, off[0], off[0], every, off[1], off[2])
+        return tokenize.Encoded(every, every, off[0], off[0], every, off[1], off[2])
 
-    assert data._spans(side(7), side(6), boundaries).tolist() == [True, True, True, True, False]
-    assert data._spans(side(7, changed=[2]), side(6), boundaries).tolist() == [True, False, True, True, False]
-    assert data._spans(side(7, marks=[4]), side(6), boundaries).tolist() == [True, True, False, True, False]
-    assert data._spans(side(7, prompts=[5]), side(6), boundaries).tolist() == [True, True, True, False, False]
-    assert data._spans(side(7), side(6, changed=[1]), boundaries).tolist() == [False, True, True, True, False]
-    assert data._spans(side(7), side(6, marks=[5]), boundaries).tolist() == [True, True, True, False, False]
-    assert data._spans(side(7), side(6, prompts=[5]), boundaries).tolist() == [True, True, True, True, False]
-    assert data._spans(side(7), side(6), align.Alignment(*(np.zeros(0, int),) * 3, np.zeros(0, bool))).tolist() == []
+    assert windowing._spans(side(7), side(6), boundaries).tolist() == [True, True, True, True, False]
+    assert windowing._spans(side(7, changed=[2]), side(6), boundaries).tolist() == [True, False, True, True, False]
+    assert windowing._spans(side(7, marks=[4]), side(6), boundaries).tolist() == [True, True, False, True, False]
+    assert windowing._spans(side(7, prompts=[5]), side(6), boundaries).tolist() == [True, True, True, False, False]
+    assert windowing._spans(side(7), side(6, changed=[1]), boundaries).tolist() == [False, True, True, True, False]
+    assert windowing._spans(side(7), side(6, marks=[5]), boundaries).tolist() == [True, True, True, False, False]
+    assert windowing._spans(side(7), side(6, prompts=[5]), boundaries).tolist() == [True, True, True, True, False]
+    assert windowing._spans(side(7), side(6), Alignment(*(np.zeros(0, int),) * 3, np.zeros(0, bool))).tolist() == []
 
 
 def test_the_plug_board_holds_every_part_of_the_mission():
-    assert set(parts.FEATURES) == {"layerwise", "attention", "attention_alignment", "routing_feature", "contrastive"}
-    assert set(parts.KD) == {"none", "shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"}
-    for part in (*parts.LM.values(), *parts.FEATURES.values(), *(p for row in parts.KD.values() for p in row.values())):
+    assert set(terms.FEATURES) == {"layerwise", "attention", "attention_alignment", "routing_feature", "contrastive"}
+    assert set(terms.KD) == {"none", "shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"}
+    for part in (*terms.LM.values(), *terms.FEATURES.values(), *(p for row in terms.KD.values() for p in row.values())):
         assert part.values.__doc__
-    for part in (*parts.FEATURES.values(), *(row["kd"] for row in parts.KD.values() if row)):
+    for part in (*terms.FEATURES.values(), *(row["kd"] for row in terms.KD.values() if row)):
         assert part.values.__doc__.count("Cost:") == part.values.__doc__.count("Start:") == 1

@@ -9,8 +9,10 @@ import torch
 
 from benchmarks import methods, quality, quality_table, variants
 from benchmarks.methods import DEFAULT, EQUAL_STEPS, METHODS, PLAIN, UNIT
-from kdlib import batching, inputs, records
+from kdlib import files
 from kdlib.config import Config
+from kdlib.data import batching
+from kdlib.session import inputs
 
 
 class Setting:
@@ -172,7 +174,7 @@ def test_what_is_asked_for_by_name():
 def test_the_committed_results_are_whole():
     if not quality.RESULTS.exists():
         pytest.skip("no results yet")
-    known = records.read_records(quality.RESULTS)
+    known = files.read_records(quality.RESULTS)
     assert quality.RESULTS.stat().st_size < 1_000_000
     for record in known:
         json.dumps(record, allow_nan=False)

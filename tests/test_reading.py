@@ -11,13 +11,15 @@ import torch
 from clocks import Ticks
 from processes import together
 
-from kdlib import cache, cli, conclusion, course, env, inputs, kernel, models, reading, records, session, signals
+from kdlib import cli, environment, files, kaggle
 from kdlib.config import Config
+from kdlib.models import loading, teacher_cache
+from kdlib.session import cache_writer, experiment, finish, first_pass, inputs, session
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(signals, "SHARD_POSITIONS", 300)
+    monkeypatch.setattr(teacher_cache, "SHARD_POSITIONS", 300)
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def weights(out):
 
 
 def status(out):
-    return records.read_json(out / "status.json")
+    return files.read_json(out / "status.json")
 
 
 def kinds(found):
@@ -56,13 +58,13 @@ def test_it_learns_as_from_a_cache_that_was_written_before(config, tmp_path):
     assert kinds(found) == [*phases, ("start", None), ("verdict", None)]
     assert len(shards) > 3
     assert not (tmp_path / "auto" / "teacher_cache").exists()  # nobody needs it any more
-    list(cache.write(config, tmp_path / "cache"))
+    list(cache_writer.write(config, tmp_path / "cache"))
     list(session.distill(config.replace(teacher_cache=str(tmp_path / "cache")), tmp_path / "cached"))
     assert weights(tmp_path / "auto") == weights(tmp_path / "cached")
     live = config.replace(teacher_cache="live")
     list(session.distill(live, tmp_path / "live"))
     assert weights(tmp_path / "auto") != weights(tmp_path / "live")
-    assert records.read_json(tmp_path / "auto" / "config.json")["teacher_cache"] == "auto"
+    assert files.read_json(tmp_path / "auto" / "config.json")["teacher_cache"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -76,10 +78,10 @@ def test_the_teacher_stays_where_a_cache_would_not_pay(config, tmp_path, changes
 
 def test_twice_is_enough(config):
     assert config.teacher_cache == "auto"
-    assert reading.pays(config.replace(max_steps=10), 20, 4)
-    assert not reading.pays(config.replace(max_steps=10), 21, 4)
-    assert reading.pays(config.replace(max_steps=10, repeats=2), 40, 4)
-    assert not reading.pays(config.replace(max_steps=10, teacher_cache="live"), 20, 4)
+    assert first_pass.pays(config.replace(max_steps=10), 20, 4)
+    assert not first_pass.pays(config.replace(max_steps=10), 21, 4)
+    assert first_pass.pays(config.replace(max_steps=10, repeats=2), 40, 4)
+    assert not first_pass.pays(config.replace(max_steps=10, teacher_cache="live"), 20, 4)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["in place", "elsewhere"])
@@ -93,7 +95,7 @@ def test_cut_anywhere_it_goes_on_and_ends_the_same(config, tmp_path, after, else
     assert len(held) >= 2
     out, resume = (tmp_path / "next", str(tmp_path / "cut")) if elsewhere else (tmp_path / "cut", "auto")
     asked = []
-    monkeypatch.setattr(models, "load_model", noting(models.load_model, asked))
+    monkeypatch.setattr(loading, "load_model", noting(loading.load_model, asked))
     (tmp_path / "cut" / "teacher_cache" / "train-00009.safetensors.0.tmp").touch()  # as a kill leaves it
     run = session.distill(config, out, resume=resume)
     first = next(run)
@@ -132,7 +134,7 @@ def test_a_session_that_ends_while_the_teacher_reads_says_what_is_kept(config, t
     assert told["reason"] == "asked to pause; what the teacher has read is kept"
     assert told["shards_read"] == 1
     assert told["read_s"] > 0
-    assert kernel.records.RunFolder(tmp_path / "run").has_begun()
+    assert kaggle.records.RunFolder(tmp_path / "run").has_begun()
 
 
 def test_a_budget_that_is_over_ends_it_between_two_shards(config, tmp_path):
@@ -193,8 +195,8 @@ def test_the_live_teacher_cannot_go_on_with_it(config, tmp_path):
 def test_a_mounted_run_that_has_only_read_is_gone_on_with(config, tmp_path, monkeypatch):
     mounts = tmp_path / "input"
     stopped(session.distill(config, mounts / "before" / "run"), ("reading", "shard", 2))
-    monkeypatch.setattr(kernel.env, "mounts", lambda: mounts)
-    assert kernel.previous(tmp_path / "run") == str(mounts / "before" / "run")
+    monkeypatch.setattr(kaggle.env, "mounts", lambda: mounts)
+    assert kaggle.previous(tmp_path / "run") == str(mounts / "before" / "run")
 
 
 def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, monkeypatch):
@@ -215,7 +217,7 @@ def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, m
     plan = made.course
     plan.read_s = 30.0
     plan.legs.append(plan._new_leg("distilled", 0))
-    monkeypatch.setattr(course, "Training", Steps)
+    monkeypatch.setattr(experiment, "Training", Steps)
     plan._make_fit = lambda training: None
     assert plan._step_cost_ratio() == pytest.approx(3.5)
     leg = plan._new_leg("ce_only", 0)
@@ -228,10 +230,10 @@ def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, m
 
 def test_the_verdict_says_what_reading_took(config, tmp_path):
     list(session.distill(config.replace(control="short"), tmp_path / "run"))
-    told = records.read_json(tmp_path / "run" / "verdict.json")
+    told = files.read_json(tmp_path / "run" / "verdict.json")
     assert told["read_s"] == status(tmp_path / "run")["read_s"] > 0
     assert "The teacher read the text once" in (tmp_path / "run" / "report.html").read_text()
-    trained = [r for r in records.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "train"]
+    trained = [r for r in files.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "train"]
     assert trained[5]["elapsed_s"] > 6 / 40 * told["read_s"]
 
 
@@ -243,11 +245,11 @@ def test_inputs_take_auto_as_the_teacher_itself(config):
 
 
 def no_room_for_a_cache(folder):
-    return env.disk_reserve_bytes() + (10**9 if "checkpoints" in str(folder) else 100)
+    return environment.disk_reserve_bytes() + (10**9 if "checkpoints" in str(folder) else 100)
 
 
 def test_without_room_on_the_disk_the_teacher_is_read_live(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "free_bytes", no_room_for_a_cache)
+    monkeypatch.setattr(environment, "free_bytes", no_room_for_a_cache)
     found = list(session.distill(config, tmp_path / "run"))
     assert (found[0]["phase"], found[0]["told"][:25]) == ("skipped", "The teacher is read live,")
     assert found[1]["kind"] == "start"
@@ -258,7 +260,7 @@ def test_without_room_on_the_disk_the_teacher_is_read_live(config, tmp_path, mon
 def test_begun_with_a_live_teacher_it_goes_on_with_it(config, tmp_path, monkeypatch):
     """As where the disk had no room: the signal stays what it was."""
     with monkeypatch.context() as full:
-        full.setattr(env, "free_bytes", no_room_for_a_cache)
+        full.setattr(environment, "free_bytes", no_room_for_a_cache)
         stopped(session.distill(config, tmp_path / "run"), ("train", None, 25))
     found = session.distill(config, tmp_path / "run")
     first = next(found)
@@ -267,7 +269,7 @@ def test_begun_with_a_live_teacher_it_goes_on_with_it(config, tmp_path, monkeypa
 
 def test_the_report_looks_inside_a_teacher_that_was_let_go(config, tmp_path):
     list(session.distill(config, tmp_path / "run"))
-    told = records.read_json(tmp_path / "run" / "figures" / "inside.json")
+    told = files.read_json(tmp_path / "run" / "figures" / "inside.json")
     assert "without" not in told
     assert set(told["attention"]) == {"teacher", "student_before", "distilled"}
 
@@ -281,7 +283,7 @@ def test_people_are_told(config, tmp_path, capsys):
 
 
 def drive(values, out):
-    signals.SHARD_POSITIONS = 300
+    teacher_cache.SHARD_POSITIONS = 300
     for _ in session.distill(Config.from_dict(values), out):
         pass
 
@@ -289,7 +291,7 @@ def drive(values, out):
 def drive_behind(values, out):
     """As `drive`, with a second process that comes to the verdict when the first one has done with everything."""
     if os.environ["RANK"] == "1":
-        conclude = conclusion.conclude
+        conclude = finish.conclude
 
         def late(*arguments):
             until = time.monotonic() + 60
@@ -298,7 +300,7 @@ def drive_behind(values, out):
             time.sleep(1.0)
             return conclude(*arguments)
 
-        conclusion.conclude = late
+        finish.conclude = late
     drive(values, out)
 
 
@@ -309,7 +311,7 @@ def test_two_processes_read_a_half_each_and_learn_what_one_does(config, tmp_path
     drive(config.to_dict(), tmp_path / "one")
     losses = {}
     for name in ("one", "two"):
-        found = records.read_records(tmp_path / name / "records.jsonl")
+        found = files.read_records(tmp_path / name / "records.jsonl")
         losses[name] = [r["loss"] for r in found if r["kind"] == "train"]
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert status(tmp_path / "two")["shards_read"] > 3

@@ -11,7 +11,7 @@ import pytest
 from families import LINES, byte_level, tiny_model, unigram
 from kaggle_server import CLIENTS, KaggleServer, command, files_of, pushes
 
-from kdlib import records, tiny
+from kdlib import demo, files
 
 pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 
@@ -34,7 +34,7 @@ def relayed(server, tmp_path, *words, more="", version="2.2.5"):
 
 
 def state_of(tmp_path):
-    return records.read_json(tmp_path / "relay" / "relay.json")["sessions"]
+    return files.read_json(tmp_path / "relay" / "relay.json")["sessions"]
 
 
 @pytest.mark.parametrize("version", sorted(CLIENTS))
@@ -265,7 +265,7 @@ def attached(tmp_path_factory):
     """A data set with `teacher`, `student` and `texts`."""
     folder = tmp_path_factory.mktemp("attached")
     for name, tokenizer, width in (("teacher", byte_level(), 24), ("student", unigram(), 16)):
-        tiny.save(tiny_model(tokenizer, width), tokenizer, folder / name)
+        demo.save(tiny_model(tokenizer, width), tokenizer, folder / name)
     (folder / "texts").mkdir()
     lines = [json.dumps({"text": f"{LINES[i % 6]} {LINES[(i + 1) % 6]} Number {i}."}) for i in range(40)]
     (folder / "texts" / "text.jsonl").write_text("\n".join(lines) + "\n")
@@ -300,8 +300,8 @@ def test_the_pushed_notebook_needs_no_kdlib_and_no_network(image, attached, tmp_
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
     assert "nothing tells whether it helped" in ran.stdout  # control: off
     run = tmp_path / "relay" / "outputs" / "run"
-    assert records.read_json(run / "env.json")["image"] == "gcr.io/an-image@sha256:0"
-    assert records.read_json(run / "env.json")["versions"]["kdlib"]
+    assert files.read_json(run / "env.json")["image"] == "gcr.io/an-image@sha256:0"
+    assert files.read_json(run / "env.json")["versions"]["kdlib"]
     assert {"model.safetensors", "README.md", "tokenizer.json"} <= set(files_of(run / "student"))
     assert server.connects == []
 
@@ -343,7 +343,7 @@ def test_four_sessions_end_with_the_bytes_of_one(image, attached, tmp_path, layo
         server.close()
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
         ends[name] = student_of(tmp_path / name)
-        states = [each["state"] for each in records.read_json(tmp_path / name / "relay.json")["sessions"]]
+        states = [each["state"] for each in files.read_json(tmp_path / name / "relay.json")["sessions"]]
         assert states[-1] == "complete" and states.count("lost") == (lost if name == "four" else 0), states
         assert name == "one" or len(states) - lost >= 4, states
         assert len(server.kernels[REF]) == len(states)
@@ -355,7 +355,7 @@ def test_a_reading_over_two_sessions_ends_with_the_bytes_of_one(image, tmp_path)
     """The first session ends before its first training record, and its kernel ends well: what was read is mounted next."""
     folder = tmp_path / "much"
     for name, tokenizer, width in (("teacher", byte_level(), 24), ("student", unigram(), 16)):
-        tiny.save(tiny_model(tokenizer, width), tokenizer, folder / name)
+        demo.save(tiny_model(tokenizer, width), tokenizer, folder / name)
     (folder / "texts").mkdir()
     lines = [json.dumps({"text": f"{LINES[i % 6]} {LINES[(i + 1) % 6]} Number {i}."}) for i in range(2500)]
     (folder / "texts" / "text.jsonl").write_text("\n".join(lines) + "\n")
@@ -364,13 +364,13 @@ def test_a_reading_over_two_sessions_ends_with_the_bytes_of_one(image, tmp_path)
         server = KaggleServer(tmp_path / f"kaggle-{name}", image, "new", ())
         server.attach("ann/pair", folder)
         if name == "several":
-            done = records.read_json(tmp_path / "one" / "outputs" / "run" / "status.json")
+            done = files.read_json(tmp_path / "one" / "outputs" / "run" / "status.json")
             more = ["--param", f"time_budget={done['costs']['start'] + 0.6 * done['read_s']:.0f}s"]
         ran = really(server, tmp_path, name, "10m", 80, *more, batch_size=64, max_length=128)
         server.close()
         assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
         ends[name] = student_of(tmp_path / name)
-        sessions = records.read_json(tmp_path / name / "relay.json")["sessions"]
+        sessions = files.read_json(tmp_path / name / "relay.json")["sessions"]
         assert [each["state"] for each in sessions] == ["paused"] * (len(sessions) - 1) + ["complete"]
         if name == "several":
             assert len(sessions) >= 3
@@ -381,7 +381,7 @@ def test_a_reading_over_two_sessions_ends_with_the_bytes_of_one(image, tmp_path)
 
 def quarter(folder):
     """Seconds of a session that does between a fourth and a fifth of what the run in `folder` did."""
-    status = records.read_json(folder / "outputs" / "run" / "status.json")
+    status = files.read_json(folder / "outputs" / "run" / "status.json")
     costs = status["costs"]
     around = 1.25 * sum(costs[task] for task in ("start", "save", "evaluate")) + 1.25 * costs.get("export", 1.0)
     return (around + (status["session_s"] - costs["start"]) / 4.5) / 0.98

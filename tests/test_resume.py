@@ -20,8 +20,12 @@ from clocks import Ticks
 from families import tiny_model, unigram
 from processes import together
 
-from kdlib import checkpoint, cli, course, env, evaluate, records, report, session, tiny, train
+from kdlib import cli, demo, environment, files
 from kdlib.config import Config
+from kdlib.evaluation import scoring
+from kdlib.report import html
+from kdlib.session import checkpoint, experiment, run_folder, session
+from kdlib.training import loop
 
 HOUSE = Path(__file__).parent.parent
 
@@ -43,7 +47,7 @@ def distil(settings, out, cut_at=None, **how):
 
 
 def untimed(out):
-    return [{k: v for k, v in r.items() if k not in TIMED} for r in records.read_records(out / "records.jsonl")]
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in files.read_records(out / "records.jsonl")]
 
 
 def state_of(out):
@@ -59,7 +63,7 @@ def with_dropout(settings, tmp_path):
     tokenizer = unigram()
     model = tiny_model(tokenizer, 16)
     model.config.attention_dropout = 0.2
-    tiny.save(model, tokenizer, tmp_path / "student")
+    demo.save(model, tokenizer, tmp_path / "student")
     return {**settings, **PLAN, "student": str(tmp_path / "student")}
 
 
@@ -93,7 +97,7 @@ def test_a_run_cut_off_once_ends_as_if_it_never_was(with_dropout, tmp_path, monk
 
 def uncut(values, folder, monkeypatch, name):
     """The settings of CONFIGS, five places to cut a run, and what it comes to without."""
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.4)
     settings = Config.from_dict({**values, **CONFIGS[name]}).to_dict()
     whole = distil(settings, folder / "whole")
     assert whole[-1]["kind"] == "verdict"
@@ -109,7 +113,7 @@ def uncut(values, folder, monkeypatch, name):
 @pytest.mark.parametrize("control", ["full", "short"])
 def test_a_run_cut_off_between_two_students_goes_on_with_the_second(with_dropout, tmp_path, monkeypatch, control):
     """At the test scores of the first, when its checkpoint is the newest one and the control has not begun."""
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.4)
     settings = {**with_dropout, "control": control, "repeats": 2}
     distil(settings, tmp_path / "whole")
     run = session.distill(Config.from_dict(settings), tmp_path / "cut")
@@ -127,7 +131,7 @@ def test_a_run_may_be_cut_off_at_any_of_its_records(with_dropout, tmp_path, monk
     """Every one of them, of every student, evaluation and test. Only the best weights may be older in the last checkpoint:
     where the cut was right before the last evaluation, that is done again and not saved again.
     """
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 1.4)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.4)
     settings = {**with_dropout, "control": "short", "repeats": 2, "max_steps": 10, "use_ema": True, "eval_steps": 2}
     settings |= {"early_stopping_patience": 2, "learning_rate": 0.1}
     assert distil(settings, tmp_path / "whole", clock=Ticks())[-1]["kind"] == "verdict"
@@ -173,7 +177,7 @@ def test_the_best_weights_may_lie_before_the_cut(settings, tmp_path):
 def check_cut(settings, out, cuts, wanted, told):
     for number, cut in enumerate(cuts):
         found = distil(settings, out, cut)
-        assert records.read_json(out / "status.json")["state"] == "paused"
+        assert files.read_json(out / "status.json")["state"] == "paused"
         assert found[0]["session"] == number + 1
     last = distil(settings, out)
     assert (last[0]["session"], last[-1]["kind"]) == (len(cuts) + 1, "verdict")
@@ -196,7 +200,7 @@ def copy_with(folder, source, change):
     """A copy of a model folder in which `change(model, tokenizer)` was done."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    tiny.save(*change(model, tokenizer), folder)
+    demo.save(*change(model, tokenizer), folder)
     return str(folder)
 
 
@@ -262,8 +266,10 @@ def test_what_decides_nothing_may_change_and_folders_may_move(begun, tmp_path):
 
 def test_other_versions_are_told_and_go_on(begun, monkeypatch):
     settings, out = begun
-    real = env.describe
-    monkeypatch.setattr(env, "describe", lambda *a: {**real(*a), "versions": {**real(*a)["versions"], "kdlib": "9.9"}})
+    real = environment.describe
+    monkeypatch.setattr(
+        environment, "describe", lambda *a: {**real(*a), "versions": {**real(*a)["versions"], "kdlib": "9.9"}}
+    )
     found = distil(settings, out)
     assert found[0]["notes"] == ["kdlib was 0.1.0 and is 9.9"]
     assert found[-1]["kind"] == "verdict"
@@ -278,7 +284,7 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_is_taken(begun, tmp_path
     (alert,) = [r for r in found if r["kind"] == "alert"]
     assert (alert["sign"], alert["part"], alert["step"]) == ("checkpoint", "step-00000004", 2)
     assert "optimizer.safetensors has" in alert["meaning"]
-    steps = [r["step"] for r in records.read_records(out / "records.jsonl") if r["kind"] == "train"]
+    steps = [r["step"] for r in files.read_records(out / "records.jsonl") if r["kind"] == "train"]
     assert steps == list(range(1, 13))
     distil(settings, tmp_path / "whole")
     assert state_of(out) == state_of(tmp_path / "whole")
@@ -311,7 +317,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_begins_anew(settings, tmp_pat
     run = session.distill(Config.from_dict({**settings, "control": "off"}), tmp_path / "run")
     next(run)
     run.close()
-    assert "nothing was saved yet" in records.read_json(tmp_path / "run" / "status.json")["reason"]
+    assert "nothing was saved yet" in files.read_json(tmp_path / "run" / "status.json")["reason"]
     found = distil({**settings, "control": "off"}, tmp_path / "run")
     assert (found[0]["resumed"], found[0]["session"], found[-1]["kind"]) == (None, 2, "verdict")
 
@@ -348,7 +354,8 @@ def test_a_complete_run_tells_its_verdict_again(begun):
 def test_two_processes_never_work_on_one_folder(begun, tmp_path):
     """The lock of another process is respected, and gone when that is killed."""
     settings, out = begun
-    hold = "import sys, time; from kdlib.records import RunFolder; folder = RunFolder(sys.argv[1]); folder.acquire();"
+    hold = "import sys, time; from kdlib.session.run_folder import RunFolder; "
+    hold += "folder = RunFolder(sys.argv[1]); folder.acquire();"
     hold += "print(1, flush=True); time.sleep(60)"
     owner = subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, cwd=HOUSE, text=True)
     with owner:
@@ -370,7 +377,7 @@ def test_a_session_that_nobody_drives_gives_way(settings, tmp_path):
     found = distil(settings, tmp_path / "run")
     assert (found[0]["session"], found[0]["resumed"], found[-1]["kind"]) == (2, "step-00000001", "verdict")
     kept.close()
-    assert records.read_json(tmp_path / "run" / "status.json")["state"] == "complete"
+    assert files.read_json(tmp_path / "run" / "status.json")["state"] == "complete"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -384,21 +391,21 @@ def test_a_signal_ends_the_session_with_everything_saved(settings, tmp_path, num
     assert (found[-1]["kind"], found[-1]["step"]) == ("paused", 3)
     assert number.name in found[-1]["reason"]
     assert signal.getsignal(number) is former
-    assert records.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
+    assert files.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
     assert distil(settings, tmp_path / "run")[0]["step"] == 3
 
 
 def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(settings, tmp_path, monkeypatch):
     """The evaluation is done by the next session, and everything is as if nothing had happened."""
     settings = {**settings, **PLAN, "control": "off", "batch_size": 2}
-    real, calls, when = evaluate._Tally.add_text, itertools.count(), [None]
+    real, calls, when = scoring._Tally.add_text, itertools.count(), [None]
 
     def interrupted(self, *given):
         if next(calls) == when[0]:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, *given)
 
-    monkeypatch.setattr(evaluate._Tally, "add_text", interrupted)
+    monkeypatch.setattr(scoring._Tally, "add_text", interrupted)
     distil(settings, tmp_path / "whole")
     when[0] = 2 * next(calls) - next(calls) // 3  # two thirds through the second run
     found = distil(settings, tmp_path / "run")
@@ -410,7 +417,7 @@ def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(settings, tmp_p
 
 def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
     settings = {**settings, "control": "off", "max_steps": 9, "save_steps": 2}
-    real = train.Training._gradients
+    real = loop.Training._gradients
 
     def impatient(self, *given):
         if self.step == 5:
@@ -418,12 +425,12 @@ def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *given)
 
-    monkeypatch.setattr(train.Training, "_gradients", impatient)
+    monkeypatch.setattr(loop.Training, "_gradients", impatient)
     with pytest.raises(KeyboardInterrupt):
         distil(settings, tmp_path / "run")
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], status["reason"]) == ("paused", "interrupted at once; goes on from step-00000004")
-    monkeypatch.setattr(train.Training, "_gradients", real)
+    monkeypatch.setattr(loop.Training, "_gradients", real)
     assert distil(settings, tmp_path / "run")[-1]["kind"] == "verdict"
 
 
@@ -437,7 +444,7 @@ def test_a_process_that_ends_saves_a_run_left_in_the_middle(settings, tmp_path):
     words = [sys.executable, "-c", code, json.dumps({**settings, "control": "off"}), str(tmp_path / "run")]
     ran = subprocess.run(words, capture_output=True, text=True, cwd=HOUSE, timeout=120)
     assert (ran.returncode, ran.stdout) == (0, "left"), ran.stderr
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert status["state"] == "paused"
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].name in status["reason"]
 
@@ -453,29 +460,29 @@ def test_a_full_disk_pauses_the_run_with_its_last_checkpoint(settings, tmp_path,
     assert found[-1]["kind"] == "paused"
     assert "the disk is full (a checkpoint takes" in found[-1]["reason"]
     assert "goes on from step-00000004" in found[-1]["reason"]
-    assert records.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
+    assert files.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
     free[0] = 10**12
     assert distil(settings, tmp_path / "run")[0]["step"] == 4
 
 
 def test_a_status_is_written_even_where_not_a_byte_is_free(tmp_path, monkeypatch):
-    folder = records.RunFolder(tmp_path)
+    folder = run_folder.RunFolder(tmp_path)
     folder.status("running", step=1)
 
     def full(path, text, writer=0):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(records, "write_text", full)
+    monkeypatch.setattr(run_folder, "write_text", full)
     folder.status("paused", step=2)
     assert folder.last_status() == {"state": "paused", "step": 2}
     with pytest.raises(OSError, match="No space"):
-        records.RunFolder(tmp_path / "new").status("paused")
+        run_folder.RunFolder(tmp_path / "new").status("paused")
 
 
 def drive(settings, out, stop_at):
     """One of several processes; at a step the second one is asked to stop."""
     cli.quiet()
-    report.write_report = lambda folder: None
+    html.write_report = lambda folder: None
     for record in session.distill(Config.from_dict(settings), out):
         if record["kind"] == "train" and record["step"] == stop_at and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -484,7 +491,7 @@ def drive(settings, out, stop_at):
 def launch(settings, out, stop_at=0):
     """Two real processes. The state that the run is left in."""
     together(2, drive, settings, out, stop_at)
-    return records.read_json(out / "status.json")["state"]
+    return files.read_json(out / "status.json")["state"]
 
 
 def test_two_processes_are_saved_and_gone_on_with(with_dropout, tmp_path):

@@ -11,9 +11,11 @@ import torch
 
 from benchmarks.rivals import dskd, gold, mined, uld
 from benchmarks.rivals.plug import RIVALS, RivalObjective, Whole, WholeTeacher
-from kdlib import batching, budget, inputs
+from kdlib import clock
 from kdlib.config import Config
-from kdlib.train import Training
+from kdlib.data import batching
+from kdlib.session import inputs
+from kdlib.training.loop import Training
 
 STUDENT = torch.tensor([[1.0, -0.5, 0.3, 0.7], [0.2, 0.1, -1.0, 2.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[0.4, 2.0, -1.0, 0.0, 0.6], [-0.3, 0.5, 1.5, 0.2, 0.9]], dtype=torch.float64)
@@ -303,7 +305,7 @@ def test_a_step_of_each_rival_lowers_its_own_loss(loaded, name):
     objective.config = config.replace(kd_weight=1.0, lm_weight=0.0)
     machine = accelerate.Accelerator(cpu=True)
     teacher = WholeTeacher(found.pair.teacher)
-    run = Training(objective, teacher, found.train, 12, config, machine, budget.Clock(), found.pair.pads)
+    run = Training(objective, teacher, found.train, 12, config, machine, clock.Clock(), found.pair.pads)
     steps = list(run)
     assert all(math.isfinite(step.loss) for step in steps)
     assert objective.rival.kd(whole_of(found, objective)) < before

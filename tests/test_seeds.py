@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import seeds
+from kdlib.training import seeds
 
 
 @pytest.mark.parametrize("gaussian", [False, True])

@@ -19,10 +19,17 @@ from test_shared import DATA
 from test_shared import reader as real_reader
 from test_shared import text as real_text
 
-from kdlib import batching, data, inputs, models, objective, pairing, signals, spelled, teacher, vocab, walk
+from kdlib.align import vocab
 from kdlib.config import KD_METHODS, Config
-from kdlib.corpus import Document
-from kdlib.teacher import TeacherSignal
+from kdlib.data import batching, tokenize, windowing
+from kdlib.data.corpus import Document
+from kdlib.evaluation import pair_report
+from kdlib.losses import partial_tokens
+from kdlib.losses.teacher_signal import TeacherSignal
+from kdlib.models import loading, teacher, teacher_cache, trie
+from kdlib.models.pair import Pair
+from kdlib.session import inputs
+from kdlib.training import objective
 
 METHODS = [name for name in KD_METHODS if name != "none"]
 BY_BUCKETS = ("shared_vocab", "shared_prefix", "inside_tokens")
@@ -45,8 +52,8 @@ def cut(ours, theirs, documents, max_length=96):
     """The windows of documents."""
     windows = []
     for number, document in enumerate(documents):
-        coded = [data.encode(document, each) for each in (ours, theirs)]
-        windows += data.cut_windows(document, *coded, ours, theirs, max_length, number)
+        coded = [tokenize.encode(document, each) for each in (ours, theirs)]
+        windows += windowing.cut_windows(document, *coded, ours, theirs, max_length, number)
     return windows
 
 
@@ -60,8 +67,8 @@ def pair_of(ours, theirs, windows, width=WIDTH):
         sides.append(model)
     student, larger = sides
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
-    head = models.Head(student, ours.vocabulary)
-    return inputs.Pair(teacher.Teacher(larger, theirs), student, ours, head, shared, (0, 0), text=windows)
+    head = loading.Head(student, ours.vocabulary)
+    return Pair(teacher.Teacher(larger, theirs), student, ours, head, shared, (0, 0), text=windows)
 
 
 def certain(model, labels):
@@ -92,7 +99,7 @@ def told(pair, config, batch, states, theirs):
         signal = in_short(pair, config, batch, signal)
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective.models, "read", lambda *_: models.Features(states, (), (), (), None))
+        patch.setattr(objective.models, "read", lambda *_: loading.Features(states, (), (), (), None))
         loss, parts, _ = made(batch, signal, counts)
     (gradient,) = torch.autograd.grad(loss, states)
     return parts["kd"].item(), gradient
@@ -100,13 +107,15 @@ def told(pair, config, batch, states, theirs):
 
 def in_short(pair, config, batch, signal):
     """The signal as a cache holds it."""
-    wanted, head = signals.settings_of(config, len(pair.shared)), pair.teacher.head
-    buckets = inputs.buckets_of(pair, config.kd_method)
-    top = signals.shortlist(pair, buckets, wanted).of(head.decode(signal.hidden).log_softmax(-1))
+    wanted, head = teacher_cache.settings_of(config, len(pair.shared)), pair.teacher.head
+    buckets = trie.buckets_of(pair, config.kd_method)
+    top = teacher_cache.shortlist(pair, buckets, wanted).of(head.decode(signal.hidden).log_softmax(-1))
     said = None
     if config.kd_method == "inside_tokens":
-        tries, bucket_of = inputs.tries_of(pair), head.by_column(buckets.teacher)
-        said = walk.Walk.of(tries, batch).shortlists(tries, signal, head.decode, bucket_of, signals.INSIDE_K, 1.0)
+        tries, bucket_of = trie.tries_of(pair), head.by_column(buckets.teacher)
+        said = partial_tokens.Walk.of(tries, batch).shortlists(
+            tries, signal, head.decode, bucket_of, teacher_cache.INSIDE_K, 1.0
+        )
     return TeacherSignal(None, signal.spans, top, said=said)
 
 
@@ -144,8 +153,8 @@ def test_partings_are_counted_at_boundaries_and_inside_tokens():
         return types.SimpleNamespace(**dict(zip(names, ours + theirs, strict=True)))
 
     text = [window([1, 4], 3), window([1, 4], 3), window([1, 2], 3), window([2, 1], 3), window([2], 2)]
-    assert spelled.partings(text, buckets, spellings) == ({(2, 4): 2, (2, 1): 1}, 5)
-    assert spelled.times_next(text, buckets).tolist() == [0, 4, 2, 0, 0, 0]
+    assert trie.partings(text, buckets, spellings) == ({(2, 4): 2, (2, 1): 1}, 5)
+    assert trie.times_next(text, buckets).tolist() == [0, 4, 2, 0, 0, 0]
 
 
 LETTERS = st.text(st.sampled_from("  \n\n\tabcdefTt.:()'“é東"), min_size=8, max_size=80)
@@ -176,13 +185,13 @@ def test_nor_do_real_tokenizers_on_code_and_prose(names):
     pair = pair_of(*readers, windows)
     for method in ("shared_prefix", "inside_tokens", "shared_vocab"):
         assert max(learned(pair, windows[:6], method)) < 1e-4
-    apart = spelled.buckets_apart(pair)
-    found, total = spelled.partings(windows, apart, spelled.spellings_of(pair))
-    left, _ = spelled.partings(windows, inputs.buckets_of(pair, "inside_tokens"), spelled.spellings_of(pair))
+    apart = trie.buckets_apart(pair)
+    found, total = trie.partings(windows, apart, trie.spellings_of(pair))
+    left, _ = trie.partings(windows, trie.buckets_of(pair, "inside_tokens"), trie.spellings_of(pair))
     assert sum(found.values()) > 0.01 * total
     assert sum(left.values()) < 0.75 * sum(found.values())
     assert max(left.values()) < max(found.values())
-    said = pairing._cuts(dataclasses.replace(pair, sample=windows))
+    said = pair_report._cuts(dataclasses.replace(pair, sample=windows))
     assert said.number == sum(found.values()) / total
 
 

@@ -7,8 +7,10 @@ import types
 import pytest
 import torch
 
-from kdlib import cache, cli, doctor, machine, memory, models, precision, records, self_checks, self_test, session, tiny
-from kdlib.findings import Finding
+from kdlib import cli, demo, doctor, files, machine, memory, self_checks, self_test
+from kdlib.models import devices, loading
+from kdlib.report.findings import Finding
+from kdlib.session import cache_writer, session
 
 LOSSES = [3.0, 2.8, 2.7, 2.6, 2.5, 2.4]
 VERDICT = {"kind": "verdict", "bits_per_byte": {"distilled": 2.0, "ce_only": 2.1, "teacher": 1.9}, "gain": 0.1}
@@ -54,9 +56,9 @@ def bench(request, tmp_path, monkeypatch):
 def stand_in(tmp_path, monkeypatch, cuda):
     made = self_checks.Bench(tmp_path, cuda, Clock())
     made.reference, made.reserved = trained(), 2**30
-    monkeypatch.setattr(tiny, "is_ready", lambda folder: True)
-    monkeypatch.setattr(tiny, "prepare", lambda *_, **__: [])
-    monkeypatch.setattr(cache, "write", lambda *_: [])
+    monkeypatch.setattr(demo, "is_ready", lambda folder: True)
+    monkeypatch.setattr(demo, "prepare", lambda *_, **__: [])
+    monkeypatch.setattr(cache_writer, "write", lambda *_: [])
     monkeypatch.setattr(session, "distill", running(*trained(), VERDICT))
     monkeypatch.setattr(machine, "cards", list)
     for name, value in {
@@ -133,14 +135,14 @@ def test_what_this_machine_has_not_is_skipped_with_a_reason(tmp_path, monkeypatc
     card = stand_in(tmp_path, monkeypatch, cuda=True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert outcome("bf16", card)[:2] == ("skipped", "the card has no bf16 units")
-    monkeypatch.setattr(tiny, "is_ready", lambda folder: False)
+    monkeypatch.setattr(demo, "is_ready", lambda folder: False)
     assert outcome("live = cached loss", bench)[:2] == (
         "skipped", "the embedded default is missing: the demo failed",
     )  # fmt: skip
 
 
 def test_lack_of_memory_fails_where_nothing_was_halved_or_losses_change(bench, monkeypatch):
-    name, real = "out of memory, injected", models.read
+    name, real = "out of memory, injected", loading.read
     for found, state, words in (
         (trained(micro_batch=4), "ok", "micro-batch 8 to 4"),
         (trained(), "failed", "stayed at 8"),
@@ -149,17 +151,17 @@ def test_lack_of_memory_fails_where_nothing_was_halved_or_losses_change(bench, m
         monkeypatch.setattr(session, "distill", running(*found))
         got, text, _ = outcome(name, bench)
         assert (got, words in text) == (state, True)
-        assert models.read is real
+        assert loading.read is real
 
 
 def test_the_injected_error_comes_once_and_in_training_only(bench, monkeypatch):
-    monkeypatch.setattr(models, "read", lambda model: "read")
+    monkeypatch.setattr(loading, "read", lambda model: "read")
     raised = []
 
     def distill(config, out, clock=None):
         for training in (False, *[True] * 9):
             try:
-                models.read(types.SimpleNamespace(training=training))
+                loading.read(types.SimpleNamespace(training=training))
             except torch.OutOfMemoryError:
                 raised.append(training)
         yield from trained(micro_batch=4)
@@ -203,7 +205,7 @@ def test_a_resumed_run_fails_with_other_weights_or_from_the_beginning(bench, mon
     made = torch.nn.Linear(2, 2)
     other = torch.nn.Linear(2, 2)
     other.load_state_dict({name: factor * tensor for name, tensor in made.state_dict().items()})
-    monkeypatch.setattr(models, "load_model", lambda path, role: other if "cut" in path else made)
+    monkeypatch.setattr(loading, "load_model", lambda path, role: other if "cut" in path else made)
     allowed = 1.01 if bench.cuda else 1.0
     assert outcome("cut and resume", bench)[0] == ("ok" if factor <= allowed else "failed")
     monkeypatch.setattr(session, "distill", running(*trained(resumed=None)))
@@ -222,7 +224,7 @@ def test_a_peak_that_was_predicted_badly_fails(bench, monkeypatch):
 def test_a_product_that_is_wrong_fails(tmp_path, monkeypatch):
     bench = stand_in(tmp_path, monkeypatch, cuda=False)
     assert outcome("product of true shape", bench)[0] == "ok"
-    monkeypatch.setattr(precision, "teacher_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(devices, "teacher_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(torch, "ones", torch.zeros)
     assert outcome("product of true shape", bench)[:2] == ("failed", "a sum of 576 ones is 0")
 
@@ -239,7 +241,7 @@ def test_a_notebook_that_did_not_end_well_fails(bench, monkeypatch, tmp_path):
     for state, wanted in (("complete", "ok"), ("paused", "failed")):
         (tmp_path / "run").mkdir(exist_ok=True)
         status = {"state": state, "reason": "why", "step": 12, "session_s": 3.0}
-        records.write_json(tmp_path / "run" / "status.json", status)
+        files.write_json(tmp_path / "run" / "status.json", status)
         monkeypatch.setattr(bench, "notebook", lambda name, parameters: tmp_path)
         assert outcome("distill notebook", bench)[0] == wanted
 

@@ -15,8 +15,12 @@ import transformers
 from clocks import Ticks
 from processes import together
 
-from kdlib import checkpoint, course, env, evaluate, inputs, parts, plan, records, report, session
+from kdlib import environment, files
 from kdlib.config import Config
+from kdlib.evaluation import scoring
+from kdlib.report import html
+from kdlib.session import checkpoint, experiment, inputs, plan, session
+from kdlib.training import terms
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def test_the_generator_yields_what_is_on_disk(run):
     out, yielded = run
     assert (yielded[0]["kind"], yielded[-1]["kind"]) == ("start", "verdict")
     assert yielded[0]["alignment"] == yielded[-1]["alignment"]
-    assert json.loads(json.dumps(yielded[1:-1])) == records.read_records(out / "records.jsonl")
+    assert json.loads(json.dumps(yielded[1:-1])) == files.read_records(out / "records.jsonl")
 
 
 def test_train_records_have_the_fields_of_the_contract(run):
@@ -77,7 +81,7 @@ def test_both_students_start_from_the_same_weights(run):
 
 def test_the_verdict_is_the_difference_of_the_test_scores(run):
     out, yielded = run
-    found = records.read_json(out / "verdict.json")
+    found = files.read_json(out / "verdict.json")
     tests = {
         (r["run"], r["repeat"]): r["bits_per_byte"] for r in yielded if r["kind"] == "eval" and r["split"] == "test"
     }
@@ -94,18 +98,18 @@ def test_the_student_on_disk_is_the_one_with_the_best_validation_score(run, pair
     out, yielded = run
     best = min((r for r in yielded if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == "distilled"),
                key=lambda r: r["bits_per_byte"])  # fmt: skip
-    exported = records.read_json(out / "verdict.json")["exported"]
+    exported = files.read_json(out / "verdict.json")["exported"]
     assert (exported["repeat"], exported["step"]) == (best["repeat"], best["step"])
     config = Config(
         teacher=str(pair / "teacher"), student=str(out / "student"), dataset=str(pair / "text.jsonl"), max_length=48,
         check_teacher=False, eval_tokens=400,
     )  # fmt: skip
     loaded = inputs.load(config)
-    score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.validation)
+    score = scoring.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.validation)
     assert score.bits_per_byte == pytest.approx(best["bits_per_byte"], rel=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(out / "student")("The cat")["input_ids"]
     card = (out / "student" / "README.md").read_text()
-    assert records.read_json(out / "verdict.json")["sentence"] in card
+    assert files.read_json(out / "verdict.json")["sentence"] in card
 
 
 def test_the_test_score_is_that_of_the_best_weights_not_the_last(settings, tmp_path):
@@ -120,9 +124,9 @@ def test_the_test_score_is_that_of_the_best_weights_not_the_last(settings, tmp_p
     assert min(validated) < validated[-1]
     (tested,) = [r for r in found if r["kind"] == "eval" and (r["run"], r["split"]) == ("distilled", "test")]
     loaded = inputs.load(config.replace(student=str(tmp_path / "run" / "student")))
-    score = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
+    score = scoring.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.test)
     assert tested["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-5)
-    other = evaluate.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.validation)
+    other = scoring.evaluate_student(loaded.pair.student, loaded.pair.head, loaded.validation)
     assert abs(other.bits_per_byte - score.bits_per_byte) > 1e-3
 
 
@@ -130,12 +134,12 @@ def test_the_newest_checkpoint_holds_the_best_weights_of_the_run(run):
     _, groups, _, broken = checkpoint.newest(run[0] / "checkpoints")
     exported = safetensors.torch.load_file(run[0] / "student" / "model.safetensors")
     assert not broken
-    best = groups[f"best_{2 * records.read_json(run[0] / 'verdict.json')['exported']['repeat']}"]
+    best = groups[f"best_{2 * files.read_json(run[0] / 'verdict.json')['exported']['repeat']}"]
     assert all(torch.equal(exported[name], tensor) for name, tensor in best.items())
 
 
 def test_env_names_versions_and_machine(run):
-    told = records.read_json(run[0] / "env.json")
+    told = files.read_json(run[0] / "env.json")
     assert told["versions"]["torch"].startswith(("2.", "3."))
     assert told["versions"]["kdlib"] == "0.1.0"
     assert told["processors"] >= 1
@@ -146,13 +150,13 @@ def test_env_names_the_version_of_a_kdlib_that_is_not_installed(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", not_installed)
-    told = env.describe()["versions"]
+    told = environment.describe()["versions"]
     assert (told["kdlib"], told["torch"]) == ("0.1.0", None)
 
 
 def test_the_report_stands_alone_and_tells_the_verdict(run):
     page = (run[0] / "report.html").read_text()
-    verdict = records.read_json(run[0] / "verdict.json")
+    verdict = files.read_json(run[0] / "verdict.json")
     assert page.startswith("<!doctype html>")
     assert page.count("data:image/png;base64,") == 24
     assert "http://" not in page
@@ -171,7 +175,7 @@ def test_a_report_can_be_drawn_of_a_run_that_is_not_finished(run, tmp_path):
     lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
     for kept in (1, 4, 9):
         (tmp_path / "records.jsonl").write_text("".join(lines[:kept]))
-        page = report.write_report(tmp_path).read_text()
+        page = html.write_report(tmp_path).read_text()
         assert "The run is failed. &lt;b&gt;full disk" in page
 
 
@@ -206,7 +210,7 @@ def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
 
 
 def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.0)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 2.0)
     found = drive(settings, tmp_path / "run", learning_rate=0.0, max_steps=50, eval_steps=2, early_stopping_patience=3)
     steps = {
         run: max(r["step"] for r in found if r["kind"] == "train" and r["run"] == run)
@@ -219,7 +223,7 @@ def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(set
 def test_epochs_give_the_plan_where_no_steps_are_named(settings, tmp_path):
     drive(settings, tmp_path / "run", control="off", max_steps=0, epochs=0.5)
     windows = len(inputs.load(Config.from_dict(settings)).train)
-    assert records.read_json(tmp_path / "run" / "config.json")["max_steps"] == round(0.5 * windows / 2)
+    assert files.read_json(tmp_path / "run" / "config.json")["max_steps"] == round(0.5 * windows / 2)
 
 
 def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
@@ -228,7 +232,7 @@ def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
         if record["kind"] == "train":
             break
     steps.close()
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], status["reason"]) == ("paused", "broken off by its caller; goes on from step-00000001")
 
 
@@ -242,7 +246,7 @@ def test_a_run_does_the_same_twice(settings, tmp_path):
 
 
 def test_the_control_gets_the_steps_that_fit_into_the_same_time(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.5)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 2.5)
     found = drive(settings, tmp_path / "run", max_steps=4, eval_steps=2)
     assert max(r["step"] for r in found if r["kind"] == "train" and r["run"] == "ce_only") == 10
 
@@ -263,7 +267,7 @@ def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path)
         def __iter__(self):
             return (Record(self.step_s) for _ in itertools.count())
 
-    monkeypatch.setattr(course, "Training", Steps)
+    monkeypatch.setattr(experiment, "Training", Steps)
     made = session.Session(Config.from_dict({**settings, "kd_method": "shared_prefix"}), tmp_path / "run", Fake())
     made.course.legs.append(made.course._new_leg("distilled", 0))
     assert made.course._step_cost_ratio() == 3.0
@@ -300,7 +304,7 @@ def test_two_processes_do_what_one_does(settings, tmp_path, launch, more):
     plan = {**settings, "control": "off", "max_steps": 3, **more}
     launch({**plan, "batch_size": 2}, tmp_path / "two")
     one = [r for r in drive(plan, tmp_path / "one", batch_size=4) if r["kind"] == "train"]
-    two = [r for r in records.read_records(tmp_path / "two" / "records.jsonl") if r["kind"] == "train"]
+    two = [r for r in files.read_records(tmp_path / "two" / "records.jsonl") if r["kind"] == "train"]
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -336,7 +340,7 @@ def test_an_alert_is_a_record_on_disk_and_a_line_of_the_report(settings, tmp_pat
     assert [(r["sign"], r["part"], r["run"]) for r in alerts if r["sign"] == "dominance"] == [
         ("dominance", "kd", "distilled")
     ]
-    assert [r for r in records.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "alert"] == alerts
+    assert [r for r in files.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "alert"] == alerts
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f"step {r['step']}: " in page for r in alerts)
     assert "kd makes up" in page
@@ -346,22 +350,20 @@ def test_too_many_steps_without_a_number_fail_the_run_and_keep_its_best_student(
     calls = itertools.count(1)
 
     def broken(objective, rows):
-        return parts.next_token(objective, rows) * (float("nan") if next(calls) > 6 else 1.0)  # two look ahead
+        return terms.next_token(objective, rows) * (float("nan") if next(calls) > 6 else 1.0)  # two look ahead
 
-    monkeypatch.setitem(parts.LM, "lm", dataclasses.replace(parts.LM["lm"], values=broken))
+    monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], values=broken))
     plan = Config.from_dict({**settings, "non_finite_steps": 3, "max_steps": 20, "control": "off", "eval_steps": 2})
     told = []
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         for record in session.distill(plan, tmp_path / "run"):
             told.append(record)
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], "3 steps in a row" in status["reason"]) == ("failed", True)
     assert [(r["step"], r["sign"]) for r in told if r["kind"] == "alert"] == [(5, "non_finite")]
     assert [r["step"] for r in told if r["kind"] == "train" and r["skipped"]] == [5, 6, 7]
-    assert [r["loss"] for r in records.read_records(tmp_path / "run" / "records.jsonl") if r.get("skipped")] == [
-        None
-    ] * 3
+    assert [r["loss"] for r in files.read_records(tmp_path / "run" / "records.jsonl") if r.get("skipped")] == [None] * 3
     path, groups, _, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert path.name == "step-00000007"
     assert all(tensor.isfinite().all() for tensors in groups.values() for tensor in tensors.values())
-    assert "The run is failed" in report.write_report(tmp_path / "run").read_text()
+    assert "The run is failed" in html.write_report(tmp_path / "run").read_text()

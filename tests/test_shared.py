@@ -9,16 +9,21 @@ import pytest
 import torch
 import transformers
 
-from kdlib import align, data, evaluate, inputs, models, tiny, vocab
+from kdlib import demo
+from kdlib.align import boundaries, vocab
 from kdlib.config import Config
-from kdlib.corpus import Document
+from kdlib.data import tokenize
+from kdlib.data.corpus import Document
+from kdlib.evaluation import scoring
+from kdlib.models import loading
+from kdlib.session import inputs
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 
 
 def reader(name):
-    return models.load_reader(str(DATA / "tokenizers" / name), "tokenizer")
+    return loading.load_reader(str(DATA / "tokenizers" / name), "tokenizer")
 
 
 def text(name, size=100_000):
@@ -33,8 +38,8 @@ PAIRS = [("gpt2", "cl100k", 0.80), ("gpt2", "mistral-v1-32k", 0.80), ("mistral-v
 def test_real_pairs_meet_in_most_positions_and_rarely_by_index(ours, theirs, least, name):
     document = Document(text(name))
     pair = reader(ours), reader(theirs)
-    coded = [data.encode(document, used) for used in pair]
-    found = align.align(*coded)
+    coded = [tokenize.encode(document, used) for used in pair]
+    found = boundaries.align(*coded)
     assert all(one.faithful.mean() > 0.99 for one in coded)
     assert found.usable.mean() > 0.98
     assert len(found) / len(coded[0]) > least
@@ -56,7 +61,7 @@ def test_the_shared_vocabulary_of_two_real_tokenizers():
 def test_prefix_buckets_leave_little_of_a_real_vocabulary_in_the_tail():
     ours, theirs = reader("gpt2"), reader("cl100k")
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
-    first = data.first_tokens(ours, theirs.vocabulary.tokens), data.first_tokens(theirs, ours.vocabulary.tokens)
+    first = tokenize.first_tokens(ours, theirs.vocabulary.tokens), tokenize.first_tokens(theirs, ours.vocabulary.tokens)
     buckets = vocab.prefix_buckets(ours.vocabulary, theirs.vocabulary, shared, *first)
     assert (buckets.student == buckets.num - 1).mean() < 0.02
     assert (buckets.teacher == buckets.num - 1).mean() < 0.02
@@ -80,7 +85,7 @@ def test_a_real_teacher_scores_what_plain_transformers_says(tmp_path):
     expected = nats / math.log(2) / sum(len(story.encode()) for story in stories)
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
     tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "tokenizers" / "gpt2")
-    tiny.save(tiny.llama(tokenizer, 16, 1, 2), tokenizer, tmp_path / "student")
+    demo.save(demo.llama(tokenizer, 16, 1, 2), tokenizer, tmp_path / "student")
     config = Config(
         teacher=str(source), student=str(tmp_path / "student"), dataset=str(tmp_path / "stories.jsonl"), max_length=384
     )
@@ -89,4 +94,4 @@ def test_a_real_teacher_scores_what_plain_transformers_says(tmp_path):
     # the first word of a story is in the one and not in the other
     assert held_out.teacher_score.bits_per_byte == pytest.approx(expected, rel=0.02)
     assert loaded.alignment["coverage"] > 0.9
-    assert np.isfinite(evaluate.evaluate_student(pair.student, pair.head, held_out).bits_per_byte)
+    assert np.isfinite(scoring.evaluate_student(pair.student, pair.head, held_out).bits_per_byte)

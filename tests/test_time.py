@@ -7,8 +7,11 @@ import time
 
 import pytest
 
-from kdlib import budget, checkpoint, conclusion, course, env, evaluate, inputs, plan, records, session, train
+from kdlib import clock, environment, files
 from kdlib.config import Config
+from kdlib.evaluation import scoring
+from kdlib.session import checkpoint, experiment, finish, inputs, plan, session, time_budget
+from kdlib.training import loop
 
 COSTS = {"load": 45.0, "step": 18.0, "evaluation": 20.0, "save": 8.0, "export": 4.0}
 
@@ -20,18 +23,18 @@ class World:
         self.time, self.costs, self.odd, self.counts = 1000.0, {**COSTS, **costs}, {}, dict.fromkeys(COSTS, 0)
         for owner, name, task in (
             (inputs, "load", "load"),
-            (train.Training, "_gradients", "step"),
+            (loop.Training, "_gradients", "step"),
             (checkpoint, "write", "save"),
-            (conclusion, "write_student", "export"),
+            (finish, "write_student", "export"),
         ):
             monkeypatch.setattr(owner, name, self._timed(getattr(owner, name), task))
-        real = evaluate._Tally.add_text
+        real = scoring._Tally.add_text
 
         def part_of_an_evaluation(tally, *given):
             self.spend("evaluation", 0.5)
             return real(tally, *given)
 
-        monkeypatch.setattr(evaluate._Tally, "add_text", part_of_an_evaluation)
+        monkeypatch.setattr(scoring._Tally, "add_text", part_of_an_evaluation)
         monkeypatch.setattr(checkpoint.Writer, "begin", lambda writer, *given: writer._write(given))
 
     def now(self):
@@ -77,7 +80,7 @@ def test_five_sessions_of_forty_minutes_do_what_three_hours_do(long_run, tmp_pat
         found, took_s = run(long_run, tmp_path / "cut", world, time_budget="40m")
         assert took_s <= 2400.0
         sessions.append(found)
-        status = records.read_json(tmp_path / "cut" / "status.json")
+        status = files.read_json(tmp_path / "cut" / "status.json")
         training_s, saving_s = training_s + took_s, saving_s + status["saving_s"]
         if found[-1]["kind"] == "verdict":
             break
@@ -133,7 +136,7 @@ def test_a_budget_that_is_spent_already_does_no_step(long_run, tmp_path, monkeyp
     world = World(monkeypatch)
     run(long_run, tmp_path / "run", world, time_budget="10m")
     before = checkpoint.newest(tmp_path / "run" / "checkpoints")[2]["course"]["training"]["step"]
-    monkeypatch.setattr(env, "session_age_s", lambda: 5000.0)
+    monkeypatch.setattr(environment, "session_age_s", lambda: 5000.0)
     steps = world.counts["step"]
     found, took_s = run(long_run, tmp_path / "run", world, time_budget="40m")
     assert (found[-1]["kind"], found[-1]["step"], world.counts["step"]) == ("paused", before, steps)
@@ -172,11 +175,11 @@ def test_the_verdict_waits_for_a_session_that_has_time_for_it(long_run, tmp_path
 
 def test_the_plan_goes_on_through_the_control(long_run, tmp_path, monkeypatch):
     """It is told before the control begins, and what is left then comes to what the control and the verdict take."""
-    monkeypatch.setattr(course.Course, "_step_cost_ratio", lambda self: 2.0)
+    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 2.0)
     world = World(monkeypatch)
     settings, left = {**long_run, "control": "full", "max_steps": 12, "eval_steps": 4}, []
     for record in session.distill(Config.from_dict(settings), tmp_path / "run", world):
-        plan_now = records.read_json(tmp_path / "run" / "status.json")["plan"]
+        plan_now = files.read_json(tmp_path / "run" / "status.json")["plan"]
         if record["kind"] == "eval" and record["run"] == "ce_only" and record["split"] == "validation":
             left.append((record["step"], plan_now["left_s"]))
     assert record["kind"] == "verdict"
@@ -188,12 +191,12 @@ def test_the_plan_goes_on_through_the_control(long_run, tmp_path, monkeypatch):
 
 def test_durations():
     for text, seconds in {"11h": 39600, "40m": 2400, "90s": 90, "1h30m": 5400, "2": 7200, "0.5h": 1800}.items():
-        assert budget.seconds_of(text) == seconds
-    assert budget.seconds_of(1.5) == 5400
-    assert budget.seconds_of("") == math.inf
+        assert clock.seconds_of(text) == seconds
+    assert clock.seconds_of(1.5) == 5400
+    assert clock.seconds_of("") == math.inf
     for wrong in ("x", "-1", "0", "1.2.3h", "h", "nan", "inf", "3d"):
         with pytest.raises(ValueError, match="time_budget takes hours or a duration like 11h, 40m, 1h30m or 90s; got"):
-            budget.seconds_of(wrong)
+            clock.seconds_of(wrong)
 
 
 def test_a_budget_adds_up():
@@ -201,7 +204,7 @@ def test_a_budget_adds_up():
         def now(self):
             return 100.0
 
-    told = budget.Budget(1000.0, Still(), 40.0, {"save": 10.0}, {"save": 99.0, "export": 4.0})
+    told = time_budget.Budget(1000.0, Still(), 40.0, {"save": 10.0}, {"save": 99.0, "export": 4.0})
     assert told.cost("export") == 5.0
     told.took("export", 2.0)
     assert told.cost("export") == 2.5
@@ -213,7 +216,7 @@ def test_a_budget_adds_up():
     told.took("long", 800.0)
     assert told.allows("save")
     assert not told.allows("long")
-    assert budget.Budget(math.inf, Still(), 0.0).allows("anything")
+    assert time_budget.Budget(math.inf, Still(), 0.0).allows("anything")
 
 
 def test_the_plan_counts_what_is_left():
@@ -228,7 +231,7 @@ def test_the_plan_counts_what_is_left():
 
 def test_interrupts_are_wishes_and_the_second_one_is_not():
     former = signal.getsignal(signal.SIGINT)
-    heard = budget.Interrupts()
+    heard = time_budget.Interrupts()
     heard.listen()
     try:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -248,7 +251,7 @@ def test_the_session_is_as_old_as_the_machine_on_kaggle(tmp_path, monkeypatch):
     (tmp_path / "1" / "stat").write_text("1 (a (b) c) S " + " ".join(["0"] * 18) + f" {250 * ticks} 0 0\n")
     (tmp_path / "uptime").write_text("1000.50 900.00\n")
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    assert (env.session_age_s(tmp_path), env.disk_reserve_bytes()) == (0.0, 16 * 2**20)
+    assert (environment.session_age_s(tmp_path), environment.disk_reserve_bytes()) == (0.0, 16 * 2**20)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert (env.session_age_s(tmp_path), env.disk_reserve_bytes()) == (750.5, 2**30)
-    assert env.session_age_s() > 0.0
+    assert (environment.session_age_s(tmp_path), environment.disk_reserve_bytes()) == (750.5, 2**30)
+    assert environment.session_age_s() > 0.0

@@ -8,8 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlib import batching, budget, inputs, losses, optimizer, schedule, train
+from kdlib import clock
 from kdlib.config import Config
+from kdlib.data import batching
+from kdlib.losses import divergences
+from kdlib.models import trie
+from kdlib.session import inputs
+from kdlib.training import loop, optimizer, schedule
 
 METHODS = ("shared_vocab", "shared_prefix", "projector", "none")
 
@@ -27,9 +32,7 @@ def run(loaded, config, num_steps=2, objective=None):
     objective = objective or inputs.make_objective(loaded.pair, config)
     teacher = None if config.kd_method == "none" else loaded.pair.teacher
     machine = accelerate.Accelerator(cpu=True)
-    steps = train.Training(
-        objective, teacher, loaded.train, num_steps, config, machine, budget.Clock(), loaded.pair.pads
-    )
+    steps = loop.Training(objective, teacher, loaded.train, num_steps, config, machine, clock.Clock(), loaded.pair.pads)
     return list(steps), objective
 
 
@@ -40,7 +43,7 @@ def kd_by_hand(loaded, config, batch, student_logits):
         logits = pair.teacher.model(batch.teacher_ids, attention_mask=batch.teacher_mask).logits.flatten(0, 1)
     if config.kd_method == "projector":
         return None
-    buckets = inputs.buckets_of(pair, config.kd_method)
+    buckets = trie.buckets_of(pair, config.kd_method)
     total = 0.0
     for row, other in zip(batch.student_rows.tolist(), batch.teacher_rows.tolist(), strict=True):
         following = batch.labels.flatten()[row], batch.teacher_labels.flatten()[other]
@@ -200,7 +203,8 @@ def test_the_projectors_loss_is_cross_entropy_through_the_live_head(loaded, sett
     states = objective.student.model(batch.student_ids, attention_mask=batch.student_mask).last_hidden_state
     student = states.flatten(0, 1)[batch.student_rows].double() @ head.T
     expected = (
-        4.0 * losses.forward_kl(*(losses.log_probs(logits, 2.0) for logits in (student, projected))).mean().item()
+        4.0
+        * divergences.forward_kl(*(divergences.log_probs(logits, 2.0) for logits in (student, projected))).mean().item()
     )
     assert parts["kd"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -219,7 +223,7 @@ def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, se
         for q in p.parameters():
             q.grad = torch.ones_like(q)
         norms.append(sum(q.numel() for q in p.parameters()) ** 0.5)
-    found = train._clip(objective, 1.0, accelerate.Accelerator(cpu=True), made)
+    found = loop._clip(objective, 1.0, accelerate.Accelerator(cpu=True), made)
     assert float(found) == pytest.approx(norms[1], rel=1e-5)
     assert objective.beside["projector"].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
 
@@ -228,8 +232,8 @@ def test_what_is_kept_of_a_training_does_not_change_with_it(loaded, settings):
     """It is written to the disk while the next steps are taken."""
     config = config_of(settings, kd_method="projector", use_ema=True)
     machine, objective = accelerate.Accelerator(cpu=True), fresh(loaded, config)
-    training = train.Training(
-        objective, loaded.pair.teacher, loaded.train, 3, config, machine, budget.Clock(), loaded.pair.pads
+    training = loop.Training(
+        objective, loaded.pair.teacher, loaded.train, 3, config, machine, clock.Clock(), loaded.pair.pads
     )
     steps = iter(training)
     next(steps)
@@ -278,14 +282,14 @@ def test_rate_rises_then_falls_to_a_tenth():
 
 def test_windows_that_fill_no_step_are_refused_and_not_waited_for(loaded):
     with pytest.raises(ValueError, match="3 windows do not fill one optimizer step of 4"):
-        next(train.steps_of(loaded.train[:3], 4, seed=0))
-    assert len(next(train.steps_of(loaded.train[:4], 4, seed=0))) == 4
+        next(loop.steps_of(loaded.train[:3], 4, seed=0))
+    assert len(next(loop.steps_of(loaded.train[:4], 4, seed=0))) == 4
 
 
 def test_buckets_of_a_pair_are_made_once_for_each_method(loaded):
-    first = {method: inputs.buckets_of(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
+    first = {method: trie.buckets_of(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
     assert first["shared_vocab"].student.tolist() != first["shared_prefix"].student.tolist()
-    assert all(inputs.buckets_of(loaded.pair, method) is found for method, found in first.items())
+    assert all(trie.buckets_of(loaded.pair, method) is found for method, found in first.items())
 
 
 def test_a_part_comes_in_smoothly_at_its_time():
@@ -365,8 +369,8 @@ def test_a_step_that_is_no_number_changes_no_weight_and_is_told(loaded, settings
     objective = Broken(fresh(loaded, config), {2}, how)
     machine = accelerate.Accelerator(cpu=True)
     weights, records = [], []
-    for record in train.Training(
-        objective, loaded.pair.teacher, loaded.train, 3, config, machine, budget.Clock(), loaded.pair.pads
+    for record in loop.Training(
+        objective, loaded.pair.teacher, loaded.train, 3, config, machine, clock.Clock(), loaded.pair.pads
     ):
         records.append(record)
         weights.append([p.detach().clone() for p in objective.inner.student.parameters()])
@@ -383,8 +387,8 @@ def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, setting
     objective = Broken(fresh(loaded, config), {1, 3, 4, 5}, "loss")
     machine, told = accelerate.Accelerator(cpu=True), []
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* kd not finite .*lower learning_rate"):
-        for record in train.Training(
-            objective, loaded.pair.teacher, loaded.train, 9, config, machine, budget.Clock(), loaded.pair.pads
+        for record in loop.Training(
+            objective, loaded.pair.teacher, loaded.train, 9, config, machine, clock.Clock(), loaded.pair.pads
         ):
             told.append(record.step)
     assert told == [1, 2, 3, 4, 5]
@@ -394,6 +398,6 @@ def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, setting
 def test_the_order_of_the_text_can_be_entered_anywhere(loaded, start):
     """Within an epoch, at its last step, and right after it."""
     windows = loaded.train[:30]
-    every = list(itertools.islice(train.steps_of(windows, 4, 3), 30))
+    every = list(itertools.islice(loop.steps_of(windows, 4, 3), 30))
     assert len(windows) // 4 == 7
-    assert list(itertools.islice(train.steps_of(windows, 4, 3, start), 30 - start)) == every[start:]
+    assert list(itertools.islice(loop.steps_of(windows, 4, 3, start), 30 - start)) == every[start:]

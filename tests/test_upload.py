@@ -9,7 +9,7 @@ pytest.importorskip("kagglesdk", reason="the client needs Python 3.11")
 from copy_servers import KEY, Run
 from kaggle_server import CLIENTS
 
-from kdlib import upload
+from kdlib.session import upload
 
 BOTH = pytest.mark.parametrize("version", ["2.2.4", "2.2.5"])
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from kdlib import verdict
-from kdlib.evaluate import Score
+from kdlib.evaluation import verdict
+from kdlib.evaluation.scoring import Score
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from families import FAMILIES, byte_level, reader
 
-from kdlib import data, vocab
+from kdlib.align import vocab
+from kdlib.data import tokenize
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -116,8 +117,8 @@ def test_prefix_buckets_join_tokens_to_a_shared_prefix_of_their_bytes(ours, thei
     ours, theirs = reader(ours), reader(theirs)
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
     first = (
-        data.first_tokens(ours, theirs.vocabulary.tokens),
-        data.first_tokens(theirs, ours.vocabulary.tokens),
+        tokenize.first_tokens(ours, theirs.vocabulary.tokens),
+        tokenize.first_tokens(theirs, ours.vocabulary.tokens),
     )
     buckets = vocab.prefix_buckets(ours.vocabulary, theirs.vocabulary, shared, *first)
     root = [ours.vocabulary.tokens[i] for i in shared.student_ids]
@@ -132,7 +133,7 @@ def test_prefix_buckets_join_tokens_to_a_shared_prefix_of_their_bytes(ours, thei
 
 def test_first_tokens_read_in_the_middle_of_a_text():
     ours = reader("unigram")
-    found = data.first_tokens(ours, [b" the", b"the", None, b"\xe2\x80", "東".encode()])
+    found = tokenize.first_tokens(ours, [b" the", b"the", None, b"\xe2\x80", "東".encode()])
     assert ours.vocabulary.tokens[found[0]] == b" the"
     assert b"the".startswith(ours.vocabulary.tokens[found[1]])
     assert found[2] == found[3] == -1

@@ -15,8 +15,9 @@ import pytest
 import transformers
 from families import FAMILIES, LINES, reader
 
-from kdlib import batching, data, env, windows
-from kdlib.corpus import Document
+from kdlib import environment as env
+from kdlib.data import batching, dataset, tokenize, windowing
+from kdlib.data.corpus import Document
 
 CHAT = Document("", (("user", "The cat sat?"), ("assistant", "Yes, on the mat.")))
 DOCUMENTS = [Document(f"{line} Number {i}.") for i, line in enumerate(LINES)] + [CHAT, Document("é"), CHAT]
@@ -26,8 +27,8 @@ PAIR = reader("unigram"), reader("byte_level")
 def by_hand(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
     made = []
     for number, document in enumerate(documents):
-        coded = data.encode(document, ours), data.encode(document, theirs)
-        made += data.cut_windows(document, *coded, ours, theirs, max_length, number)
+        coded = tokenize.encode(document, ours), tokenize.encode(document, theirs)
+        made += windowing.cut_windows(document, *coded, ours, theirs, max_length, number)
     return [dataclasses.replace(window, place=place) for place, window in enumerate(made)]
 
 
@@ -40,17 +41,17 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def two_processes(monkeypatch):
     monkeypatch.setattr(env, "num_processors", lambda: 2)
-    monkeypatch.setattr(windows, "PARALLEL_CHARS", 1)
+    monkeypatch.setattr(dataset, "PARALLEL_CHARS", 1)
 
 
 def cut_all(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
-    return windows.cut_all(documents, ours, theirs, max_length)
+    return dataset.cut_all(documents, ours, theirs, max_length)
 
 
 def assert_same(found, wanted):
     assert len(found) == len(wanted) > 0
     for ours, theirs in zip(found, wanted, strict=True):
-        for field in dataclasses.fields(data.Window):
+        for field in dataclasses.fields(windowing.Window):
             a, b = getattr(ours, field.name), getattr(theirs, field.name)
             assert np.array_equal(a, b), field.name
             assert type(a) is type(b), field.name
@@ -60,26 +61,26 @@ def assert_same(found, wanted):
 @pytest.fixture
 def read(monkeypatch):
     """How many documents were read, by either tokenizer."""
-    seen, real = [], data.encode
-    monkeypatch.setattr(data, "encode", lambda *given: seen.append(given) or real(*given))
+    seen, real = [], tokenize.encode
+    monkeypatch.setattr(tokenize, "encode", lambda *given: seen.append(given) or real(*given))
     return seen
 
 
 @pytest.mark.parametrize("theirs", FAMILIES)
 def test_windows_are_what_the_documents_are_cut_into(theirs, monkeypatch):
-    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
     assert_same(cut_all(theirs=reader(theirs)), by_hand(theirs=reader(theirs)))
 
 
 def test_several_processes_make_the_same_windows(two_processes, cache, monkeypatch):
-    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
     environment = os.environ
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     found = cut_all()
     assert os.environ is environment
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert_same(found, by_hand())
-    assert found.digest() == windows.Windows.of(by_hand()).digest()
+    assert found.digest() == dataset.Windows.of(by_hand()).digest()
     assert len(list(cache.glob("*/windows_*_of_00002.arrow"))) == 2
 
 
@@ -130,16 +131,16 @@ def test_the_name_tells_whatever_decides_the_windows(change, read):
 
 def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
     how = {"student": PAIR[0], "teacher": PAIR[1], "max_length": 24}
-    keys = [windows._key(DOCUMENTS, **how)]
+    keys = [dataset._key(DOCUMENTS, **how)]
     again = dataclasses.replace(PAIR[0], tokenizer=other(PAIR[0].tokenizer, lambda t: None))
-    assert windows._key(list(DOCUMENTS), **{**how, "student": again}) == keys[0]
-    monkeypatch.setattr(windows, "FORMAT", 0)
-    keys.append(windows._key(DOCUMENTS, **how))
+    assert dataset._key(list(DOCUMENTS), **{**how, "student": again}) == keys[0]
+    monkeypatch.setattr(dataset, "FORMAT", 0)
+    keys.append(dataset._key(DOCUMENTS, **how))
     for library in ("tokenizers", "transformers"):
         monkeypatch.setattr(
-            windows.importlib.metadata, "version", lambda name, new=library: "9" if name == new else "1"
+            dataset.importlib.metadata, "version", lambda name, new=library: "9" if name == new else "1"
         )
-        keys.append(windows._key(DOCUMENTS, **how))
+        keys.append(dataset._key(DOCUMENTS, **how))
     assert len(set(keys)) == 4
 
 
@@ -152,13 +153,15 @@ def test_the_name_does_not_tell_where_a_document_comes_from(read):
 
 def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
     """In a process of its own, by SIGKILL, when some windows lie in the file: half-made files are left, and cleared away."""
-    monkeypatch.setattr(windows, "BATCH_CHARS", 100)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        real, calls = data.cut_windows, itertools.count()
-        data.cut_windows = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 9 else real(*given)
+        real, calls = windowing.cut_windows, itertools.count()
+        windowing.cut_windows = lambda *given: (
+            os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 9 else real(*given)
+        )
         cut_all()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -171,7 +174,7 @@ def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
 
 def test_a_worker_that_is_killed_hangs_nothing_and_leaves_nothing(two_processes, cache, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(data, "cut_windows", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(tokenize, "cut_windows", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(RuntimeError, match="abruptly died"):
             cut_all()
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
@@ -202,7 +205,7 @@ def test_a_full_disk_is_told_and_the_windows_are_made_in_memory(cache, monkeypat
 
         class Full(pa.RecordBatchStreamWriter):
             def write_table(self, *given):
-                if self.schema_names == windows.SCHEMA.names:
+                if self.schema_names == dataset.SCHEMA.names:
                     raise full
                 return real(self, *given)
 
@@ -233,7 +236,7 @@ def test_a_cache_that_takes_nothing_is_told(cache, several, request):
 def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request, monkeypatch):
     if several:
         request.getfixturevalue("two_processes")
-    monkeypatch.setattr(windows, "BATCH_CHARS", 100)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 100)
     rude = other(PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "Hello"))
     named = [dataclasses.replace(each, source=f"a.jsonl record {i}") for i, each in enumerate(DOCUMENTS, start=1)]
     first = 1 + DOCUMENTS.index(CHAT)
@@ -246,31 +249,31 @@ def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request
 
 
 def test_who_waited_for_another_process_takes_what_that_one_made(monkeypatch, read):
-    real = windows.fcntl.flock
+    real = dataset.fcntl.flock
 
     def waited(file, how):
-        monkeypatch.setattr(windows.fcntl, "flock", real)
+        monkeypatch.setattr(dataset.fcntl, "flock", real)
         cut_all()
 
-    monkeypatch.setattr(windows.fcntl, "flock", waited)
+    monkeypatch.setattr(dataset.fcntl, "flock", waited)
     assert len(cut_all()) > 0
     assert len(read) == 2 * len(DOCUMENTS)
 
 
 def test_numbers_over_all_windows_are_those_of_each(monkeypatch):
-    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
     found, each = cut_all(), by_hand()
     for side in ("student", "teacher"):
         lengths = [len(getattr(w, f"{side}_ids")) for w in each]
-        assert windows.lengths_of(found, side).tolist() == windows.lengths_of(each, side).tolist() == lengths
+        assert dataset.lengths_of(found, side).tolist() == dataset.lengths_of(each, side).tolist() == lengths
     assert found.column("document").tolist() == [w.document for w in each]
     assert found.total("student_rows") == sum(len(w.student_rows) for w in each)
     assert found.total("num_bytes") == sum(w.num_bytes for w in each)
     assert found.total("num_positions") == sum(w.num_positions for w in each)
     for side in ("student", "teacher"):
         wanted = np.concatenate([getattr(w, f"{side}_labels") for w in each])
-        assert np.concatenate(list(found.labels(side))).tolist() == wanted[wanted != data.IGNORE].tolist()
-        coded = [data.encode(d, PAIR[side == "teacher"]) for d in DOCUMENTS]
+        assert np.concatenate(list(found.labels(side))).tolist() == wanted[wanted != windowing.IGNORE].tolist()
+        coded = [tokenize.encode(d, PAIR[side == "teacher"]) for d in DOCUMENTS]
         assert found.total(f"{side}_text") == sum(int(c.is_text.sum()) for c in coded)
         assert found.total(f"{side}_faithful") == sum(int((c.faithful & c.is_text).sum()) for c in coded)
 
@@ -283,7 +286,7 @@ def test_what_a_normaliser_changed_is_counted():
 
 
 def test_a_sequence_in_every_way(monkeypatch):
-    monkeypatch.setattr(windows, "BATCH_CHARS", 200)
+    monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
     found, each = cut_all(), by_hand()
     assert_same(list(found), each)
     assert_same(found[3:40:5], each[3:40:5])
@@ -296,14 +299,14 @@ def test_a_sequence_in_every_way(monkeypatch):
 
 def test_the_hash_is_of_the_content_and_not_of_its_pieces(monkeypatch):
     each = by_hand()
-    wanted = windows.Windows.of(each).digest()
+    wanted = dataset.Windows.of(each).digest()
     for size in (1, 7):
-        pieces = [pa.table(windows.table_of(each[i : i + size])) for i in range(0, len(each), size)]
-        assert windows.Windows(pa.concat_tables(pieces)).digest() == wanted
+        pieces = [pa.table(dataset.table_of(each[i : i + size])) for i in range(0, len(each), size)]
+        assert dataset.Windows(pa.concat_tables(pieces)).digest() == wanted
     assert cut_all().digest() == wanted
     ids, labels = each[5].student_ids.copy(), each[5].student_labels.copy()
     ids[1] += 1
-    labels[np.flatnonzero(labels != data.IGNORE)[0]] = data.IGNORE
+    labels[np.flatnonzero(labels != windowing.IGNORE)[0]] = windowing.IGNORE
     moved = [np.append(each[4].student_ids, each[5].student_ids[0]), each[5].student_ids[1:]]
     moved_labels = [np.append(each[4].student_labels, each[5].student_labels[0]), each[5].student_labels[1:]]
     for changes in (
@@ -313,15 +316,15 @@ def test_the_hash_is_of_the_content_and_not_of_its_pieces(monkeypatch):
         {4 + i: {"student_ids": moved[i], "student_labels": moved_labels[i]} for i in (0, 1)},
     ):
         changed = [dataclasses.replace(w, **changes.get(i, {})) for i, w in enumerate(each)]
-        assert windows.Windows.of(changed).digest() != wanted
+        assert dataset.Windows.of(changed).digest() != wanted
 
 
 def test_text_that_makes_no_window_is_an_empty_sequence(monkeypatch):
-    monkeypatch.setattr(data, "cut_windows", lambda *given: [])
+    monkeypatch.setattr(tokenize, "cut_windows", lambda *given: [])
     for documents in ([Document("é")], []):
         for _ in range(2):
             found = cut_all(documents)
-            assert (len(found), list(found), windows.lengths_of(found).tolist(), found.total("num_bytes")) == (
+            assert (len(found), list(found), dataset.lengths_of(found).tolist(), found.total("num_bytes")) == (
                 0,
                 [],
                 [],
@@ -335,7 +338,7 @@ def test_only_what_takes_long_shows_a_bar(capfd, monkeypatch):
     cut_all()
     assert capfd.readouterr().err == ""
     assert not datasets.are_progress_bars_disabled()
-    monkeypatch.setattr(windows, "SHOWN_CHARS", 10)
+    monkeypatch.setattr(dataset, "SHOWN_CHARS", 10)
     cut_all(max_length=30)
     assert "Tokenizing the text, once" in capfd.readouterr().err
     monkeypatch.setenv("RANK", "1")

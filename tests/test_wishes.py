@@ -8,13 +8,16 @@ from families import tiny_model, unigram
 from processes import together
 from test_resume import state_of, untimed
 
-from kdlib import budget, checkpoint, cli, evaluate, records, report, session, tiny
+from kdlib import cli, demo, files
 from kdlib.config import Config
+from kdlib.evaluation import scoring
+from kdlib.report import html
+from kdlib.session import checkpoint, session, time_budget
 
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    monkeypatch.setattr(html, "write_report", lambda folder: None)
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def plan(settings, tmp_path):
     tokenizer = unigram()
     model = tiny_model(tokenizer, 16)
     model.config.attention_dropout = 0.2
-    tiny.save(model, tokenizer, tmp_path / "student")
+    demo.save(model, tokenizer, tmp_path / "student")
     return {
         **settings, "student": str(tmp_path / "student"), "max_steps": 12, "eval_steps": 4, "use_ema": True,
         "ema_decay": 0.9, "control": "off", "early_stopping_patience": 3, "learning_rate": 0.1,
@@ -71,9 +74,7 @@ def test_looks_are_of_no_consequence(plan, tmp_path, kind):
     assert "pause" not in words
     found = wishing(plan, tmp_path / "looked", {None: "evaluate"})
     assert found[-1]["kind"] == "verdict"
-    validated = [
-        r for r in records.read_records(tmp_path / "looked" / "records.jsonl") if r.get("split") == "validation"
-    ]
+    validated = [r for r in files.read_records(tmp_path / "looked" / "records.jsonl") if r.get("split") == "validation"]
     looks = [r for r in validated if r.get("asked")]
     assert {r["step"] for r in looks} >= {1, 2}
     assert {r["averaged"] for r in looks} == {False, True}
@@ -123,7 +124,7 @@ def test_a_save_is_there_when_it_is_told(plan, tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_not_said_to_be_saved(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdlib.train.Training.is_finite", lambda self: False)
+    monkeypatch.setattr("kdlib.training.loop.Training.is_finite", lambda self: False)
     found = wishing(plan, tmp_path / "run", {2: "save", 3: "pause"})
     assert [r["answer"] for r in found if r["kind"] == "wish"] == ["not saved: the weights are no numbers"]
 
@@ -136,7 +137,7 @@ def test_a_pause_is_gone_on_with_as_if_it_never_was(plan, tmp_path):
         found = wishing(plan, tmp_path / "cut", {step: "pause"}, words)
         name = f"step-{step:08d}"
         assert (found[-1]["kind"], found[-1]["reason"]) == ("paused", f"asked to pause; goes on from {name}")
-        assert records.read_json(tmp_path / "cut" / "status.json")["state"] == "paused"
+        assert files.read_json(tmp_path / "cut" / "status.json")["state"] == "paused"
         assert words == set()
     assert wishing(plan, tmp_path / "cut", {}, words)[-1]["kind"] == "verdict"
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "plain")
@@ -145,7 +146,7 @@ def test_a_pause_is_gone_on_with_as_if_it_never_was(plan, tmp_path):
 
 def test_a_pause_does_not_wait_for_an_evaluations_end(plan, tmp_path, monkeypatch):
     """Wished for in the second of its eight batches, it is heard before the third."""
-    real, calls, heard = evaluate._Tally.add_text, itertools.count(1), []
+    real, calls, heard = scoring._Tally.add_text, itertools.count(1), []
 
     class Words(set):
         def discard(self, wish):
@@ -157,7 +158,7 @@ def test_a_pause_does_not_wait_for_an_evaluations_end(plan, tmp_path, monkeypatc
         real(self, *given)
 
     words = Words()
-    monkeypatch.setattr(evaluate._Tally, "add_text", wished_for_meanwhile)
+    monkeypatch.setattr(scoring._Tally, "add_text", wished_for_meanwhile)
     found = wishing(plan, tmp_path / "run", {}, words)
     assert found[-1]["reason"].startswith("asked to pause")
     assert (found[-1]["step"], heard) == (4, [18])
@@ -172,7 +173,7 @@ def test_an_unknown_wish_is_refused_before_anything_is_written(plan, tmp_path):
 def test_an_unknown_wish_later_costs_no_step(plan, tmp_path):
     with pytest.raises(ValueError, match="unknown wish 'stop'"):
         wishing(plan, tmp_path / "run", {5: "stop"})
-    status = records.read_json(tmp_path / "run" / "status.json")
+    status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], status["step"]) == ("paused", 5)
     assert wishing(plan, tmp_path / "run", {})[-1]["kind"] == "verdict"
 
@@ -181,7 +182,9 @@ def test_a_look_takes_no_time_that_the_end_needs(plan, tmp_path, monkeypatch):
     """Where a look fits beside an ordinary evaluation it is taken, else it is declined; the run goes on."""
     plan |= {"eval_steps": 100}
     for most, looks in ((2, 2), (1, 0)):
-        monkeypatch.setattr(budget.Budget, "allows", lambda self, *tasks, most=most: tasks.count("evaluate") <= most)
+        monkeypatch.setattr(
+            time_budget.Budget, "allows", lambda self, *tasks, most=most: tasks.count("evaluate") <= most
+        )
         found = wishing(plan, tmp_path / f"run{most}", {2: "evaluate", 6: "pause"})
         assert sum(bool(r.get("asked")) for r in found) == looks
         (answer,) = [r["answer"] for r in found if r["kind"] == "wish"]
@@ -192,14 +195,14 @@ def test_a_look_takes_no_time_that_the_end_needs(plan, tmp_path, monkeypatch):
 def drive(settings, out):
     """One of several processes; the second one has a wish at steps 2, 3 and 5."""
     cli.quiet()
-    report.write_report = lambda folder: None
+    html.write_report = lambda folder: None
     wishing(settings, out, {2: "evaluate", 3: "save", 5: "pause"} if os.environ["RANK"] == "1" else {})
 
 
 def test_processes_grant_what_one_of_them_was_told(plan, tmp_path):
     together(2, drive, {**plan, "grad_accumulation": 1}, tmp_path / "run")
-    looks = [r["step"] for r in records.read_records(tmp_path / "run" / "records.jsonl") if r.get("asked")]
+    looks = [r["step"] for r in files.read_records(tmp_path / "run" / "records.jsonl") if r.get("asked")]
     assert looks == [2, 2]
-    assert records.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
+    assert files.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
     assert checkpoints(tmp_path / "run")[-2:] == ["step-00000003", "step-00000005"]
     assert checkpoint.newest_name(tmp_path / "run" / "checkpoints") == "step-00000005"

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.rivals import dskd, gold, mined, uld
-from kdlib import losses, models, parts
-from kdlib.data import IGNORE
+from kdlib.data.windowing import IGNORE
+from kdlib.losses import divergences
+from kdlib.models import loading
+from kdlib.training import terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Whole:
 
 
 class WholeTeacher:
-    """A `kdlib.teacher.Teacher` that gives its last hidden states at all positions, `[Q, E]`."""
+    """A `kdlib.models.teacher.Teacher` that gives its last hidden states at all positions, `[Q, E]`."""
 
     def __init__(self, teacher):
         self.model = teacher.model
@@ -45,7 +47,7 @@ class WholeTeacher:
     @torch.no_grad()
     def __call__(self, batch):
         read = batch.teacher_ids, batch.teacher_windows, batch.teacher_packed
-        return models.last_hidden(self.model, *read).flatten(0, 1)
+        return loading.last_hidden(self.model, *read).flatten(0, 1)
 
 
 class Uld:
@@ -58,8 +60,8 @@ class Uld:
     def kd(self, whole):
         pairs = zip(whole.by_window("student"), whole.by_window("teacher"), strict=True)
         ours, theirs = (torch.cat(rows) for rows in zip(*(uld.index_pairs(*pair) for pair in pairs), strict=True))
-        student = losses.log_probs(whole.student_logits[ours]).exp()
-        teacher = losses.log_probs(self.teacher_head.decode(whole.teacher_hidden[theirs])).exp()
+        student = divergences.log_probs(whole.student_logits[ours]).exp()
+        teacher = divergences.log_probs(self.teacher_head.decode(whole.teacher_hidden[theirs])).exp()
         return uld.sorted_distance(student, teacher).mean()
 
 
@@ -68,7 +70,7 @@ class Gold:
 
     def __init__(self, pair, student, config):
         self.beside = torch.nn.ModuleDict()
-        self.teacher_head, student_head = pair.teacher.head, models.Head(student, pair.student_reader.vocabulary)
+        self.teacher_head, student_head = pair.teacher.head, loading.Head(student, pair.student_reader.vocabulary)
         self.student_ids = student_head.columns(torch.from_numpy(pair.shared.student_ids))
         self.teacher_ids = self.teacher_head.columns(torch.from_numpy(pair.shared.teacher_ids))
 
@@ -86,7 +88,7 @@ class Gold:
     @staticmethod
     def _merged(logits, labels, firsts, stops):
         """`gold.merged` of spans whose tokens are predicted by the rows `firsts` to `stops`."""
-        log_probs = losses.log_probs(logits)
+        log_probs = divergences.log_probs(logits)
         nats = F.nll_loss(log_probs, labels.flatten(), ignore_index=IGNORE, reduction="none")
         until = F.pad(nats.cumsum(0, dtype=torch.float64), (1, 0))  # sums of many rows, differences of few
         return gold.merged(log_probs[firsts], (until[firsts + 1] - until[stops]).to(log_probs.dtype))
@@ -97,7 +99,7 @@ class Dskd:
 
     def __init__(self, pair, student, config):
         self.student, self.teacher, self.temperature = student, pair.teacher.model, config.kd_temperature
-        self.head, self.teacher_head = models.Head(student, pair.student_reader.vocabulary), pair.teacher.head
+        self.head, self.teacher_head = loading.Head(student, pair.student_reader.vocabulary), pair.teacher.head
         widths = student.config.hidden_size, pair.teacher.config.hidden_size
         self.beside = torch.nn.ModuleDict({"rival": dskd.Projectors(*widths)})
 
@@ -159,17 +161,17 @@ RIVALS = {"ULD": Uld, "GOLD hybrid": Gold, "DSKD-CMA": Dskd, "MinED": MinEd}
 
 
 class RivalObjective(torch.nn.Module):
-    """`lm_weight` next-token cross-entropy and `kd_weight` a rival's loss: what `kdlib.train.Training` asks of an objective,
-    for steps of one micro-batch and vocabularies without gaps.
+    """`lm_weight` next-token cross-entropy and `kd_weight` a rival's loss: what `kdlib.training.loop.Training` asks of
+    an objective, for steps of one micro-batch and vocabularies without gaps.
     """
 
     def __init__(self, rival, pair, student, config):
         super().__init__()
         self.student, self.config = student, config
-        self.head = models.Head(student, pair.student_reader.vocabulary)
+        self.head = loading.Head(student, pair.student_reader.vocabulary)
         self.rival = rival(pair, student, config)
         self.beside = self.rival.beside
-        self.parts = {"lm": parts.LM["lm"], "kd": parts.KD["shared_prefix"]["kd"]}
+        self.parts = {"lm": terms.LM["lm"], "kd": terms.KD["shared_prefix"]["kd"]}
         self.rows_at_once = None
 
     def weights(self, progress=1.0):
@@ -179,12 +181,12 @@ class RivalObjective(torch.nn.Module):
         return {}
 
     def forward(self, batch, signal, counts, weights, measure=False):
-        hidden = models.last_hidden(self.student, batch.student_ids, batch.student_windows, batch.student_packed)
+        hidden = loading.last_hidden(self.student, batch.student_ids, batch.student_windows, batch.student_packed)
         hidden = hidden.flatten(0, 1)
         logits = self.head.decode(hidden)
-        nats = losses.cross_entropy(losses.log_probs(logits), batch.labels.flatten())
+        nats = divergences.cross_entropy(divergences.log_probs(logits), batch.labels.flatten())
         found = {
-            "lm": losses.token_mean(nats, counts["labels"]),
+            "lm": divergences.token_mean(nats, counts["labels"]),
             "kd": self.rival.kd(Whole(batch, hidden, logits, signal)),
         }
         return sum(weights[name] * value for name, value in found.items()), found, {}

@@ -1,0 +1,62 @@
+"""A teacher on another device than the student's, one batch ahead of it."""
+
+import concurrent.futures
+import contextlib
+
+import torch
+
+from kdlib.models import loading
+from kdlib.models.teacher import Teacher
+
+
+class Ahead(Teacher):
+    """A live teacher whose work can be begun before it is needed: called like any `Teacher`, with the same result.
+
+    `ask` begins a batch in a thread, and the call with that batch and the same wants takes what it came to; any other call
+    makes its own. One thread runs the model, one batch at a time. The signal travels through the host's memory: copied from
+    card to card, it would make the student's work wait for what the teacher has begun since. What goes wrong in the thread
+    is raised by the call.
+    """
+
+    def __init__(self, model, reader, student_device):
+        super().__init__(model, reader)
+        self.near = self.head.on(student_device)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "teacher")
+        self._asked = None
+
+    def ask(self, batch, **wants):
+        """Begin this batch, best one that is in the host's memory; what was asked for before is forgotten."""
+        self.forget()
+        self._asked = self._begun(batch, wants)
+
+    def forget(self):
+        """Let go of what was asked for; what has begun ends by itself."""
+        asked, self._asked = self._asked, None
+        _drop(asked)
+
+    def __call__(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
+        wants = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
+        device = batch.student_ids.device
+        asked, self._asked = self._asked, None  # at once: a training left to the collector may forget at any time
+        if asked is None or asked[:2] != (batch.stamp, wants):
+            _drop(asked)
+            asked = self._begun(batch, wants)
+        return asked[2].result().copied(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _begun(self, batch, wants):
+        wants = {"shortlist": None, "inner": False, **wants}
+        return batch.stamp, wants, self._thread.submit(self._on_host, batch, **wants)
+
+    def _on_host(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
+        """The signal in the host's memory, pinned where it came from a card."""
+        device = self.model.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            signal = self.read(batch, taps, spans, shortlist, inner)
+            return signal.copied(
+                lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+            )
+
+
+def _drop(asked):
+    if asked is not None:
+        asked[2].cancel()

@@ -1,0 +1,1 @@
+"""Figures, the live panel and the page of a run; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""One session of a run: inputs, time budget, checkpoints, resume, copies, the end."""

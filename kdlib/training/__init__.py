@@ -1,0 +1,1 @@
+"""The training loop: loss terms, objective, optimizer, averaged weights, peak memory."""
