@@ -224,7 +224,7 @@ def test_the_head_that_losses_decode_is_the_students_neighbour(settings):
 def test_a_whole_run_comes_to_the_same_verdict(settings, tmp_path, monkeypatch):
     kept = []
     for device in ("cpu", "cpu:0"):
-        monkeypatch.setattr(session.precision, "teacher_device", lambda *_, device=device: torch.device(device))
+        monkeypatch.setattr(devices, "teacher_device", lambda *_, device=device: torch.device(device))
         out = tmp_path / device.replace(":", "_")
         values = {**settings, "control": "off", "repeats": 1}
         list(session.distill(Config.from_dict(values), out))

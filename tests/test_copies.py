@@ -19,6 +19,7 @@ from copy_servers import KEY
 from kaggle_server import files_of, wait_until
 
 from kdlib import environment
+from kdlib.clock import Clock
 from kdlib.config import Config
 from kdlib.session import backup, checkpoint, session
 
@@ -88,7 +89,7 @@ def test_a_full_disk_costs_the_copy_and_not_the_checkpoint(kaggle, run, monkeypa
 
     monkeypatch.setattr(checkpoint, "write", full_at_first)
     monkeypatch.setattr(run.copies, "take", lambda path: tried.append(path.name))
-    writer = checkpoint.Writer(session.budget.Clock(), run.copies)
+    writer = checkpoint.Writer(Clock(), run.copies)
     writer._write((run.folder.checkpoints, 2))
     assert tried == [True, False, "step-00000002"]
     assert run.copies.thread is None and "checkpoints come first" in run.told()[0]["meaning"]
@@ -135,12 +136,12 @@ def test_no_credentials_or_no_client_is_told_at_the_start(settings, tmp_path, ka
     monkeypatch.delenv("KAGGLE_KEY")
     config = Config(**settings, second_copy="kaggle:ann/run-copy")
     with pytest.raises(ValueError) as told:
-        session.Session(config, tmp_path / "out", session.budget.Clock())
+        session.Session(config, tmp_path / "out", Clock())
     assert "set KAGGLE_API_TOKEN or KAGGLE_USERNAME and KAGGLE_KEY in the environment" in str(told.value)
     assert "\n" not in str(told.value) and not (tmp_path / "out").exists()
     monkeypatch.setitem(backup.NEEDS, "kaggle", ("kaggle", "no_such_client"))
     with pytest.raises(ValueError, match="pip install no_such_client, or leave second_copy empty"):
-        session.Session(config, tmp_path / "out", session.budget.Clock())
+        session.Session(config, tmp_path / "out", Clock())
 
 
 def test_credentials_come_from_the_notebooks_secrets_too(tmp_path, monkeypatch):

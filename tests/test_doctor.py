@@ -396,7 +396,7 @@ def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkey
             yield {"kind": kind}
 
     monkeypatch.setattr(cache_writer.Pass, "run", run)
-    monkeypatch.setattr(doctor.signals, "CachedTeacher", lambda folders: None)
+    monkeypatch.setattr(doctor.teacher_cache, "CachedTeacher", lambda folders: None)
     look = doctor.Look(config, loaded, devices.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
     with look.rest:
         look._read_first()

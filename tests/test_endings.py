@@ -16,9 +16,10 @@ from families import byte_level, unigram
 from kdlib import demo, files
 from kdlib.clock import Clock
 from kdlib.config import Config
-from kdlib.evaluation import internals
+from kdlib.evaluation import internals, scoring
 from kdlib.files import read_json, read_records
 from kdlib.models import devices, teacher_cache
+from kdlib.models.teacher import Teacher
 from kdlib.report import html
 from kdlib.session import cache_writer, experiment, finish, inputs, resume, run_folder, session
 from kdlib.training import loop
@@ -298,14 +299,14 @@ def test_everything_that_takes_long_says_how_far_it_is(settings, tmp_path):
 
 def test_held_out_text_is_read_once(settings, monkeypatch):
     """One pass of the teacher gives its states, its score and the check of its tokenizer."""
-    passes, real = [], inputs.Teacher.states
+    passes, real = [], Teacher.states
 
     def states(self, batch):
         passes.append(batch.num_student_tokens)
         return real(self, batch)
 
-    monkeypatch.setattr(inputs.Teacher, "states", states)
-    monkeypatch.setattr(inputs, "refuse_reading", lambda *_: None)
+    monkeypatch.setattr(Teacher, "states", states)
+    monkeypatch.setattr(scoring, "refuse_reading", lambda *_: None)
     loaded = inputs.load(Config.from_dict({**settings, "check_teacher": True}))
     held_out = [batch.num_student_tokens for text in (loaded.validation, loaded.test) for batch in text.batches]
     assert sorted(passes) == sorted(held_out)

@@ -11,9 +11,10 @@ from kdlib import environment, files
 from kdlib.session import run_folder
 
 CELL = """
-from kdlib import Config, cli, dashboard, distill
+from kdlib import Config, cli, distill
+from kdlib.report import live_panel
 cli.quiet()
-panel = dashboard.Panel()
+panel = live_panel.Panel()
 for record in distill(Config.from_dict({settings}), {out!r}, wishes=panel.wishes):
     panel.show(record)
 panel.close()

@@ -254,7 +254,7 @@ def test_a_kernel_writes_no_more_than_kaggle_keeps(tmp_path, monkeypatch):
     assert kaggle.config("a", "b", "c", {"keep_checkpoints": 3}).keep_checkpoints == 3
 
 
-CELL = "from kdlib import kernel\nwith kernel.guard('run'):\n    {}\nprint('not reached')"
+CELL = "from kdlib import kaggle\nwith kaggle.guard('run'):\n    {}\nprint('not reached')"
 
 
 def in_kernel(code, folder, kind):

@@ -14,7 +14,7 @@ from processes import together
 from kdlib import cli, environment, files, kaggle
 from kdlib.config import Config
 from kdlib.models import loading, teacher_cache
-from kdlib.session import cache_writer, experiment, finish, first_pass, inputs, session
+from kdlib.session import cache_writer, experiment, finish, first_pass, inputs, run_folder, session
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_a_session_that_ends_while_the_teacher_reads_says_what_is_kept(config, t
     assert told["reason"] == "asked to pause; what the teacher has read is kept"
     assert told["shards_read"] == 1
     assert told["read_s"] > 0
-    assert kaggle.records.RunFolder(tmp_path / "run").has_begun()
+    assert run_folder.RunFolder(tmp_path / "run").has_begun()
 
 
 def test_a_budget_that_is_over_ends_it_between_two_shards(config, tmp_path):
@@ -195,7 +195,7 @@ def test_the_live_teacher_cannot_go_on_with_it(config, tmp_path):
 def test_a_mounted_run_that_has_only_read_is_gone_on_with(config, tmp_path, monkeypatch):
     mounts = tmp_path / "input"
     stopped(session.distill(config, mounts / "before" / "run"), ("reading", "shard", 2))
-    monkeypatch.setattr(kaggle.env, "mounts", lambda: mounts)
+    monkeypatch.setattr(environment, "mounts", lambda: mounts)
     assert kaggle.previous(tmp_path / "run") == str(mounts / "before" / "run")
 
 

@@ -472,7 +472,7 @@ def test_a_status_is_written_even_where_not_a_byte_is_free(tmp_path, monkeypatch
     def full(path, text, writer=0):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full)
     folder.status("paused", step=2)
     assert folder.last_status() == {"state": "paused", "step": 2}
     with pytest.raises(OSError, match="No space"):

@@ -29,7 +29,6 @@ from kdlib.losses.teacher_signal import TeacherSignal
 from kdlib.models import loading, teacher, teacher_cache, trie
 from kdlib.models.pair import Pair
 from kdlib.session import inputs
-from kdlib.training import objective
 
 METHODS = [name for name in KD_METHODS if name != "none"]
 BY_BUCKETS = ("shared_vocab", "shared_prefix", "inside_tokens")
@@ -99,7 +98,7 @@ def told(pair, config, batch, states, theirs):
         signal = in_short(pair, config, batch, signal)
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective.models, "read", lambda *_: loading.Features(states, (), (), (), None))
+        patch.setattr(loading, "read", lambda *_: loading.Features(states, (), (), (), None))
         loss, parts, _ = made(batch, signal, counts)
     (gradient,) = torch.autograd.grad(loss, states)
     return parts["kd"].item(), gradient

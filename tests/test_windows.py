@@ -174,7 +174,7 @@ def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
 
 def test_a_worker_that_is_killed_hangs_nothing_and_leaves_nothing(two_processes, cache, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize, "cut_windows", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(windowing, "cut_windows", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(RuntimeError, match="abruptly died"):
             cut_all()
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
@@ -320,7 +320,7 @@ def test_the_hash_is_of_the_content_and_not_of_its_pieces(monkeypatch):
 
 
 def test_text_that_makes_no_window_is_an_empty_sequence(monkeypatch):
-    monkeypatch.setattr(tokenize, "cut_windows", lambda *given: [])
+    monkeypatch.setattr(windowing, "cut_windows", lambda *given: [])
     for documents in ([Document("é")], []):
         for _ in range(2):
             found = cut_all(documents)
