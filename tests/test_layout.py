@@ -72,6 +72,15 @@ def test_every_package_has_its_rule():
     assert {path.parent.name for path in HOUSE.glob("*/__init__.py")} == set(PACKAGES)
 
 
+def test_the_map_in_contributing_names_every_module():
+    text = (HOUSE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*`.*) \|$", text, re.M)
+    named = {f"{package}.{module}" for package, line in rows for module in re.findall(r"`(\w+)`", line)}
+    top = text[text.index("At the top of `kdlib`") : text.index("One step:")]
+    named |= set(re.findall(r"`(\w+)`", top)) - {"kdlib"}
+    assert named == set(sources())
+
+
 def test_modules_of_a_package_import_each_other_without_a_circle():
     graph = {module: modules_imported(source) for module, source in sources().items()}
     while leaves := {module for module, wanted in graph.items() if not wanted}:
