@@ -552,6 +552,7 @@ MUTANTS = {
     "a cache for layers": ("kdlib/session/forecast.py", "    if readings < READINGS or not holds_all(config):", "    if readings < READINGS:", [DOCTOR]),
     "tokens cut otherwise are not counted": ("kdlib/evaluation/samples.py", "len(spans) - len(set(spans) & set(_spans(again)))", "0", ["test_evaluate.py"]),
     "written past a special token": ("kdlib/evaluation/samples.py", "written[: written.index(None)] if None in written", 'written if None not in written else [token or b"" for token in written] if written', ["test_evaluate.py"]),
+    "a text that is read as another is counted": ("kdlib/evaluation/samples.py", 'if b"".join(again) != data:', "if False:", ["test_evaluate.py"]),
     "the beginning counts as written": ("kdlib/evaluation/samples.py", "_spans(before + written)[len(before) :]", "_spans(before + written)", ["test_evaluate.py"]),
     "held-out text read again and again": ("kdlib/doctor.py", "seconds[-1] + more * learned", "seconds[-1] * (1.0 + more)", [f"{DOCTOR}::test_only_the_reading_of_training_text_is_longer_in_the_run"]),
     "what is still read is cleared": (

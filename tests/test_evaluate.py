@@ -179,6 +179,14 @@ def test_written_tokens_end_at_a_special_token_and_at_an_unfinished_character():
     assert samples.recut(read, [half], [ids[0]]) == (0, 0)
 
 
+def test_nothing_is_counted_in_a_text_that_the_tokenizer_reads_as_another():
+    read = reader("byte_level_lower")
+    ids = read.tokenizer("the rivers", add_special_tokens=False)["input_ids"]
+    assert samples.recut(read, ids[:1], ids[1:])[0] == len(ids) - 1
+    capital = read.vocabulary.tokens.index(b"A")
+    assert samples.recut(read, ids[:1], [*ids[1:], capital]) == (0, 0)
+
+
 def test_the_share_of_recut_tokens_is_over_all_samples():
     found = [samples.Sample("", 3, 1), samples.Sample("", 1, 1), samples.Sample("", 0, 0)]
     assert samples.recut_share(found) == 0.5

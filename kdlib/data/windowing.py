@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from kdlib.align import boundaries as align
+from kdlib.align.boundaries import Alignment, align
 
 IGNORE = -100
 
@@ -48,7 +48,7 @@ def cut_windows(document, student, teacher, student_reader, teacher_reader, max_
     each window starts with what the tokenizer puts before a text, and the last one ends with the student's
     end-of-text. A conversation is one window, cut off at `max_length`, with nothing around what its chat template renders.
     """
-    pairs = align.align(student, teacher)
+    pairs = align(student, teacher)
     prefixes = [reader.prefix_of(document) for reader in (student_reader, teacher_reader)]
     room = max_length - len(prefixes[0]) - (0 if document.messages else len(student_reader.eos))
     teacher_room = (teacher_reader.context or 10**9) - len(prefixes[1])
@@ -64,7 +64,7 @@ def cut_windows(document, student, teacher, student_reader, teacher_reader, max_
         low, high = np.searchsorted(pairs.student, [s0, s1])
         high = min(high, int(np.searchsorted(pairs.teacher, t1)))
         rows = slice(low, max(low, high))
-        near = align.Alignment(pairs.student[rows] - s0, pairs.teacher[rows] - t0, pairs.ends[rows], pairs.usable[rows])
+        near = Alignment(pairs.student[rows] - s0, pairs.teacher[rows] - t0, pairs.ends[rows], pairs.usable[rows])
         ours, theirs = student.cut(s0, s1), teacher.cut(t0, t1)
         windows.append(_window(ours, theirs, near, *prefixes, eos, number))
     return windows
