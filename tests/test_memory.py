@@ -138,6 +138,16 @@ def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
     )  # the moments are there now
 
 
+@pytest.mark.parametrize(("chunk_size", "passes"), [(512, [1, 4]), (48, [1, 4]), (8, [1, 2])])
+def test_a_pass_over_all_windows_needs_no_other(settings, monkeypatch, chunk_size, passes):
+    """Fewer windows are watched only where the whole micro-batch is more than two chunks of the head."""
+    training = training_of(settings, loss_chunk_size=chunk_size, batch_size=4)
+    watched, points = [], peak_memory._points
+    monkeypatch.setattr(peak_memory, "_points", lambda run, some: watched.append(len(some)) or points(run, some))
+    peak_memory.predicted_bytes(training)
+    assert watched == passes
+
+
 def test_what_an_allocator_keeps_grows_with_the_windows():
     """Points of 2 and of 4 windows: 100 and 160 bytes alive, 20 and 50 more in use; ten windows."""
     assert peak_memory._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)

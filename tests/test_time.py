@@ -131,6 +131,17 @@ def test_a_budget_shorter_than_one_evaluation_is_kept(long_run, tmp_path, monkey
     assert (found[0]["session"], found[-1]["kind"], took_s <= 40.0) == (3, "paused", True)
 
 
+def test_short_sessions_train_rather_than_keep_time_to_show_the_student(long_run, tmp_path, monkeypatch):
+    """An evaluation and an export would take the whole session: they are not set aside, and the time trains."""
+    world = World(monkeypatch, load=5.0, step=1.0, evaluation=4.0, save=1.0, export=20.0)
+    live = {**long_run, "teacher_cache": "live"}
+    run(live, tmp_path / "run", world, time_budget="3m")
+    before = world.counts["step"]
+    found, took_s = run(live, tmp_path / "run", world, time_budget="40s")
+    assert (found[-1]["kind"], took_s <= 40.0) == ("paused", True)
+    assert world.counts["step"] - before >= 7
+
+
 def test_a_budget_that_is_spent_already_does_no_step(long_run, tmp_path, monkeypatch):
     """On Kaggle the session began before the run did."""
     world = World(monkeypatch)
@@ -217,6 +228,14 @@ def test_a_budget_adds_up():
     assert told.allows("save")
     assert not told.allows("long")
     assert time_budget.Budget(math.inf, Still(), 0.0).allows("anything")
+
+
+def test_the_end_of_a_session_is_kept_free_for_what_it_can_afford():
+    costs = {"start": 20.0, "save": 10.0, "evaluate": 15.0, "export": 5.0}
+    for seconds, affordable in ((25.0 + 100.0, True), (25.0 + 99.0, False)):  # 1.25 * 20 of them before the first step
+        budget = time_budget.Budget(seconds, None, 0.0, costs)
+        assert budget.final_tasks() == ["save"] + ["evaluate", "export"] * affordable
+        assert budget.per_session() == pytest.approx(seconds * 0.98 - 25.0 - 12.5 - 25.0 * affordable)
 
 
 def test_the_plan_counts_what_is_left():

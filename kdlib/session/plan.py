@@ -55,7 +55,7 @@ def outlook(left_s, session, num_sessions, steps_per_s, num_tokens):
     `session` is the `Budget` of this session, which is number `num_sessions`.
     """
     each = session.per_session()
-    now = max(0.0, session.left() - session.cost("save", "evaluate", "export") - session.margin())
+    now = max(0.0, session.left() - session.cost(*session.final_tasks()) - session.margin())
     later = math.ceil(max(0.0, left_s - now) / each) if each > 0 else None
     waiting = 0.0 if not later else later * session.cost("start")
     return {

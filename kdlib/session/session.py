@@ -271,8 +271,8 @@ class Session:
             self.budget.took("start", self.budget.used() - self.reading.now_s)
             self.trained_from, self.began_at = self.clock.now(), self.course.step
         ahead = ["step"] + ["evaluate"] * self.course.evaluation_due(leg, leg.step + 1)
-        shown = ["evaluate", "export"] * (self.course.step > self.began_at)  # a step comes before something to look at
-        fits = leg.done or self.budget.allows(*ahead, "save", *shown)
+        last = self.budget.final_tasks() if self.course.step > self.began_at else ["save"]  # a step comes first
+        fits = leg.done or self.budget.allows(*ahead, *last)
         in_vain = "evaluate" in self.wishes and not self.budget.allows(*ahead, "save", "evaluate", "evaluate", "export")
         here = (self.saving.due(leg), bool(self.interrupts.asked), not fits, *self.wishes.all(), in_vain)
         save, asked, late, *wanted = agreed(self.accelerator, here)

@@ -8,6 +8,8 @@ MARGIN = 0.02
 """Share of a session that is left over for what nobody foresaw."""
 SAFETY = 1.25
 """Factor on every cost that was measured."""
+FINAL_SHARE = 0.25
+"""Largest share of a session, after its start, that is kept free to evaluate and export the student at its end."""
 FORGET = 0.97
 """A cost that was once high counts this much less with every cheaper one."""
 
@@ -47,9 +49,16 @@ class Budget:
         """Whether these tasks, one after the other, are done before the session ends, with the margin left over."""
         return self.left() >= self.cost(*tasks) + self.margin()
 
+    def final_tasks(self):
+        """Tasks for which the end of a session is kept free: a save, and an evaluation and export where they take at most
+        FINAL_SHARE of the session after its start. A shorter session trains instead.
+        """
+        shown = ["evaluate", "export"]
+        return ["save"] + shown * (self.cost(*shown) <= FINAL_SHARE * (self.seconds - self.cost("start")))
+
     def per_session(self):
         """Seconds of a session that go into training and its evaluations: not into the start, the end or the margin."""
-        return self.seconds - self.cost("start", "save", "evaluate", "export") - self.margin()
+        return self.seconds - self.cost("start", *self.final_tasks()) - self.margin()
 
 
 class Interrupts:

@@ -60,7 +60,8 @@ def _more_bytes(training, now, on_progress):
 
 def _highest(training, before, accumulates, on_progress):
     """Bytes at the highest point of the passes over the longest micro-batch; `before`: what is in use besides. With
-    `accumulates` gradients are there before them.
+    `accumulates` gradients are there before them. Where one pass holds the whole micro-batch, none over fewer windows
+    is watched.
     """
     objective = training.objective
     objective.train()
@@ -68,17 +69,18 @@ def _highest(training, before, accumulates, on_progress):
     with seeds.untouched(training.accelerator.device):
         try:
             on_progress(PHASE, 0, 3)
-            found = {1: _points(training, longest[-1:])}  # and gradients are there
+            found = {1: _points(training, longest[-1:])}  # the size of a chunk is known from here on, and gradients are there
             few = min(len(longest), -(-objective.rows_at_once[0] // len(longest[-1].student_ids)))
             more = min(len(longest), 2 * few)
-            for count in sorted({few, more} - ({1} if not accumulates else set())):
+            counts = {few, more} if more < len(longest) else {more}
+            for count in sorted(counts if accumulates else counts - {1}):
                 if not accumulates:
                     objective.zero_grad()
-                on_progress(PHASE, len(found), 3)
+                on_progress(PHASE, len(found), 1 + len(counts))
                 found[count] = _points(training, longest[-count:])
         finally:
             objective.zero_grad()
-    return _top(few, more, len(longest), before, zip(found[few], found[more], strict=True))
+    return _top(few, more, len(longest), before, zip(found.get(few, found[more]), found[more], strict=True))
 
 
 def _top(few, more, whole, before, points):
