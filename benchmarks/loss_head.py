@@ -135,20 +135,20 @@ def seconds(run, given):
 
 def ours(hidden, weight, teacher, labels, chunk_size="auto"):
     every = np.ones(len(hidden), dtype=bool)
-    _, chunks = chunked_head.lay_out(every, every, *chunked_head.rows_at_once(2 * len(weight), DEVICE, chunk_size))
+    _, chunks = chunked_head.plan_blocks(every, every, *chunked_head.chunk_sizes(2 * len(weight), DEVICE, chunk_size))
 
     def losses_of(logits, other, block):
-        made = divergences.log_probs(logits)
+        made = divergences.log_softmax(logits)
         values = (
             divergences.cross_entropy(made, labels[block.rows]),
-            divergences.forward_kl(made, divergences.log_probs(other)),
+            divergences.forward_kl(made, divergences.log_softmax(other)),
         )
         return torch.stack([divergences.token_mean(value, len(hidden)) for value in values])
 
     decode = loading.Head(Bare(weight), types.SimpleNamespace(num_rows=len(weight), gaps=())).decoder()
-    chunked_head.head_losses(hidden, weight, None, chunks, losses_of, [0.5, 0.5], lambda known: decode(teacher[known]))[
-        0
-    ].backward()
+    chunked_head.chunked_head_losses(
+        hidden, weight, None, chunks, losses_of, [0.5, 0.5], lambda known: decode(teacher[known])
+    )[0].backward()
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ are 0.95 times as long, give or take 6 %), and the windows of the embedded defau
 `--max-length` student tokens of a data set as kdlib reads it, with two folders of tokenizers.
 
 *cap*: every window padded to the longest there is. *random*: batches in random order, padded to their longest. *bucketed*:
-similar lengths together (`batching.batch_order`). *packed*: random order, windows share rows (`batching.lay_out`).
+similar lengths together (`batching.batch_order`). *packed*: random order, windows share rows (`batching.pack_rows`).
 *auto*: both, what kdlib does. Student and teacher each, mean over the seeds of one epoch.
 """
 
@@ -31,8 +31,8 @@ def like_instructions(count=4000, seed=0):
     return ours, np.clip((ours * random.normal(0.95, 0.06, count)).round(), 4, None).astype(int)
 
 
-def lengths_of(documents, student, teacher, max_length):
-    """`(student's, teacher's)` lengths of the windows of documents, as two `tokenize.Reader`s read them."""
+def window_lengths(documents, student, teacher, max_length):
+    """`(student's, teacher's)` lengths of the windows of documents, as two `tokenize.TextTokenizer`s read them."""
     windows = []
     for number, document in enumerate(documents):
         coded = [tokenize.encode(document, reader) for reader in (student, teacher)]
@@ -43,8 +43,8 @@ def lengths_of(documents, student, teacher, max_length):
 def embedded_default():
     texts, own, _ = demo.split(demo.docstrings())
     tokenizers = demo.unigram(texts, demo.STUDENT["vocab"]), demo.byte_level_bpe(texts, demo.TEACHER["vocab"])
-    readers = [tokenize.make_reader(each, loading.vocab.read_vocabulary(each)) for each in tokenizers]
-    return lengths_of([corpus.Document(text) for text in own], *readers, demo.WINDOW)
+    readers = [tokenize.wrap_tokenizer(each, loading.vocab.read_vocabulary(each)) for each in tokenizers]
+    return window_lengths([corpus.Document(text) for text in own], *readers, demo.WINDOW)
 
 
 def per_token(lengths, way, batch_size, accumulation, seed):
@@ -63,7 +63,7 @@ def per_token(lengths, way, batch_size, accumulation, seed):
         batches, longest = side[steps.reshape(-1, batch_size)], side.max()
         computed = 0
         for batch in batches:
-            rows = batching.lay_out(batch.tolist(), 2 * longest if way in ("packed", "auto") else 0)
+            rows = batching.pack_rows(batch.tolist(), 2 * longest if way in ("packed", "auto") else 0)
             width = longest if way == "cap" else max(sum(batch[i] for i in row) for row in rows)
             computed += len(rows) * width
         found.append(computed / batches.sum())
@@ -83,7 +83,7 @@ def main():
         readers = [
             loading.load_reader(folder, role) for folder, role in zip(folders, ("student", "teacher"), strict=True)
         ]
-        texts = {dataset: lengths_of(corpus.read_documents(dataset), *readers, args.max_length)}
+        texts = {dataset: window_lengths(corpus.read_documents(dataset), *readers, args.max_length)}
     else:
         texts = {"like instructions": like_instructions(), "embedded default": embedded_default()}
     print("| text | batch | student's mean length | " + " | ".join(WAYS) + " |\n|---|---|---|" + "---|" * len(WAYS))

@@ -4,7 +4,7 @@
 
 Every shape runs in a process of its own on a CPU, with `--cuda` on a card: random Llama models of full width, windows of
 random tokens, all of the given length. Told: what the process holds before training and the prediction. Taken: the highest
-resident set of the process over real steps of `loop.Training` (VmHWM, reset before the first one; Linux only), the
+resident set of the process over real steps of `loop.TrainLoop` (VmHWM, reset before the first one; Linux only), the
 optimizer's state included from the second step on. On a card both leave out what CUDA holds itself: taken is the most
 that tensors took, and `reserved` the most that torch's allocator held. Prints a table in Markdown; exit status 1 where a
 prediction is off by over 15 %.
@@ -55,7 +55,7 @@ def models_of(shape):
 
 
 def training_of(shape, cuda=False):
-    """The `Training` of a shape, over windows of random tokens that match one to one."""
+    """The `TrainLoop` of a shape, over windows of random tokens that match one to one."""
     import numpy as np
     import torch
 
@@ -77,7 +77,7 @@ def training_of(shape, cuda=False):
     machine = devices.accelerator("fp32", cpu=not cuda)
     student, larger = (model.to(machine.device) for model in models_of(shape))
     readers = [
-        tokenize.Reader(
+        tokenize.TextTokenizer(
             None, vocab.Vocabulary(tuple(b"%d" % i for i in range(model.config.vocab_size)), (), False), [], [], 0
         )
         for model in (student, larger)
@@ -101,7 +101,7 @@ def training_of(shape, cuda=False):
     pair.sample = windows[:2]
     objective = inputs.make_objective(pair, config)
     needed = pair.teacher if config.needs_teacher else None
-    return loop.Training(objective, needed, windows, 10**4, config, machine, clock.Clock())
+    return loop.TrainLoop(objective, needed, windows, 10**4, config, machine, clock.Clock())
 
 
 def resident():
@@ -128,7 +128,7 @@ def measure(shape, num_steps, cuda=False):
 
     training, in_use = training_of(shape, cuda), allocated if cuda else resident
     started = time.process_time()
-    memory.let_go()
+    memory.release_memory()
     used, _ = in_use()
     others = memory.usage("cuda")["used_bytes"] - used if cuda else 0
     told = peak_memory.predicted_bytes(training) - others

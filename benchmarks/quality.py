@@ -30,7 +30,7 @@ from kdlib.config import PRESETS, Config
 from kdlib.evaluation import scoring
 from kdlib.models import devices, loading
 from kdlib.session import run_folder
-from kdlib.training.loop import Training
+from kdlib.training.loop import TrainLoop
 
 STEPS = {"pretrained": 300, "scratch": 600}
 """Of `shared_prefix`, by how the student begins: from scratch it learns slowly at first."""
@@ -240,14 +240,14 @@ def started(setting, kind, name, cell, seed, num_steps):
     windows = [variants.by_index(window) for window in loaded.train] if method.by_index else loaded.train
     layout = loaded.pair.pads, loaded.pair.widest
     machine = devices.accelerator("fp32", cpu=True)
-    return Training(objective, teacher, windows, num_steps, config, machine, clock.Clock(), *layout), objective
+    return TrainLoop(objective, teacher, windows, num_steps, config, machine, clock.Clock(), *layout), objective
 
 
 def train(setting, kind, name, cell, seed, num_steps):
     """Train one student; its record holds the test score of its best weights by validation."""
     training, objective = started(setting, kind, name, cell, seed, num_steps)
     loaded, marks = setting.inputs, {round(num_steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-    before, weights, best_step = time.process_time(), loading.copy_of(objective.student), 0
+    before, weights, best_step = time.process_time(), loading.cpu_state_dict(objective.student), 0
     best = evaluate_text(objective.student, loaded.pair, loaded.validation).bits_per_byte
     for record in training:
         if record.step in marks:
@@ -255,8 +255,8 @@ def train(setting, kind, name, cell, seed, num_steps):
             for model in (objective.student, *averaged):
                 found = evaluate_text(model, loaded.pair, loaded.validation).bits_per_byte
                 if found < best:
-                    best, weights, best_step = found, loading.copy_of(model), record.step
-    loading.put_back(objective.student, weights)
+                    best, weights, best_step = found, loading.cpu_state_dict(model), record.step
+    loading.load_cpu_state_dict(objective.student, weights)
     score = scoring.evaluate_student(objective.student, objective.head, loaded.test)
     return {
         "what": "run", "setting": setting.name, "text": setting.text, "kind": kind, "method": name, "cell": cell,

@@ -22,7 +22,7 @@ from kdlib.data import tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.models import devices, loading
 from kdlib.session import inputs
-from kdlib.training.loop import Training
+from kdlib.training.loop import TrainLoop
 from kdlib.training.objective import Objective
 
 CHARS = 200_000
@@ -131,7 +131,7 @@ SETTINGS = {"default": default, "stories": stories, "peps": peps}
 
 def train_plainly(model, tokenizer, texts, num_steps, config):
     """Next-token training through kdlib's own loop."""
-    reader = tokenize.make_reader(tokenizer, loading.vocab.read_vocabulary(tokenizer))
+    reader = tokenize.wrap_tokenizer(tokenizer, loading.vocab.read_vocabulary(tokenizer))
     windows = []
     for number, text in enumerate(texts):
         document = Document(text)
@@ -139,7 +139,7 @@ def train_plainly(model, tokenizer, texts, num_steps, config):
         windows += windowing.cut_windows(document, encoded, encoded, reader, reader, config.max_length, number)
     objective = Objective(model, loading.Head(model, reader.vocabulary), config)
     machine = devices.accelerator("fp32", cpu=True)
-    for _ in Training(objective, None, windows, num_steps, config, machine, clock.Clock()):
+    for _ in TrainLoop(objective, None, windows, num_steps, config, machine, clock.Clock()):
         pass
 
 

@@ -42,8 +42,8 @@ class Mixed(Objective):
 class WithChunks(Mixed):
     """kd half by buckets, half by the likelihood of spans."""
 
-    def wants(self, weights):
-        return {**super().wants(weights), "spans": True}
+    def teacher_request(self, weights):
+        return {**super().teacher_request(weights), "spans": True}
 
 
 class WithProjector(Mixed):
@@ -88,7 +88,7 @@ def unsure_student(objective, rows):
 def right_teacher(objective, rows):
     """`2 q` of the bucket of the label: more where the teacher agrees with the text."""
     buckets = divergences.bucket_log_probs(
-        divergences.log_probs(rows.other), objective.teacher_buckets, objective.buckets.num
+        divergences.log_softmax(rows.other), objective.teacher_buckets, objective.buckets.num
     )
     labels = rows.labels[: rows.num_known]
     return 2.0 * _label_probabilities(buckets, objective.student_buckets[labels.clamp_min(0)])
@@ -96,7 +96,7 @@ def right_teacher(objective, rows):
 
 def sure_teacher(objective, rows):
     """`2 (1 - H / ln V)` of the teacher's distribution with entropy H over its V tokens: more where it is sure."""
-    log_probs = divergences.log_probs(rows.other)
+    log_probs = divergences.log_softmax(rows.other)
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     return 2.0 * (1.0 - entropy / math.log(log_probs.shape[-1]))
 
@@ -136,7 +136,9 @@ def kept_as(changes):
 def by_index(window):
     """The window with student position i paired with teacher position i, as if the tokens were the same."""
     rows = np.arange(min(len(window.student_ids), len(window.teacher_ids)) - 1)
-    return dataclasses.replace(window, student_rows=rows, teacher_rows=rows, student_stops=rows, teacher_stops=rows)
+    return dataclasses.replace(
+        window, student_rows=rows, teacher_rows=rows, student_span_ends=rows, teacher_span_ends=rows
+    )
 
 
 def with_projector(setting, config, student):

@@ -72,7 +72,7 @@ def row(names, folder, text, rounds):
 
 
 def made(student, other, text):
-    """`(Pair, windows)` of two `tokenize.Reader`s."""
+    """`(Pair, windows)` of two `tokenize.TextTokenizer`s."""
     torch.manual_seed(0)
     ours, theirs = (
         transformers.LlamaForCausalLM(
@@ -95,14 +95,14 @@ def seconds_of(objective, pair, batch):
     objective.zero_grad()
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
     started = time.process_time()
-    signal = pair.teacher(batch, **objective.wants(objective.weights()))
+    signal = pair.teacher(batch, **objective.teacher_request(objective.weights()))
     objective(batch, signal, counts)[0].backward()
     return time.process_time() - started
 
 
 def counted(tries, windows, pair):
     """The student's positions inside a teacher's token, the teacher's inside the student's, common ones, and all."""
-    walks = [partial_tokens.Walk.of(tries, batching.collate([window], *pair.pads)) for window in windows]
+    walks = [partial_tokens.PartialTokens.build(tries, batching.collate([window], *pair.pads)) for window in windows]
     sums = [sum(map(len, each)) for each in zip(*((w.positions, w.inner, w.more) for w in walks), strict=True)]
     return *sums, sum(window.num_positions for window in windows)
 

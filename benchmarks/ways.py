@@ -76,7 +76,7 @@ class World:
     @functools.cached_property
     def live_teacher(self):
         return teacher.Teacher(
-            self.teacher_model, tokenize.Reader(None, _vocabulary(self.teacher_model.config), [], [])
+            self.teacher_model, tokenize.TextTokenizer(None, _vocabulary(self.teacher_model.config), [], [])
         )
 
     @functools.cached_property
@@ -134,10 +134,10 @@ def ours(world, teacher_of=None, kd_method="none", **changes):
     if kd_method == "projector":
         beside["projector"] = _projector(world)
     elif kd_method == "shared_prefix":
-        more = {"teacher_head": told.near, "buckets": _buckets(world)}
+        more = {"teacher_head": told.student_side_head, "buckets": _buckets(world)}
     head = loading.Head(world.student_model, _vocabulary(world.student_model.config))
     objective = Objective(world.student_model, head, config, beside, **more).to(world.accelerator.device)
-    training = loop.Training(
+    training = loop.TrainLoop(
         objective, told, [], 10**6, config, world.accelerator, clock.Clock(), widest=(2 * LONGEST,) * 2
     )
 
@@ -193,7 +193,7 @@ class _Spoken(teacher_cache.CachedTeacher):
 
     def __init__(self, world, hidden):
         windows, (student, teacher_config) = [*world.windows, *world.brief], world.configs
-        self.model, self.near, self.num_columns = None, None, 0
+        self.model, self.student_side_head, self.num_columns = None, None, 0
         facts = {"shards": {"train": [[0, len(windows)]]}, "settings": {"inside_k": []}}
         told = [_signal(len(window.student_rows), student.vocab_size, teacher_config.hidden_size) for window in windows]
         with tempfile.TemporaryDirectory() as folder:  # a file that is mapped outlives its name
@@ -205,7 +205,7 @@ class _Spoken(teacher_cache.CachedTeacher):
 def _signal(num, num_tokens, width):
     k = min(teacher_cache.TOP_K, num_tokens)
     ids = torch.rand(num, num_tokens).topk(k, dim=-1).indices
-    top = teacher_signal.TopTokens(ids, torch.randn(num, k + 1).log_softmax(-1), ids[:, 0])
+    top = teacher_signal.TopKLogProbs(ids, torch.randn(num, k + 1).log_softmax(-1), ids[:, 0])
     return teacher_signal.TeacherSignal(torch.randn(num, width), torch.zeros(num), top)
 
 

@@ -72,7 +72,7 @@ def checked(options, sources=(), budget_s=None):
 
 def _timeout_s(text):
     try:
-        return round(clock.seconds_of(text)) if text else None
+        return round(clock.parse_duration(text)) if text else None
     except ValueError as error:
         raise ValueError(str(error).replace("time_budget", "--timeout")) from None
 

@@ -26,7 +26,7 @@ from pull import pull
 from push import checked, parser, prepared
 
 from kdlib import files
-from kdlib.clock import seconds_of, spoken
+from kdlib.clock import format_duration, parse_duration
 
 LOSSES = 3
 """Sessions in a row that leave nothing, after which something is wrong."""
@@ -72,7 +72,7 @@ class Relay:
             try:
                 answer = self._go_on()
             except Unreachable as problem:  # all that is known is on the disk: the next try begins there
-                self.client.say(f"{problem}. Next try in {spoken(self.poll_s[1])}.")
+                self.client.say(f"{problem}. Next try in {format_duration(self.poll_s[1])}.")
                 self.clock.sleep(self.poll_s[1])
         return answer
 
@@ -128,7 +128,7 @@ class Relay:
 
     def _scale(self):
         """Below 1 where sessions are shorter than usual: what is worth a start is less, too."""
-        whole = seconds_of(self.options.timeout) if self.options.timeout else kernel.SESSION_S
+        whole = parse_duration(self.options.timeout) if self.options.timeout else kernel.SESSION_S
         return min(1.0, whole / kernel.SESSION_S)
 
     def _until_s(self):
@@ -151,7 +151,7 @@ class Relay:
     def _push(self, last):
         """Have Kaggle run the session, waiting where it has no room. False where a limit is reached meanwhile."""
         number, left = len(self.state["sessions"]), any(each.get("version_left") for each in self.state["sessions"])
-        whole = kernel.SESSION_S if not self.options.timeout else seconds_of(self.options.timeout)
+        whole = kernel.SESSION_S if not self.options.timeout else parse_duration(self.options.timeout)
         usable = min(self._hours_left_s(), self._until_s())
         within = usable if usable < whole else None
         notebook, metadata, timeout_s = prepared(self.options, last["token"], [self.ref] if left else [], within)
@@ -180,7 +180,7 @@ class Relay:
             self.client.say(f"Kaggle has no room ({busy}), and --until {self.options.until} comes before the next try.")
             return False
         at = datetime.datetime.fromtimestamp(self.clock.time() + wait_s).strftime("%Y-%m-%d %H:%M")
-        self.client.say(f"Kaggle has no room: {busy} Next try at {at}, in {spoken(wait_s)}.")
+        self.client.say(f"Kaggle has no room: {busy} Next try at {at}, in {format_duration(wait_s)}.")
         self.clock.sleep(wait_s)
         return True
 

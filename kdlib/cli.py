@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kdlib.config
 from kdlib import keys
-from kdlib.clock import Clock, spoken
+from kdlib.clock import Clock, format_duration
 from kdlib.config import Config
 from kdlib.progress import Progress
 
@@ -94,10 +94,10 @@ def doctor(positional, flags):
         from kdlib import doctor
 
         quiet()
-        for coming, found in doctor.stages(config, asked, on_progress=progress):  # noqa: B007 - the last ones are all
+        for coming, found in doctor.run_checks(config, asked, on_progress=progress):  # noqa: B007 - the last ones are all
             progress(coming, 0, 0)
-    print(json.dumps(doctor.plain(found), indent=2) if as_json else doctor.text(found))
-    return 1 if doctor.worst(found) == "wrong" else 0
+    print(json.dumps(doctor.to_json(found), indent=2) if as_json else doctor.text(found))
+    return 1 if doctor.overall_state(found) == "wrong" else 0
 
 
 def _self_test(positional, flags):
@@ -220,7 +220,7 @@ def _show(record, config, out, progress):
         progress.say(record["told"])
     elif record["kind"] == "train":
         name = "control" if record["run"] == "ce_only" else record["run"]
-        more = f"loss {record['loss']:.3f}, whole run {spoken(record['left_s'])} left"
+        more = f"loss {record['loss']:.3f}, whole run {format_duration(record['left_s'])} left"
         progress.train(f"{name} {record['repeat'] + 1}/{config.repeats}", record["step"], record["last_step"], more)
     elif record["kind"] == "alert":
         progress.say(f"{record['run']}, step {record['step']}: {record['meaning']}. Try: {record['advice']}.")
@@ -256,7 +256,7 @@ def _plan_line(plan):
     over = "more sessions than can be told: one is over before anything is done" if sessions is None else over
     return (
         f"Plan: {plan['steps_per_s']:.2f} steps a second, {plan['tokens_left']:,} tokens and "
-        f"{spoken(plan['left_s'])} to go, {over}; done on {plan['finish']} at the earliest."
+        f"{format_duration(plan['left_s'])} to go, {over}; done on {plan['finish']} at the earliest."
     )
 
 

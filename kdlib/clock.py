@@ -17,7 +17,7 @@ def date(seconds_from_now=0.0):
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds_from_now))
 
 
-def spoken(seconds):
+def format_duration(seconds):
     """A duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
     seconds = round(seconds)
     if seconds < 60:
@@ -27,7 +27,7 @@ def spoken(seconds):
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def seconds_of(duration):
+def parse_duration(duration):
     """Seconds of `"11h"`, `"40m"`, `"90s"`, `"1h30m"` or a number of hours; infinity for an empty text. ValueError for
     anything else.
     """

@@ -22,7 +22,7 @@ def compare(config, on_progress=lambda phase, done, total: None):
     """What the config's teacher and student make of its data set, all of it held-out text, on the machine's card where it
     has one: plain values. `on_progress(phase, done, total)` is called before every piece of work.
 
-    `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Retention`, whose
+    `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Breakdown`, whose
     `frequency` counts in this very text; `documents`: bits per byte of each, with its size; `samples`: what both write after
     the same beginnings, with the shares of repeated 4-grams and of recut tokens, and distinct-2;
     `alignment`. ValueError for a wrong input.
@@ -32,7 +32,7 @@ def compare(config, on_progress=lambda phase, done, total: None):
     dtype = devices.teacher_dtype(machine, away)
     loaded = inputs.load_for_evaluation(config, machine.device, dtype, away, on_progress)
     scorer = Scorer.of(
-        loaded, config, machine.device, {}, time_budget.Budget(math.inf, clock, clock.now()), on_progress
+        loaded, config, machine.device, {}, time_budget.TimeBudget(math.inf, clock, clock.now()), on_progress
     )
     scores = {"teacher": scorer.teacher("test"), "student": scorer.student("test")}
     told = {

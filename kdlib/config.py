@@ -332,7 +332,7 @@ def _checked(field, value):
             return value
         raise ValueError(f"{field.name} takes a whole number or auto, got {value!r}")
     if kind == DURATION and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        clock.seconds_of(value)
+        clock.parse_duration(value)
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -113,7 +113,7 @@ def config(cache, **changes):
     return Config.from_dict({**values, **changes})
 
 
-def small(steps, student_chars, chars, **changes):
+def demo_config(steps, student_chars, chars, **changes):
     """The `Config` of the embedded default in a small form, as `prepare` makes it; made once and kept. For models of this
     size one torch thread is fastest, and is set.
     """
@@ -170,7 +170,7 @@ def _make(home, clock, steps, student_chars, chars):
 
 def train_teacher(model, tokenizer, texts, clock, steps):
     """Plain next-token training through kdlib's own loop; a generator of its records."""
-    reader = tokenize.make_reader(tokenizer, loading.vocab.read_vocabulary(tokenizer))
+    reader = tokenize.wrap_tokenizer(tokenizer, loading.vocab.read_vocabulary(tokenizer))
     windows = []
     for number, text in enumerate(texts):
         encoded = tokenize.encode(Document(text), reader)
@@ -179,7 +179,7 @@ def train_teacher(model, tokenizer, texts, clock, steps):
         )
     objective = Objective(model, loading.Head(model, reader.vocabulary), TEACHER_CONFIG)
     with devices.temporary_accelerator("fp32", cpu=True) as machine:
-        yield from loop.Training(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
+        yield from loop.TrainLoop(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
 
 
 def byte_level_bpe(texts, size):

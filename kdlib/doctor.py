@@ -10,21 +10,21 @@ import tempfile
 from pathlib import Path
 
 from kdlib import environment, machine, memory
-from kdlib.clock import Clock, seconds_of
+from kdlib.clock import Clock, parse_duration
 from kdlib.config import Config
 from kdlib.data.corpus import Document
-from kdlib.data.dataset import Windows, lengths_of
+from kdlib.data.dataset import WindowDataset, window_lengths
 from kdlib.evaluation import pair_report
 from kdlib.models import devices, teacher_cache
-from kdlib.models.pair import Unfit
-from kdlib.models.prefetch import Ahead
-from kdlib.report.findings import Finding, markdown, plain, sentence, text, worst
+from kdlib.models.pair import IncompatiblePairError
+from kdlib.models.prefetch import PrefetchingTeacher
+from kdlib.report.findings import Finding, markdown, overall_state, sentence, text, to_json
 from kdlib.session import cache_writer, checkpoint, first_pass, forecast, inputs, plan, time_budget
 from kdlib.session.arm import Scorer
 from kdlib.training import peak_memory, seeds
-from kdlib.training.loop import Training
+from kdlib.training.loop import TrainLoop
 
-__all__ = ["Finding", "examine", "markdown", "plain", "sentence", "stages", "text", "worst"]
+__all__ = ["Finding", "diagnose", "markdown", "overall_state", "run_checks", "sentence", "text", "to_json"]
 
 NUM_STEPS, PATIENCE_S = 6, 60.0
 """Optimizer steps that are timed after a first one, and seconds after which no further one is begun."""
@@ -42,13 +42,13 @@ SENTENCES = (
 )
 
 
-def examine(config=None, asked="", clock=None):
-    """All `Finding`s of `stages`, at once."""
-    *_, (_, found) = stages(config, asked, clock)
+def diagnose(config=None, asked="", clock=None):
+    """All `Finding`s of `run_checks`, at once."""
+    *_, (_, found) = run_checks(config, asked, clock)
     return found
 
 
-def stages(config=None, asked="", clock=None, on_progress=lambda phase, done, total: None):
+def run_checks(config=None, asked="", clock=None, on_progress=lambda phase, done, total: None):
     """Look at everything, one thing after the other: a generator of `(what comes next, findings so far)`; the last time
     nothing comes next.
 
@@ -88,14 +88,14 @@ def _stages_of(look, found):
         try:
             found = found + one()
         except Exception as error:
-            if not memory.ran_out(error):
+            if not memory.is_out_of_memory(error):
                 raise
             found = found + [_no_room(coming, look.config)]
     yield "", found
 
 
 def _look(config, accelerator, clock, on_progress):
-    """`(Look, findings)`: of what was loaded, or None and why it can't be looked at."""
+    """`(Examination, findings)`: of what was loaded, or None and why it can't be looked at."""
     there = devices.teacher_device(config.teacher_device, accelerator)
     dtype, started, phases = devices.teacher_dtype(accelerator, there), clock.now(), {}
     documents = None if config.dataset else _sentences(config)
@@ -108,15 +108,15 @@ def _look(config, accelerator, clock, on_progress):
     try:
         changed = config.replace(check_teacher=False, eval_tokens=few)
         loaded = inputs.load(changed, accelerator.device, dtype, there, documents, timed)
-    except Unfit as error:
+    except IncompatiblePairError as error:
         return None, [Finding("pair", "teacher, student and text", "do not fit", "wrong", error.problem, error.remedy)]
     except Exception as error:
-        if not memory.ran_out(error):
+        if not memory.is_out_of_memory(error):
             raise
         return None, [_no_room("loading teacher, student and text", config)]
     now = clock.now()
     reading = min((at for phase, at in phases.items() if phase.startswith("the teacher reads")), default=now)
-    return Look(config, loaded, accelerator, clock, now - started, now - reading, on_progress), []
+    return Examination(config, loaded, accelerator, clock, now - started, now - reading, on_progress), []
 
 
 def _sentences(config):
@@ -131,7 +131,7 @@ def _sentences(config):
     return train, [document(len(train))], [document(len(train) + 1)]
 
 
-class Look:
+class Examination:
     """What a run would start from, loaded in `load_s` seconds, of which the teacher read held-out text for `teacher_s`."""
 
     def __init__(self, config, loaded, accelerator, clock, load_s, teacher_s, on_progress):
@@ -144,8 +144,8 @@ class Look:
         steps = plan.num_steps(config, len(loaded.train), self.per_step)
         self.config = config.replace(max_steps=steps)
         guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
-        self.budget = time_budget.Budget(
-            seconds_of(config.time_budget or forecast.SESSION), clock, clock.now(), (), guesses
+        self.budget = time_budget.TimeBudget(
+            parse_duration(config.time_budget or forecast.SESSION), clock, clock.now(), (), guesses
         )
 
     def pair(self):
@@ -166,13 +166,13 @@ class Look:
         one = self.budget.expected("evaluate")
         self.budget.costs |= {"evaluate": longer * one, "test": test * one}
         loading = self.load_s + self.teacher_s * (sum(wanted) / sum(read) - 1.0)
-        self.budget.took("start", loading + test * student_s)
+        self.budget.record("start", loading + test * student_s)
 
     def memory(self):
         """The height that training will reach, against what there is."""
-        if not self.sampled and first_pass.pays(self.config, len(self.loaded.train), self.per_step):
+        if not self.sampled and first_pass.should_cache_first(self.config, len(self.loaded.train), self.per_step):
             self._read_first()
-        with seeds.untouched(self.accelerator.device):
+        with seeds.preserve_rng_state(self.accelerator.device):
             self.training = self._training()
         device = self.accelerator.device
         total, used = memory.usage(device)["total_bytes"], memory.usage(device)["used_bytes"] or 0
@@ -180,11 +180,11 @@ class Look:
             predicted = peak_memory.fit(self.training, total, self.on_progress)
         else:
             predicted = peak_memory.predicted_bytes(self.training, self.on_progress)
-        there, again = min(total, used + memory.free(device)), self.training.recomputes
+        there, again = min(total, used + memory.free(device)), self.training.gradient_checkpointing
         fits = self._that_fits(there) if predicted > there else None
         made = [forecast.peak_finding(predicted, there, total, again, self.config, fits)]
         teacher = self.loaded.pair.teacher
-        if isinstance(teacher, Ahead) and teacher.model.device.type == "cuda":
+        if isinstance(teacher, PrefetchingTeacher) and teacher.model.device.type == "cuda":
             made.append(forecast.apart_finding(teacher.model.device, **memory.usage(teacher.model.device)))
         return made
 
@@ -193,23 +193,23 @@ class Look:
         few, folder = self.loaded.train[: self.per_step * (NUM_STEPS + 2)], tempfile.TemporaryDirectory()
         part, started = dataclasses.replace(self.loaded, train=few), self.clock.now()
         out = Path(self.rest.enter_context(folder))
-        passing = cache_writer.Pass(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
+        passing = cache_writer.CacheWriter(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
         running = passing.run(math.inf, started)
         told, seconds = next(running), [self.clock.now() - started for _ in running]  # after each shard, and all
-        positions = Windows.of(self.loaded.train).total("student_rows")
+        positions = WindowDataset.from_list(self.loaded.train).total("student_rows")
         self.read_bytes = round(told["bytes_a_position"] * positions)
         learned, more = seconds[len(passing.facts["shards"]["train"]) - 1], len(self.loaded.train) / len(few) - 1.0
         self.read_s = seconds[-1] + more * learned
         self.windows, self.loaded.pair.teacher = few, teacher_cache.CachedTeacher([folder.name])
         self.loaded.pair.buckets.pop("tries", None)  # these hold the live teacher's head
-        memory.let_go()
+        memory.release_memory()
 
     def _training(self):
-        """The `Training` of the distilled student, with all its parts on from the first step."""
+        """The `TrainLoop` of the distilled student, with all its parts on from the first step."""
         config, pair = self.config.replace(use_curriculum=False), self.loaded.pair
         objective = inputs.make_objective(pair, config)
         teacher = pair.teacher if config.needs_teacher else None
-        return Training(
+        return TrainLoop(
             objective, teacher, self.windows, max(config.max_steps, NUM_STEPS + 2), config, self.accelerator,
             self.clock, pair.pads, pair.widest,
         )  # fmt: skip
@@ -224,11 +224,11 @@ class Look:
 
     def sessions(self):
         """Steps taken and timed; what the whole plan then takes, and its checkpoints."""
-        with seeds.untouched(self.accelerator.device):
+        with seeds.preserve_rng_state(self.accelerator.device):
             steps = self._timed()
         counted = steps[1:]
         seconds, tokens = sum(step.step_s for step in counted), sum(step.num_tokens for step in counted)
-        lengths = lengths_of(self.loaded.train)
+        lengths = window_lengths(self.loaded.train)
         per_step = float(lengths.mean()) * self.per_step
         step_s = max(seconds, 1e-9) / max(1, tokens) * per_step
         made = [

@@ -44,14 +44,14 @@ def config(teacher, student, dataset, settings, given_budget=""):
         "teacher_cache": "cache",
     }
     walked = functools.cache(_mounted)
-    found = {name: located(named[name], kind, walked) for name, kind in kinds.items() if named.get(name)}
+    found = {name: find_input(named[name], kind, walked) for name, kind in kinds.items() if named.get(name)}
     made = Config.from_dict({"time_budget": time_budget(given_budget), **named, **found})
     return (
         made.replace(keep_checkpoints=min(made.keep_checkpoints, MAX_CHECKPOINTS)) if environment.on_kaggle() else made
     )
 
 
-def located(name, kind, walked=None):
+def find_input(name, kind, walked=None):
     """The path that `name` means: itself where it exists or where nothing mounted fits (a Hugging Face id, say); else the
     one mounted folder that holds a `kind` (`model`, `text`, `cache`) and whose path has the parts of `name` in a row.
     Several names may be separated by commas. ValueError for two candidates. `walked()`: all that is mounted.
@@ -103,7 +103,7 @@ def _is(folder, kind):
     return any(list(folder.glob(mark)) for mark in MARKS[kind])
 
 
-def previous(out, wanted="auto"):
+def find_previous_output(out, wanted="auto"):
     """What a session goes on with (`distill`'s third argument): `wanted` if that is said or `out` holds a run; else the one
     mounted run that has a checkpoint or a verdict. ValueError for two of them.
     """

@@ -42,7 +42,7 @@ def _told(ask, otherwise):
         return otherwise
 
 
-class Tally(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of all tensors that are made on `device` while it is on and are still there: `now`, and `most`, the
     most since `mark`; `beside`: what is in use of the device besides, near that point. Tensors that were there before count
     nothing; a storage counts once.
@@ -97,16 +97,16 @@ def _tensors(nested):
 
 
 def can_recompute(model):
-    """Whether transformers can make a model's layers a second time (`recomputed`)."""
+    """Whether transformers can make a model's layers a second time (`gradient_checkpointing_enabled`)."""
     try:
-        with recomputed(model):
+        with gradient_checkpointing_enabled(model):
             return True
     except ValueError:
         return False
 
 
 @contextlib.contextmanager
-def recomputed(model, on=True):
+def gradient_checkpointing_enabled(model, on=True):
     """Inside, a model in training keeps only what each layer is given, and makes the rest anew in the backward pass
     (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174): the same loss and gradients from less memory, at the cost
     of one more forward pass. Afterwards nothing of it is left on the model. ValueError where it has no support for it.
@@ -124,25 +124,25 @@ def recomputed(model, on=True):
         getattr(model, f"{name}_disable")()
 
 
-def ran_out(error):
+def is_out_of_memory(error):
     """Whether an exception says that there was no memory left, on a card or in the host."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or accelerate.utils.memory.should_reduce_batch_size(error)
 
 
-def fitting(work, size):
+def retry_with_smaller_batch(work, size):
     """`(work(size), size)`, where memory runs out with a half of `size`, and so on down to 1."""
     while True:
         try:
             return work(size), size
         except Exception as error:
-            if not ran_out(error) or size == 1:
+            if not is_out_of_memory(error) or size == 1:
                 raise
         size = (size + 1) // 2
-        let_go()
+        release_memory()
 
 
-def let_go():
+def release_memory():
     """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():

@@ -143,7 +143,7 @@ def _listed(values):
 
 
 def check_machine(bench):
-    findings = doctor.examine(Config())
+    findings = doctor.diagnose(Config())
     wrong = [finding for finding in findings if finding.state == "wrong"]
     if wrong:
         raise Failed("; ".join(f"{finding.name}: {finding.value}" for finding in wrong))
@@ -257,7 +257,7 @@ def check_real_out_of_memory(bench):
         raise Skipped("needs a CUDA card")
     wanted, total = bench.reference, torch.cuda.get_device_properties(0).total_memory
     for share in SHARES:
-        memory.let_go()
+        memory.release_memory()
         before = _num_ooms()
         torch.cuda.set_per_process_memory_fraction(share * bench.reserved / total)
         try:

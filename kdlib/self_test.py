@@ -11,7 +11,7 @@ import torch
 
 import kdlib
 from kdlib import environment, files, memory
-from kdlib.clock import Clock, date, spoken
+from kdlib.clock import Clock, date, format_duration
 from kdlib.self_checks import CHECKS, Bench, Failed, Skipped
 
 LIMIT_S = {"cuda": 480.0, "cpu": 1800.0}
@@ -61,7 +61,7 @@ def _outcome(check, bench):
         reason = str(error).strip().splitlines()[:1] or ["no reason was given"]
         return "failed", f"{type(error).__name__}: {reason[0][:300]}", {}
     finally:
-        memory.let_go()
+        memory.release_memory()
 
 
 def page(results):
@@ -71,7 +71,7 @@ def page(results):
         lines += [f"{result.state:8}{result.name:28}{result.seconds:7.1f} s  {result.text}"]
     counts = {state: sum(result.state == state for result in results) for state in ("ok", "failed", "skipped")}
     seconds = sum(result.seconds for result in results)
-    lines += [", ".join(f"{count} {state}" for state, count in counts.items()) + f" in {spoken(seconds)}"]
+    lines += [", ".join(f"{count} {state}" for state, count in counts.items()) + f" in {format_duration(seconds)}"]
     return "\n".join(lines)
 
 

@@ -228,15 +228,15 @@ class Run:
         (path / "state.json").write_text(f"{step}")
         (path / "student.safetensors").write_bytes(bytes(range(256)) * 40)
         (path / "manifest.json").write_text("{}")
-        self.copies.take(path)
+        self.copies.offer(path)
         checkpoint.keep_last(self.folder.checkpoints, 1)
 
     def sent(self):
         """Wait until nothing is being sent."""
         wait_until(lambda: self.copies.thread is None)
 
-    def told(self):
-        return self.copies.told(lambda: {"run": "distilled", "repeat": 0, "step": 1})
+    def pop_alerts(self):
+        return self.copies.pop_alerts(lambda: {"run": "distilled", "repeat": 0, "step": 1})
 
     def holds(self, folder, step):
         """Whether a folder is a copy of a step."""

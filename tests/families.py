@@ -109,7 +109,7 @@ LOSSLESS = ("byte_level", "byte_level_trimmed", "unigram", "sentencepiece_bpe")
 @functools.cache
 def reader(name):
     tokenizer = FAMILIES[name]()
-    return tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    return tokenize.wrap_tokenizer(tokenizer, vocab.read_vocabulary(tokenizer))
 
 
 def tiny_model(tokenizer, width=16, layers=2, seed=0, **changes):

@@ -37,7 +37,7 @@ def training(given, config, restored=None):
     objective = inputs.make_objective(given.pair, config, copy.deepcopy(given.pair.student))
     machine = accelerate.Accelerator(cpu=True)
     torch.manual_seed(0)
-    made = loop.Training(
+    made = loop.TrainLoop(
         objective, given.pair.teacher, given.train, NUM_STEPS, config, machine, clock.Clock(), given.pair.pads
     )
     if restored:
@@ -60,16 +60,18 @@ def assert_same(ours, theirs):
 
 def counted(monkeypatch):
     """The threads in which teachers that work ahead did a batch each."""
-    calls, real = [], prefetch.Ahead._on_host
+    calls, real = [], prefetch.PrefetchingTeacher._on_host
     monkeypatch.setattr(
-        prefetch.Ahead, "_on_host", lambda *given, **wants: calls.append(threading.get_ident()) or real(*given, **wants)
+        prefetch.PrefetchingTeacher,
+        "_on_host",
+        lambda *given, **teacher_request: calls.append(threading.get_ident()) or real(*given, **teacher_request),
     )
     return calls
 
 
 def plain_run(config):
     given = loaded(config, None)
-    assert not isinstance(given.pair.teacher, prefetch.Ahead)
+    assert not isinstance(given.pair.teacher, prefetch.PrefetchingTeacher)
     made = training(given, config)
     return steps_of(made), state_of(made)
 
@@ -178,7 +180,7 @@ def test_only_what_was_asked_for_is_taken(settings, monkeypatch):
     batch, other = (batching.collate(given.train[i : i + 2], *given.pair.pads) for i in (0, 2))
     again = batching.collate(given.train[:2], *given.pair.pads)
     taps = loading.Taps((0, 1))
-    for asked, wants, used, wanted, made in (
+    for asked, teacher_request, used, wanted, made in (
         (batch, {}, batch, {}, 2),  # what is not asked for is what the defaults say
         (batch, {"taps": taps, "spans": True}, batch, {"taps": taps, "spans": True}, 1),
         (batch, {"taps": taps, "spans": True}, batch.to("cpu"), {"taps": taps, "spans": True}, 1),
@@ -187,12 +189,12 @@ def test_only_what_was_asked_for_is_taken(settings, monkeypatch):
         (batch, {"taps": loading.Taps(), "spans": False}, again, {}, 2),
     ):
         calls.clear()
-        teacher.ask(asked, **wants)
+        teacher.prefetch(asked, **teacher_request)
         signal, told = teacher(used, **wanted), plain(used, **wanted)
         teacher._thread.submit(int).result()  # nothing is left to be done
         assert torch.equal(signal.hidden, told.hidden)
         assert not signal.hidden.is_inference()
-        assert (signal.spans is None) == ("spans" not in wanted)
+        assert (signal.span_log_probs is None) == ("spans" not in wanted)
         assert all(torch.equal(a, b) for a, b in zip(signal.layers, told.layers, strict=True))
         assert len(signal.layers) == len(wanted.get("taps", loading.Taps()).layers)
         assert len(calls) in (made, 1)  # what was thrown away may not have begun
@@ -213,10 +215,10 @@ def test_the_thread_ends_with_its_teacher(settings):
 def test_the_head_that_losses_decode_is_the_students_neighbour(settings):
     given = loaded(Config.from_dict(settings), "cpu:0")
     teacher = given.pair.teacher
-    assert teacher.near.weight.data_ptr() != teacher.head.weight.data_ptr()
-    assert torch.equal(teacher.near.weight, teacher.head.weight)
-    assert given.validation.teacher_head is teacher.near
-    assert inputs.make_objective(given.pair, Config.from_dict(settings)).teacher_head is teacher.near
+    assert teacher.student_side_head.weight.data_ptr() != teacher.head.weight.data_ptr()
+    assert torch.equal(teacher.student_side_head.weight, teacher.head.weight)
+    assert given.validation.teacher_head is teacher.student_side_head
+    assert inputs.make_objective(given.pair, Config.from_dict(settings)).teacher_head is teacher.student_side_head
     meta = teacher.head.on("meta")
     assert (meta.weight.device.type, teacher.head.weight.device.type) == ("meta", "cpu")
 

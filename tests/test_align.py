@@ -24,7 +24,9 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join).filter(lambda text: "\ud800" 
 def spans_of(name, text):
     used = reader(name)
     coded = used.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return coded["input_ids"], boundaries.spans(text, coded["input_ids"], coded["offset_mapping"], used.vocabulary)
+    return coded["input_ids"], boundaries.token_spans(
+        text, coded["input_ids"], coded["offset_mapping"], used.vocabulary
+    )
 
 
 def is_utf8(data):
@@ -131,7 +133,7 @@ def test_a_split_character_has_one_boundary():
 def test_of_several_tokens_that_end_alike_the_last_is_the_boundary():
     """It has read all of them: an empty piece between two others."""
     vocabulary = vocab.Vocabulary((b"a", b"", b"b"), (), False)
-    found = boundaries.spans("ab", [0, 1, 2], [(0, 1), (1, 1), (1, 2)], vocabulary)
+    found = boundaries.token_spans("ab", [0, 1, 2], [(0, 1), (1, 1), (1, 2)], vocabulary)
     assert found.ends.tolist() == [1, 1, 2]
     assert found.boundary.tolist() == [False, True, True]
 

@@ -48,29 +48,29 @@ def cost(num_rows, row_width):
 
 
 def test_windows_share_rows_that_are_as_full_as_can_be():
-    assert batching.lay_out([8, 3, 5], FREE) == [[0], [2, 1]]
-    assert batching.lay_out([4, 9, 5, 6, 3], FREE) == [[1], [3, 4], [2, 0]]
+    assert batching.pack_rows([8, 3, 5], FREE) == [[0], [2, 1]]
+    assert batching.pack_rows([4, 9, 5, 6, 3], FREE) == [[1], [3, 4], [2, 0]]
 
 
 def test_windows_of_one_length_have_a_row_each():
-    assert batching.lay_out([7, 7, 7], FREE) == [[0], [1], [2]]
-    assert batching.lay_out([100, 99, 99], FREE) == [[0], [1], [2]]  # 0.7 % of padding is not worth it
-    assert batching.lay_out([5], FREE) == [[0]]
+    assert batching.pack_rows([7, 7, 7], FREE) == [[0], [1], [2]]
+    assert batching.pack_rows([100, 99, 99], FREE) == [[0], [1], [2]]  # 0.7 % of padding is not worth it
+    assert batching.pack_rows([5], FREE) == [[0]]
 
 
 def test_rows_are_no_wider_than_was_told():
-    assert batching.lay_out([8, 3, 5], 0) == batching.lay_out([8, 3, 5], 7) == [[0], [1], [2]]
+    assert batching.pack_rows([8, 3, 5], 0) == batching.pack_rows([8, 3, 5], 7) == [[0], [1], [2]]
     assert width([5, 5, 4, 3, 3], batching._shared([5, 5, 4, 3, 3], 2)[0]) == 11
-    assert width([5, 5, 4, 3, 3], batching.lay_out([5, 5, 4, 3, 3], 10)) <= 10
+    assert width([5, 5, 4, 3, 3], batching.pack_rows([5, 5, 4, 3, 3], 10)) <= 10
     for widest in (100, 130, 200):
-        assert width([90, 60, 40, 30, 20], batching.lay_out([90, 60, 40, 30, 20], widest)) <= widest
+        assert width([90, 60, 40, 30, 20], batching.pack_rows([90, 60, 40, 30, 20], widest)) <= widest
 
 
 def test_the_layout_is_the_cheapest_of_all_numbers_of_rows():
     chance = np.random.default_rng(0)
     for _ in range(50):
         lengths = chance.integers(10, 384, chance.integers(1, 12)).tolist()
-        rows = batching.lay_out(lengths, FREE)
+        rows = batching.pack_rows(lengths, FREE)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         others = [batching._shared(lengths, count)[0] for count in range(1, len(lengths))]
         least = min([cost(len(other), width(lengths, other)) for other in others], default=float("inf"))
@@ -82,8 +82,8 @@ def test_the_layout_is_the_cheapest_of_all_numbers_of_rows():
 
 def test_wide_rows_are_paid_for():
     """One row would hold two windows of 2,000 and 1,600 tokens without padding, and take 1.4 times as long."""
-    assert batching.lay_out([2000, 1600], FREE) == [[0], [1]]
-    assert batching.lay_out([200, 160], FREE) == [[0, 1]]
+    assert batching.pack_rows([2000, 1600], FREE) == [[0], [1]]
+    assert batching.pack_rows([200, 160], FREE) == [[0, 1]]
 
 
 def made(folder):
@@ -129,14 +129,14 @@ def test_every_window_lies_whole_in_its_spot(loaded):
     for side, pad in (("student", 7), ("teacher", 9)):
         ids, of, scored = (getattr(batch, f"{side}_{name}") for name in ("ids", "windows", "scored"))
         labels = batch.labels if side == "student" else batch.teacher_labels
-        spots, seen = getattr(batch, f"{side}_spots"), 0
+        spots, seen = getattr(batch, f"{side}_positions"), 0
         for k, given in enumerate(batch.order):
             window, (row, start, stop) = windows[given], spots[k]
             assert ids[row, start:stop].tolist() == getattr(window, f"{side}_ids").tolist()
             assert labels[row, start:stop].tolist() == getattr(window, f"{side}_labels").tolist()
             assert scored[row, start:stop].tolist() == getattr(window, f"{side}_scored").tolist()
             assert (of[row, start:stop] == k + 1).all()
-            for name in ("rows", "stops"):
+            for name in ("rows", "span_ends"):
                 flat = getattr(batch, f"{side}_{name}")[firsts[k] : firsts[k + 1]] - row * ids.shape[1] - start
                 assert flat.tolist() == getattr(window, f"{side}_{name}").tolist()
             seen += stop - start
@@ -159,7 +159,7 @@ def test_a_position_sees_its_own_window_up_to_itself():
     for row, of in enumerate(windows.tolist()):
         for i in range(5):
             assert mask[row, 0, i].tolist() == [j <= i and of[i] == of[j] for j in range(5)]
-    assert attention.restarted(windows).tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
+    assert attention.restart_positions(windows).tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -175,7 +175,7 @@ def test_what_is_read_off_a_packed_row_is_what_each_window_gives_alone(loaded, k
         with torch.no_grad():
             found.append(loading.read(
                 model, batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window, taps,
-                batch.student_spots,
+                batch.student_positions,
             ))  # fmt: skip
         rows, order = batch.student_rows, by_given(batch)
         last = found[-1].last.flatten(0, 1)[rows][order]
@@ -201,7 +201,7 @@ def close(ours, theirs, rel=1e-12):
 
 
 def plain_head(hidden, weight, bias, chunks, losses_of, weights, compared=None, extra=()):
-    """`chunked_head.head_losses` by autograd in float64, where the library's own keeps its sums in float32."""
+    """`chunked_head.chunked_head_losses` by autograd in float64, where the library's own keeps its sums in float32."""
     found = 0.0
     for block in (block for chunk in chunks for block in chunk):
         logits = torch.nn.functional.linear(hidden[block.rows], weight, bias)
@@ -214,7 +214,7 @@ def told(loaded, batch, config):
     torch.manual_seed(0)
     objective = inputs.make_objective(loaded.pair, config, copy.deepcopy(loaded.pair.student)).double().eval()
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
-    signal = loaded.pair.teacher(batch, **objective.wants(objective.weights()))
+    signal = loaded.pair.teacher(batch, **objective.teacher_request(objective.weights()))
     loss, values, squares = objective(batch, signal, counts, measure=True)
     loss.backward()
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
@@ -224,7 +224,7 @@ def told(loaded, batch, config):
 @pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"])
 def test_loss_parts_and_gradients_are_those_of_the_padded_batch(loaded, monkeypatch, method):
     """Every way to distil, and with one of them every feature part; float64 throughout."""
-    monkeypatch.setattr(chunked_head, "head_losses", plain_head)
+    monkeypatch.setattr(chunked_head, "chunked_head_losses", plain_head)
     features = EVERYTHING if method == "shared_prefix" else {}
     config = Config(kd_method=method, batch_size=8, max_length=60, **features)
     padded, packed = both(loaded, loaded.train[:9])
@@ -247,7 +247,7 @@ def test_the_teachers_signal_is_the_same_but_for_the_order_of_the_windows(loaded
     batches = both(loaded, windows)
     padded, packed = (loaded.pair.teacher(batch, taps, spans=True) for batch in batches)
     order = by_given(batches[1])
-    told = [(signal.hidden, signal.spans, *signal.layers) for signal in (packed, padded)]
+    told = [(signal.hidden, signal.span_log_probs, *signal.layers) for signal in (packed, padded)]
     for ours, theirs in zip(*told, strict=True):
         close(ours[order], theirs)
 
@@ -255,7 +255,7 @@ def test_the_teachers_signal_is_the_same_but_for_the_order_of_the_windows(loaded
 def test_evaluation_scores_are_those_of_padded_batches_halved_or_not(loaded):
     pair, windows, found = loaded.pair, loaded.train[:11], []
     for widest in ((0, 0), pair.widest):
-        held_out = scoring.hold_out(windows, pair.teacher, pair.head, pair.shared, 11, pair.pads, widest)
+        held_out = scoring.prepare_held_out(windows, pair.teacher, pair.head, pair.shared, 11, pair.pads, widest)
         for text in (held_out, held_out.halved()):
             assert any(batch.student_packed and batch.teacher_packed for batch in text.batches) == bool(widest[0])
             ours = scoring.evaluate_student(pair.student, pair.head, text)
@@ -302,7 +302,7 @@ def test_a_model_that_can_not_share_rows_is_found_out(kind, changes, fits):
 
 
 def test_positions_counted_over_the_whole_row_are_found_out(monkeypatch):
-    monkeypatch.setattr(attention, "restarted", lambda windows: torch.arange(windows.shape[1])[None])
+    monkeypatch.setattr(attention, "restart_positions", lambda windows: torch.arange(windows.shape[1])[None])
     assert loading.packs(tiny_model(byte_level()), 30)  # rotary: only distances count
     assert not loading.packs(ARCHITECTURES["gpt2"](byte_level()), 30)
     monkeypatch.undo()
@@ -351,7 +351,7 @@ def test_at_most_a_twentieth_is_computed_for_nothing(batch_size, accumulation):
         assert side == "teacher" or abs(lengths.mean() - 113) + abs(np.percentile(lengths, 90) - 175) < 5
         computed = 0
         for batch in order.reshape(-1, batch_size):
-            rows = batching.lay_out(lengths[batch].tolist(), 2 * 384)
+            rows = batching.pack_rows(lengths[batch].tolist(), 2 * 384)
             computed += len(rows) * width(lengths[batch], rows)
         assert 1.0 <= computed / lengths[order].sum() <= 1.05
 
@@ -399,7 +399,7 @@ def test_a_packed_run_is_the_padded_run(settings):
         config = Config.from_dict({**settings, "packing": packing, "batch_size": 8})
         loaded = inputs.load(config)
         short = [window for window in loaded.train if len(window.student_ids) < 40]
-        training = loop.Training(
+        training = loop.TrainLoop(
             inputs.make_objective(loaded.pair, config), loaded.pair.teacher, [*loaded.train, *short], 3, config,
             accelerate.Accelerator(cpu=True), clock.Clock(), loaded.pair.pads, loaded.pair.widest,
         )  # fmt: skip

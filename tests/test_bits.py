@@ -129,7 +129,7 @@ def test_a_run_stays_with_its_optimizer_and_with_its_teachers_bits(settings):
         {}, {"optimizer": "adamw_8bit"}, {"teacher_quantization": "8bit"}, {"teacher_quantization": "4bit"},
     )]  # fmt: skip
     for (i, then), (j, now) in itertools.product(enumerate(of), repeat=2):
-        assert bool(fingerprint.differences(then, now)[0]) == (i != j)
+        assert bool(fingerprint.diff_runs(then, now)[0]) == (i != j)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -184,18 +184,18 @@ def test_a_teacher_of_few_bits_is_loaded_by_transformers_to_where_it_stays(setti
 def test_a_quantised_model_is_told_by_what_was_left_whole():
     """The rounded weights may differ from one device to the next, and asking for a state_dict may spoil them."""
     model = tiny_model(byte_level())
-    whole = fingerprint.of_model(model)
+    whole = fingerprint.fingerprint_model(model)
     model.is_quantized = True
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
     model.state_dict = None
-    known = fingerprint.of_model(model)
+    known = fingerprint.fingerprint_model(model)
     assert known != whole
     layer.weight.data += 1
-    assert fingerprint.of_model(model) == known
+    assert fingerprint.fingerprint_model(model) == known
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    assert fingerprint.of_model(model) != known
+    assert fingerprint.fingerprint_model(model) != known
 
 
 def test_a_model_of_4_bits_is_not_the_same_one_of_8():
@@ -206,7 +206,7 @@ def test_a_model_of_4_bits_is_not_the_same_one_of_8():
         model.is_quantized = True
         layer = model.model.layers[0].mlp.up_proj
         layer.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=kind), requires_grad=False)
-        found.append(fingerprint.of_model(model))
+        found.append(fingerprint.fingerprint_model(model))
     assert found[0] != found[1]
 
 

@@ -22,7 +22,7 @@ from kdlib import cli, demo, files
 from kdlib.config import Config
 from kdlib.data import batching
 from kdlib.losses import divergences, partial_tokens
-from kdlib.losses.teacher_signal import TopTokens
+from kdlib.losses.teacher_signal import TopKLogProbs
 from kdlib.models import loading, teacher_cache, trie
 from kdlib.session import cache_writer, inputs, session
 
@@ -99,10 +99,15 @@ def counts_of(batch):
 
 def said_inside(live, config, batch, *sizes):
     """What a live teacher says inside tokens, in short; and its signal."""
-    walked, teacher = partial_tokens.Walk.of(trie.tries_of(live.pair), batch), live.pair.teacher
+    walked, teacher = partial_tokens.PartialTokens.build(trie.tries_of(live.pair), batch), live.pair.teacher
     signal = teacher(batch, shortlist=shortlist_of(live, config), inner=True)
-    tries, bucket_of = trie.tries_of(live.pair), teacher.near.by_column(trie.buckets_of(live.pair, "").teacher)
-    return walked.shortlists(tries, signal, teacher.near.decode, bucket_of, sizes, config.kd_temperature), signal
+    tries, bucket_of = (
+        trie.tries_of(live.pair),
+        teacher.student_side_head.by_column(trie.buckets_of(live.pair, "").teacher),
+    )
+    return walked.shortlists(
+        tries, signal, teacher.student_side_head.decode, bucket_of, sizes, config.kd_temperature
+    ), signal
 
 
 def parts_and_gradient(loaded, config, batch, signal):
@@ -117,7 +122,7 @@ def parts_and_gradient(loaded, config, batch, signal):
 def test_the_likeliest_tokens_are_written_out(loaded, name):
     config, live, _ = loaded[name]
     wanted, batch = shortlist_of(live, config), batch_of(live)
-    top = live.pair.teacher(batch, shortlist=wanted).top
+    top = live.pair.teacher(batch, shortlist=wanted).topk
     buckets = trie.buckets_of(live.pair, config.kd_method)
     hidden = loading.last_hidden(live.pair.teacher.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
     bytes_of = live.pair.student_reader.vocabulary.tokens, live.pair.teacher.reader.vocabulary.tokens
@@ -140,11 +145,11 @@ def test_the_likeliest_tokens_are_written_out(loaded, name):
 
 
 def test_fewer_tokens_leave_the_rest_to_the_tail():
-    top = TopTokens(torch.tensor([[4, 2, 7]]), torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log())
-    fewer = top.cut(1)
+    top = TopKLogProbs(torch.tensor([[4, 2, 7]]), torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log())
+    fewer = top.truncate(1)
     assert fewer.ids.tolist() == [[4]]
     torch.testing.assert_close(fewer.log_probs.exp(), torch.tensor([[0.4, 0.6]]))
-    assert top.cut(3) is top
+    assert top.truncate(3) is top
 
 
 @pytest.mark.parametrize("name", ["prefix", "vocab", "all", "soft"])
@@ -154,11 +159,11 @@ def test_what_is_read_is_what_the_teacher_says_to_the_stated_rounding(loaded, na
     for first in range(0, len(live.train), 5):
         batch = batching.collate(live.train[first : first + 5], *live.pair.pads)
         told, read = live.pair.teacher(batch, spans=True, shortlist=wanted), cached.pair.teacher(batch, spans=True)
-        torch.testing.assert_close(read.spans, told.spans, rtol=1e-5, atol=1e-4)  # float32, in batches of other widths
+        torch.testing.assert_close(read.span_log_probs, told.span_log_probs, rtol=1e-5, atol=1e-4)  # float32, in batches of other widths
         torch.testing.assert_close(read.hidden, told.hidden, rtol=2 * HALF, atol=1e-4)
-        torch.testing.assert_close(read.top.log_probs, told.top.log_probs, rtol=2 * HALF, atol=2e-3)
-        torch.testing.assert_close(read.top.log_probs.exp().sum(dim=-1), torch.ones(batch.num_aligned))
-        same = (read.top.ids == told.top.ids).float().mean()
+        torch.testing.assert_close(read.topk.log_probs, told.topk.log_probs, rtol=2 * HALF, atol=2e-3)
+        torch.testing.assert_close(read.topk.log_probs.exp().sum(dim=-1), torch.ones(batch.num_aligned))
+        same = (read.topk.ids == told.topk.ids).float().mean()
         assert same > 0.99  # equals may change places
 
 
@@ -168,7 +173,7 @@ def test_what_is_read_inside_tokens_is_what_the_teacher_says(loaded, name):
     seen = [0, 0]
     for first in range(0, len(live.train), 5):
         batch = batching.collate(live.train[first : first + 5], *live.pair.pads)
-        read = cached.pair.teacher(batch, inner=True).said
+        read = cached.pair.teacher(batch, inner=True).partial_topk
         for kind, (ours, theirs) in enumerate(
             zip(said_inside(live, config, batch, *(each.ids.shape[1] for each in read))[0], read, strict=True)
         ):
@@ -179,7 +184,7 @@ def test_what_is_read_inside_tokens_is_what_the_teacher_says(loaded, name):
             assert (theirs.ids == ours.ids)[there[:, :-1]].float().mean() > 0.99
             seen[kind] += len(ours.ids)
     assert min(seen) > 100
-    assert cached.pair.teacher(batch).said is None
+    assert cached.pair.teacher(batch).partial_topk is None
     assert [each.ids.shape[1] for each in read] == ([4, 3] if name == "inside" else [len(live.pair.shared)] * 2)
 
 
@@ -190,7 +195,7 @@ def test_windows_are_found_in_any_order_and_from_any_shard(loaded):
     batch = batching.collate(order, *live.pair.pads)
     read = cached.pair.teacher(batch)
     alone = [cached.pair.teacher(batching.collate([window], *live.pair.pads)) for window in order]
-    assert torch.equal(read.top.ids, torch.cat([each.top.ids for each in alone]))
+    assert torch.equal(read.topk.ids, torch.cat([each.topk.ids for each in alone]))
     assert torch.equal(read.hidden, torch.cat([each.hidden for each in alone]))
 
 
@@ -227,7 +232,7 @@ def test_a_cut_loss_is_the_live_one_over_the_same_tokens(loaded, k):
     assert float((there[1] - here[1]).norm()) < 8 * HALF * float(here[1].norm())
     whole = parts_and_gradient(live, config.replace(kd_top_k=0), batch, live.pair.teacher(batch))
     assert there[0]["kd"] < whole[0]["kd"]  # fewer outcomes: a lower bound
-    assert there[0]["kd_covered"] == pytest.approx(float(1.0 - told.top.log_probs[:, -1].exp().mean()), rel=1e-2)
+    assert there[0]["kd_covered"] == pytest.approx(float(1.0 - told.topk.log_probs[:, -1].exp().mean()), rel=1e-2)
 
 
 def test_a_cut_loss_inside_tokens_is_the_live_one_over_the_same_outcomes(loaded):
@@ -261,7 +266,7 @@ def test_the_loss_from_the_cache_does_not_know_chunks(loaded, packed):
 def test_a_cut_divergence_is_zero_at_equality_and_written_out():
     student = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     ids, teacher = torch.tensor([[3, 0]]), torch.tensor([[0.5, 0.2, 0.3]]).log()
-    ours = divergences.kept_and_tail(student, ids)
+    ours = divergences.gather_with_tail(student, ids)
     torch.testing.assert_close(ours.exp(), torch.tensor([[0.4, 0.1, 0.5]]))
     by_hand = 0.5 * math.log(0.5 / 0.4) + 0.2 * math.log(0.2 / 0.1) + 0.3 * math.log(0.3 / 0.5)
     assert float(divergences.forward_kl(ours, teacher)) == pytest.approx(by_hand, rel=1e-5)
@@ -587,14 +592,14 @@ def test_a_disk_without_room_is_told_before_anything_is_written(caches, tmp_path
 
 def test_where_memory_runs_out_the_batch_is_halved(caches, tmp_path, monkeypatch):
     settings, folder = caches["prefix"]
-    ask = cache_writer.Pass._ask
+    ask = cache_writer.CacheWriter._ask
 
     def short_of_memory(self, windows, wanted, tries, size):
         if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ask(self, windows, wanted, tries, size)
 
-    monkeypatch.setattr(cache_writer.Pass, "_ask", short_of_memory)
+    monkeypatch.setattr(cache_writer.CacheWriter, "_ask", short_of_memory)
     assert written(settings, tmp_path / "out")[-1]["missing"] == 0
     ours, theirs = (safetensors.torch.load_file(f / "train-00000.safetensors") for f in (tmp_path / "out", folder))
     torch.testing.assert_close(ours["spans"], theirs["spans"], rtol=1e-4, atol=1e-4)
@@ -623,7 +628,9 @@ def test_two_writers_may_begin_at_the_same_instant(settings, tmp_path, monkeypat
     """The second one opens the folder while the first is about to put its index there."""
     config, replace, begun = Config.from_dict(settings), os.replace, []
     loaded = inputs.load(config)
-    first, second = (cache_writer.Pass(config, loaded, tmp_path / "cache", Ticks(), [], (i, 2)) for i in range(2))
+    first, second = (
+        cache_writer.CacheWriter(config, loaded, tmp_path / "cache", Ticks(), [], (i, 2)) for i in range(2)
+    )
 
     def meanwhile(path, there):
         if str(there).endswith(teacher_cache.INDEX) and not begun:

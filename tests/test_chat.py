@@ -319,7 +319,7 @@ BASES = ("byte_level", "unigram")
 @functools.cache
 def reader_of(name, base):
     template, _, special, added = TEMPLATES[name]
-    return make_reader(template, special, added, base)
+    return wrap_tokenizer(template, special, added, base)
 
 
 @functools.cache
@@ -328,14 +328,14 @@ def base_tokenizer(base):
     return made[base]() if base in made else FAMILIES[base]()
 
 
-def make_reader(template, special, added, base):
+def wrap_tokenizer(template, special, added, base):
     tokenizer = copy.deepcopy(base_tokenizer(base))
     if base == "byte_level":  # so that the same marks can be written out for both
         tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": EOS})
     tokenizer.add_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in added])
     tokenizer.chat_template = template
-    return tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    return tokenize.wrap_tokenizer(tokenizer, vocab.read_vocabulary(tokenizer))
 
 
 def said_by(ids, reader):
@@ -486,7 +486,7 @@ def test_a_content_that_tokens_reach_out_of_is_tokenized_by_itself():
     messages = talk("The cat\n", "\n\nThe cat", "Where?", "x\n")
     template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
     for base in BASES:
-        reader = make_reader(template, ["<|user|>", "<|assistant|>"], [], base)
+        reader = wrap_tokenizer(template, ["<|user|>", "<|assistant|>"], [], base)
         pieces = [
             ("m", "<|user|>\n"), ("c", "The cat\n"), ("m", "\n<|assistant|>\n"), ("a", "\n\nThe cat"), ("m", "\n<|user|>\n"),
             ("c", "Where?"), ("m", "\n<|assistant|>\n"), ("a", "x\n"), ("m", "\n"),
@@ -498,7 +498,7 @@ def test_a_content_that_tokens_reach_out_of_is_tokenized_by_itself():
 
 @pytest.mark.parametrize("base", [*BASES, "sentencepiece_bpe"])
 def test_a_piece_of_a_text_gets_no_space_in_front(base):
-    reader = make_reader("{% for m in messages %}{{ m.content }}{% endfor %}", [], [], base)
+    reader = wrap_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", [], [], base)
     messages = talk("the c", "at the", "the", "s>x", " ", "x", "\nthe", ".a", "xthe", "\n\n")[:-1]
     encoded = tokenize.encode(Document("", messages), reader)
     said = b"".join(said_by(encoded.ids, reader))
@@ -517,10 +517,10 @@ def learned_by(encoded, reader):
 def test_marks_may_take_in_the_blanks_around_them():
     """As Phi-3's do: the line break behind `<|end|>` belongs to no turn, and blanks of an answer stay the answer's."""
     template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>{{ '\n' if not loop.last }}{% endfor %}"
-    tokenizer = make_reader(template, [], [], "byte_level").tokenizer
+    tokenizer = wrap_tokenizer(template, [], [], "byte_level").tokenizer
     names = "<|user|>", "<|assistant|>", "<|end|>"
     tokenizer.add_tokens([tokenizers.AddedToken(name, special=True, normalized=False, rstrip=True) for name in names])
-    reader = tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    reader = tokenize.wrap_tokenizer(tokenizer, vocab.read_vocabulary(tokenizer))
     messages = talk("Where?", "the mat", "And?", "a")
     encoded = tokenize.encode(Document("", messages), reader)
     assert encoded.ids.tolist() == template_ids(messages, reader)
@@ -531,7 +531,7 @@ def test_marks_may_take_in_the_blanks_around_them():
 
 
 def test_unknown_text_behind_an_answer_is_no_end_mark():
-    reader = make_reader("{% for m in messages %}{{ m.content }} \u2603 {% endfor %}", [], [], "word_piece")
+    reader = wrap_tokenizer("{% for m in messages %}{{ m.content }} \u2603 {% endfor %}", [], [], "word_piece")
     assert reader.tokenizer("\u2603", add_special_tokens=False)["input_ids"] == [reader.tokenizer.unk_token_id]
     encoded = tokenize.encode(Document("", talk("The dog", "the cat")), reader)
     assert [part.replace(" ", "") for part in learned_by(encoded, reader)] == ["thecat"]
@@ -600,7 +600,7 @@ REFUSALS = {
 @pytest.mark.parametrize("why", REFUSALS)
 def test_a_conversation_that_a_template_does_not_take_is_named_in_one_line(why):
     template, messages, reason = REFUSALS[why]
-    reader = make_reader(template, ["<|im_start|>", "<|im_end|>"], [], "byte_level")
+    reader = wrap_tokenizer(template, ["<|im_start|>", "<|im_end|>"], [], "byte_level")
     with pytest.raises(ValueError, match="^chat.jsonl record 24: the chat template of .*" + reason) as refused:
         tokenize.encode(Document("", messages, "chat.jsonl record 24"), reader)
     assert "\n" not in str(refused.value)
@@ -669,7 +669,7 @@ def test_a_student_of_one_letter_answers_writes_the_letter_and_stops(base):
     config = Config(kd_method="none", lm_weight=1.0, batch_size=3, learning_rate=1e-2, max_length=100, use_ema=False)
     objective = Objective(model, loading.Head(model, reader.vocabulary), config)
     machine = devices.accelerator("fp32")
-    for _ in loop.Training(objective, None, windows, 40, config, machine, clock.Clock()):
+    for _ in loop.TrainLoop(objective, None, windows, 40, config, machine, clock.Clock()):
         pass
     model.eval()
     (end,) = reader.tokenizer.convert_tokens_to_ids(["<|im_end|>"])

@@ -156,8 +156,8 @@ def test_a_checkpoint_under_another_name_is_broken(folder):
 
 
 def test_another_format_is_refused_with_a_reason(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(ValueError, match="has format 1, this kdlib reads 2"):
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    with pytest.raises(ValueError, match="has format 2, this kdlib reads 3"):
         checkpoint.newest(folder)
 
 
@@ -207,12 +207,12 @@ def test_a_writer_tells_what_went_wrong_when_it_is_waited_for(tmp_path):
         def now(self):
             return 0.0
 
-    writer = checkpoint.Writer(Still())
+    writer = checkpoint.BackgroundWriter(Still())
     (tmp_path / "checkpoints").write_text("in the way")
-    writer.begin(tmp_path / "checkpoints", 1, GROUPS, FACTS)
+    writer.start(tmp_path / "checkpoints", 1, GROUPS, FACTS)
     with pytest.raises(FileExistsError):
         writer.wait()
     writer.wait()
-    writer.begin(tmp_path / "others", 1, GROUPS, FACTS)
+    writer.start(tmp_path / "others", 1, GROUPS, FACTS)
     writer.close()
     assert checkpoint.newest(tmp_path / "others")[0].name == "step-00000001"

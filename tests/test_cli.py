@@ -214,7 +214,7 @@ def test_evaluate_compares_two_models_on_a_text(capsys, settings, monkeypatch):
 def test_a_failure_of_the_doctor_points_at_no_run(capsys, settings, monkeypatch):
     from kdlib import doctor
 
-    monkeypatch.setattr(doctor, "stages", None)
+    monkeypatch.setattr(doctor, "run_checks", None)
     assert cli.main(["doctor", *flags({k: settings[k] for k in ("teacher", "student", "dataset")})]) == 1
     told = capsys.readouterr().err
     assert "kdlib: doctor failed" in told
@@ -228,7 +228,7 @@ def test_a_failure_while_training_exits_1_and_says_why(capsys, settings, tmp_pat
     def break_down(*_, **__):
         raise kind("the card is on fire")
 
-    monkeypatch.setattr(experiment, "Training", break_down)
+    monkeypatch.setattr(experiment, "TrainLoop", break_down)
     assert cli.main(["distill", *flags(settings), "--out", str(tmp_path / "run")]) == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("failed", f"{kind.__name__}: the card is on fire")
@@ -239,7 +239,7 @@ def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings,
     """By the signal that Ctrl-C sends, once or twice: exit status 0, and the same command goes on."""
     from kdlib.training import loop
 
-    real = loop.Training._gradients
+    real = loop.TrainLoop._gradients
 
     def interrupted(self, *given):
         if self.step == 2:
@@ -249,7 +249,7 @@ def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings,
 
     words = ["distill", *flags(settings, control="off"), "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_gradients", interrupted)
+        patch.setattr(loop.TrainLoop, "_gradients", interrupted)
         assert cli.main(words) == 0
     assert re.search(f"Paused: .*; goes on from step-0000000{step}.$", capsys.readouterr().out.strip())
     assert cli.main(words) == 0

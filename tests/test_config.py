@@ -81,7 +81,7 @@ def test_every_key_is_explained():
 
 
 def test_durations_for_people():
-    assert [clock.spoken(s) for s in (8.2, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
+    assert [clock.format_duration(s) for s in (8.2, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 05 min"]
 
 
 def test_json_is_written_beside_and_renamed(tmp_path, monkeypatch):

@@ -88,11 +88,11 @@ def test_a_full_disk_costs_the_copy_and_not_the_checkpoint(kaggle, run, monkeypa
         return folder / f"step-{step:08d}"
 
     monkeypatch.setattr(checkpoint, "write", full_at_first)
-    monkeypatch.setattr(run.copies, "take", lambda path: tried.append(path.name))
-    writer = checkpoint.Writer(Clock(), run.copies)
+    monkeypatch.setattr(run.copies, "offer", lambda path: tried.append(path.name))
+    writer = checkpoint.BackgroundWriter(Clock(), run.copies)
     writer._write((run.folder.checkpoints, 2))
     assert tried == [True, False, "step-00000002"]
-    assert run.copies.thread is None and "checkpoints come first" in run.told()[0]["meaning"]
+    assert run.copies.thread is None and "checkpoints come first" in run.pop_alerts()[0]["meaning"]
     writer.pool.shutdown()
     kaggle.hold.set()
 

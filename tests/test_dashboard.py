@@ -91,7 +91,7 @@ def drawn(monkeypatch, hand):
         hand.time += 0.25 if found else 0.1
         return Drawn(b"\x89PNG")
 
-    monkeypatch.setattr(live_panel, "cockpit", draw)
+    monkeypatch.setattr(live_panel, "live_figure", draw)
     return made
 
 
@@ -189,7 +189,7 @@ def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, monkeypatch, te
         return Drawn(b"")
 
     monkeypatch.setattr(live_panel.Widgets, "show_text", lambda *_: takes("text", text_s))
-    monkeypatch.setattr(live_panel, "cockpit", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
+    monkeypatch.setattr(live_panel, "live_figure", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
     panel, shares = live_panel.Panel(clock=hand, front_end=Somebody()), []
     for step in range(1, 20_001):
         hand.time += step_s
@@ -332,7 +332,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_figure_at_any_stage(stage):
-    made = live_figure.cockpit(STAGES[stage], "dark" if stage == "looks" else "light")
+    made = live_figure.live_figure(STAGES[stage], "dark" if stage == "looks" else "light")
     assert made.png()[:4] == b"\x89PNG"
     assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in made.axes)
 
@@ -340,7 +340,7 @@ def test_a_figure_at_any_stage(stage):
 def test_the_figure_shows_the_values():
     found = [*map(train, range(1, 31)), *(train(n, "ce_only") for n in range(1, 9)), scored(0, "teacher"), scored(0)]
     found += [scored(10), scored(20), scored(25, asked=True), scored(5, "ce_only")]
-    loss, shares, gradient, curves, memory, rate = live_figure.cockpit(found).axes
+    loss, shares, gradient, curves, memory, rate = live_figure.live_figure(found).axes
     tops = [max(path.get_extents().y1 for path in stack.get_paths()) for stack in loss.collections[:2]]
     assert tops == pytest.approx([0.4 * 4.0, 4.0])
     assert [stack.get_paths()[0].get_extents().y1 for stack in shares.collections] == pytest.approx([40.0, 100.0])
@@ -354,7 +354,7 @@ def test_the_figure_shows_the_values():
 
 
 def test_a_second_student_is_the_one_that_is_shown():
-    loss, *_ = live_figure.cockpit([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
+    loss, *_ = live_figure.live_figure([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
     assert {path.get_extents().x1 for stack in loss.collections[:2] for path in stack.get_paths()} == {5.0}
     assert len(loss.collections[0].get_paths()[0].vertices) < 20
 

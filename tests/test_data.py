@@ -95,7 +95,7 @@ CHAT = Document("", (("user", "Where is the cat?"), ("assistant", "The cat sat o
 
 def chat_reader(tokenizer, template=TEMPLATE):
     tokenizer.chat_template = template
-    return tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer))
+    return tokenize.wrap_tokenizer(tokenizer, vocab.read_vocabulary(tokenizer))
 
 
 def chat_window(max_length=400):
@@ -186,7 +186,7 @@ def test_windows_of_similar_length_go_together():
 def test_batches_move_between_devices_whole():
     batch = batching.collate(windows_of("The cat."))
     moved = batch.to("meta")
-    plain = {"student_spots", "teacher_spots", "rows_by_window", "places", "order", "stamp"}
+    plain = {"student_positions", "teacher_positions", "rows_by_window", "places", "order", "stamp"}
     tensors = [getattr(moved, f.name) for f in dataclasses.fields(moved) if f.name not in plain]
     assert len(tensors) == 12
     assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -21,7 +21,7 @@ from test_time import World
 
 from kdlib import cli, demo, doctor, machine, memory, progress
 from kdlib.align import vocab
-from kdlib.clock import Clock, spoken
+from kdlib.clock import Clock, format_duration
 from kdlib.config import Config
 from kdlib.data import tokenize
 from kdlib.evaluation import pair_report, scoring
@@ -247,13 +247,13 @@ def test_findings_are_shown_as_a_table():
 
 
 def test_findings_are_plain_values():
-    told = findings.plain([*FOUND, Finding("memory", "x", "inf", number=math.inf)])
+    told = findings.to_json([*FOUND, Finding("memory", "x", "inf", number=math.inf)])
     assert (told["state"], told["sessions"]) == ("note", [])
     assert told["machine"] == [
         {"name": "card", "value": "a | b", "state": "ok", "meaning": "fine", "remedy": "", "number": 1.5}
     ]
     assert told["memory"][0]["number"] is None
-    assert [findings.worst(FOUND[:k]) for k in range(3)] == ["ok", "ok", "note"]
+    assert [findings.overall_state(FOUND[:k]) for k in range(3)] == ["ok", "ok", "note"]
     for state, remedy in (("wrong", ""), ("bad", "x")):
         with pytest.raises(AssertionError):
             Finding("pair", "x", "y", state, "", remedy)
@@ -267,7 +267,7 @@ def _no_card_here(monkeypatch):
 
 def examined(settings, **changes):
     """Findings by name."""
-    found = doctor.examine(Config.from_dict({**settings, **changes}))
+    found = doctor.diagnose(Config.from_dict({**settings, **changes}))
     return {finding.name: finding for finding in found}
 
 
@@ -285,7 +285,7 @@ def test_the_pair_by_hand(settings):
     spans = [
         (a1 - a0, b1 - b0)
         for w in windows
-        for a0, a1, b0, b1 in zip(w.student_rows, w.student_stops, w.teacher_rows, w.teacher_stops, strict=True)
+        for a0, a1, b0, b1 in zip(w.student_rows, w.student_span_ends, w.teacher_rows, w.teacher_span_ends, strict=True)
         if a1 > a0
     ]
     assert found["spans of one token each"].number == pytest.approx(spans.count((1, 1)) / len(spans))
@@ -359,7 +359,7 @@ def test_a_teacher_that_reads_a_text_again_is_better_read_from_a_cache(settings)
 def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monkeypatch, tmp_path):
     """Memory and time are those of steps from a cache; the reading itself is part of the plan's time."""
     settings, seen, told = {**settings, "max_steps": 200, "teacher_cache": "auto"}, [], {}
-    monkeypatch.setattr(doctor, "Training", noting(doctor.Training, seen))
+    monkeypatch.setattr(doctor, "TrainLoop", noting(doctor.TrainLoop, seen))
     plan_findings = forecast.plan_findings
     monkeypatch.setattr(
         forecast, "plan_findings", lambda *given: told.update(read_s=given[-1]) or plan_findings(*given)
@@ -377,7 +377,7 @@ def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monke
     list(cache_writer.write(Config.from_dict(settings), tmp_path / "cache"))
     assert more == pytest.approx(sum(p.stat().st_size for p in (tmp_path / "cache").glob("train-*")), rel=0.1)
     with_reading, without = (
-        plan_findings(Config.from_dict(settings), 1.0, 8, time_budget.Budget(1e6, Clock(), 0.0), read_s)[0].number
+        plan_findings(Config.from_dict(settings), 1.0, 8, time_budget.TimeBudget(1e6, Clock(), 0.0), read_s)[0].number
         for read_s in (50.0, 0.0)
     )
     assert with_reading == pytest.approx(without + 50.0)
@@ -395,9 +395,9 @@ def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkey
             clock.time += took
             yield {"kind": kind}
 
-    monkeypatch.setattr(cache_writer.Pass, "run", run)
+    monkeypatch.setattr(cache_writer.CacheWriter, "run", run)
     monkeypatch.setattr(doctor.teacher_cache, "CachedTeacher", lambda folders: None)
-    look = doctor.Look(config, loaded, devices.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
+    look = doctor.Examination(config, loaded, devices.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
     with look.rest:
         look._read_first()
     few = 4 * (doctor.NUM_STEPS + 2)
@@ -426,7 +426,7 @@ def test_rows_without_a_token_are_counted():
 
 def test_marks_around_a_text():
     def marks(side, tokenizer):
-        return pair_report._marks(side, tokenize.make_reader(tokenizer, vocab.read_vocabulary(tokenizer)))
+        return pair_report._marks(side, tokenize.wrap_tokenizer(tokenizer, vocab.read_vocabulary(tokenizer)))
 
     found = marks("student", word_piece())
     assert found.value == "no BOS, no EOS; it puts [CLS] in front of a text, [SEP] behind it"
@@ -444,7 +444,9 @@ def test_little_in_common_is_told():
     )
     assert pair_report._one_to_one([], "a sample").number == 0.0
     rows, ours, theirs = np.array([0, 1, 4]), np.array([1, 1, 6]), np.array([1, 1, 5])  # the second begins no span
-    window = types.SimpleNamespace(student_rows=rows, teacher_rows=rows, student_stops=ours, teacher_stops=theirs)
+    window = types.SimpleNamespace(
+        student_rows=rows, teacher_rows=rows, student_span_ends=ours, teacher_span_ends=theirs
+    )
     assert pair_report._spans([window]).tolist() == [[1, 1], [2, 1]]
     assert pair_report._one_to_one([window], "a sample").number == 0.5
 
@@ -514,9 +516,9 @@ def test_a_method_with_little_to_go_by_is_told(settings):
         (9, 8, True, "auto", "wrong", "other programs leave 8.0 GiB"),
     ],
 )
-def test_the_height_against_what_there_is(predicted, there, recomputes, way, state, words):
+def test_the_height_against_what_there_is(predicted, there, gradient_checkpointing, way, state, words):
     config = Config(gradient_checkpointing=way)
-    found = forecast.peak_finding(predicted * GIB, there * GIB, 12 * GIB, recomputes, config)
+    found = forecast.peak_finding(predicted * GIB, there * GIB, 12 * GIB, gradient_checkpointing, config)
     assert found.state == state and words in found.meaning + found.remedy
     assert found.value == ("more than 12.0 GiB" if math.isinf(predicted) else f"{predicted:.1f} GiB of 12.0 GiB")
 
@@ -573,7 +575,7 @@ def test_memory_that_runs_out_is_a_finding(settings, monkeypatch, where):
     def out(*given, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    owner, name = (inputs, "load") if where == "load" else (loop.Training, "_gradients")
+    owner, name = (inputs, "load") if where == "load" else (loop.TrainLoop, "_gradients")
     monkeypatch.setattr(owner, name, out)
     found = examined(settings)
     assert found["room"].state == "wrong" and "smaller batch_size" in found["room"].remedy
@@ -581,14 +583,14 @@ def test_memory_that_runs_out_is_a_finding(settings, monkeypatch, where):
 
 
 def test_a_batch_that_was_halved_is_told(settings, monkeypatch):
-    real = loop.Training._gradients
+    real = loop.TrainLoop._gradients
 
     def tight(training, *given):
         if training.micro_batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(training, *given)
 
-    monkeypatch.setattr(loop.Training, "_gradients", tight)
+    monkeypatch.setattr(loop.TrainLoop, "_gradients", tight)
     found = examined(settings, batch_size=8)["windows in one pass"]
     assert (found.value, found.state) == ("2 of 8", "note")
     assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 ")
@@ -612,7 +614,7 @@ def test_losses_that_are_no_numbers_are_told():
 def test_speed_is_for_a_step_of_the_texts_mean_length(settings, monkeypatch):
     """The first step does not count; time goes by tokens."""
     took = [step(num_tokens=10, step_s=50.0), step(num_tokens=40, step_s=3.0), step(num_tokens=60, step_s=2.0)]
-    monkeypatch.setattr(doctor.Look, "_timed", lambda look: took)
+    monkeypatch.setattr(doctor.Examination, "_timed", lambda look: took)
     found = examined(settings, grad_accumulation=2)
     train_text = inputs.load(Config.from_dict(settings)).train
     mean = 4 * sum(len(w.student_ids) for w in train_text) / len(train_text)
@@ -625,7 +627,7 @@ def test_few_steps_are_taken_where_they_are_slow(settings, monkeypatch):
     for seconds in (1.0, 25.0, 90.0):
         with monkeypatch.context() as patch:
             world = World(patch, step=seconds, load=0.0, evaluation=0.0)
-            told = {f.name: f for f in doctor.examine(Config.from_dict(settings), clock=world)}
+            told = {f.name: f for f in doctor.diagnose(Config.from_dict(settings), clock=world)}
         found[seconds] = told["finite numbers"].value
     assert found == {1.0: "7 of 7 steps", 25.0: "3 of 3 steps", 90.0: "2 of 2 steps"}
 
@@ -633,13 +635,13 @@ def test_few_steps_are_taken_where_they_are_slow(settings, monkeypatch):
 def test_hours_and_sessions_by_hand():
     """Eleven hours, 100 s of them for the start: 600 steps of 100 s, 20 evaluations of 50 s, a control as long."""
     config = Config(max_steps=600, control="full", save_steps=10)
-    known = time_budget.Budget(11 * 3600.0, Clock(), 0.0, {"start": 100, "evaluate": 50, "test": 200}, {
+    known = time_budget.TimeBudget(11 * 3600.0, Clock(), 0.0, {"start": 100, "evaluate": 50, "test": 200}, {
         "save": 10, "export": 20, "conclude": 30
     })  # fmt: skip
     whole, sessions = forecast.plan_findings(config, 100.0, 1000.0, known)
     left = 2 * 600 * 100 * (1 + 10 / (10 * 100)) + 2 * 20 * 50 + 2 * 200 + 30
     assert whole.number == pytest.approx(left)
-    assert whole.value == f"600 steps, {spoken(left)}" and "an evaluation every 30 steps" in whole.meaning
+    assert whole.value == f"600 steps, {format_duration(left)}" and "an evaluation every 30 steps" in whole.meaning
     margin = 0.02 * 39600 + 2 * 100
     first = 39600 - 100 - 1.25 * (10 + 50 + 20) - margin
     later = 39600 - 1.25 * (100 + 10 + 50 + 20) - margin
@@ -663,13 +665,13 @@ def test_hours_and_sessions_by_hand():
 
 def by_tokens(patch):
     """A clock on which a step takes a fifth of a second for each token."""
-    world, real = World(patch, step=0.0), loop.Training._gradients
+    world, real = World(patch, step=0.0), loop.TrainLoop._gradients
 
     def gradients(training, taken, *given):
         world.time += 0.2 * sum(len(window.student_ids) for window in taken)
         return real(training, taken, *given)
 
-    patch.setattr(loop.Training, "_gradients", gradients)
+    patch.setattr(loop.TrainLoop, "_gradients", gradients)
     return world
 
 
@@ -681,7 +683,7 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
     for room in (checkpoint_schedule, forecast):
         monkeypatch.setattr(room, "SAVE_EVERY_S", 400.0)
     with monkeypatch.context() as patch:
-        told = {f.name: f for f in doctor.examine(config, clock=by_tokens(patch))}
+        told = {f.name: f for f in doctor.diagnose(config, clock=by_tokens(patch))}
     *_, paused = session.distill(config, tmp_path / "run", clock=by_tokens(monkeypatch))
     plan = paused["plan"]
     assert told["steps a second"].number == pytest.approx(plan["steps_per_s"], rel=0.05)
@@ -705,10 +707,10 @@ def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
     assert doctor.wanted_tokens(config, {"validation": 100, "test": 200}) == [80, 200]
     assert doctor.wanted_tokens(config, {"validation": 60, "test": 999}) == [60, 320]
     loaded = inputs.load(config)
-    look = doctor.Look(config, loaded, devices.accelerator("fp32"), Clock(), 5.0, 3.0, lambda *_: None)
+    look = doctor.Examination(config, loaded, devices.accelerator("fp32"), Clock(), 5.0, 3.0, lambda *_: None)
     loaded.held_out_tokens, loaded.validation, loaded.test = {"validation": 100, "test": 200}, 40, 50
     monkeypatch.setattr(doctor, "_num_tokens", lambda size: size)
-    look.budget.took("evaluate", 3.0)
+    look.budget.record("evaluate", 3.0)
     look._know_costs(4.0)
     assert look.budget.costs["evaluate"] == 3.0 * 2 and look.budget.costs["test"] == 3.0 * 5
     assert look.budget.costs["start"] == pytest.approx(5 + 3 * (280 / 90 - 1) + 5 * 4)
@@ -750,7 +752,7 @@ def test_nothing_is_written_and_nothing_of_the_run_is_changed(settings, tmp_path
     config = Config.from_dict({**settings, "control": "off", "use_ema": True, "layerwise_weight": 0.3})
     losses = [r["loss"] for r in session.distill(config, tmp_path / "one") if r["kind"] == "train"]
     state, folders = torch.get_rng_state(), sorted(tmp_path.rglob("*"))
-    doctor.examine(config)
+    doctor.diagnose(config)
     assert torch.equal(torch.get_rng_state(), state) and sorted(tmp_path.rglob("*")) == folders
     assert {path: path.read_bytes() for path in sorted(pair.rglob("*")) if path.is_file()} == before
     assert [r["loss"] for r in session.distill(config, tmp_path / "two") if r["kind"] == "train"] == losses
@@ -783,15 +785,15 @@ def test_a_teacher_cache_is_looked_at_in_its_place(settings, tmp_path):
 def test_where_no_card_computes_no_model_is_loaded(settings, monkeypatch):
     monkeypatch.setattr(machine, "cards", lambda: [dataclasses.replace(P100, kernels=CU128, failed=DEAD)])
     monkeypatch.setattr(inputs, "load", None)
-    found = doctor.examine(Config.from_dict(settings))
-    assert {f.group for f in found} == {"machine"} and findings.worst(found) == "wrong"
+    found = doctor.diagnose(Config.from_dict(settings))
+    assert {f.group for f in found} == {"machine"} and findings.overall_state(found) == "wrong"
 
 
 def test_stages_say_what_comes_next(settings):
-    told = [(coming, len(found)) for coming, found in doctor.stages(Config.from_dict(settings))]
+    told = [(coming, len(found)) for coming, found in doctor.run_checks(Config.from_dict(settings))]
     assert [coming.split()[0] for coming, _ in told[:-1]] == ["looking", "loading", "reading", "watching", "taking"]
     assert told[-1][0] == "" and [count for _, count in told] == sorted(count for _, count in told)
-    assert [coming for coming, _ in doctor.stages()] == ["looking at the machine", ""]
+    assert [coming for coming, _ in doctor.run_checks()] == ["looking at the machine", ""]
 
 
 def run(capsys, *words):

@@ -141,7 +141,7 @@ def test_a_text_without_a_common_position_has_no_look_inside(settings, tmp_path)
     loaded = inputs.load(Config.from_dict(settings))
     for group in loaded.test.windows:
         for window in group:
-            for name in ("student_rows", "teacher_rows", "student_stops", "teacher_stops"):
+            for name in ("student_rows", "teacher_rows", "student_span_ends", "teacher_span_ends"):
                 object.__setattr__(window, name, getattr(window, name)[:0])
     look = internals.look(Config.from_dict(settings), loaded, {})
     assert "no held-out window has an aligned position" in look["without"]
@@ -155,8 +155,8 @@ def test_a_pause_that_can_not_export_is_still_a_pause(settings, tmp_path, monkey
     """The checkpoint is whole, the state says so, and the next session ends the run as if nothing had happened."""
     settings = {**settings, "control": "off", "max_steps": 4, "eval_steps": 3, "save_steps": 1}
     distil(settings, tmp_path / "whole")
-    place = {"evaluate": experiment.Course, "write_student": finish, "write_report": html}[what]
-    real = experiment.Course.evaluate
+    place = {"evaluate": experiment.Experiment, "write_student": finish, "write_report": html}[what]
+    real = experiment.Experiment.evaluate
 
     def failing(*given):
         if what == "evaluate" and given[1].step != 2:
@@ -225,6 +225,7 @@ def test_the_budget_may_end_while_the_models_load(settings, tmp_path, monkeypatc
             {**settings, "time_budget": "25s"}, where, clock=clock, resume=resume_from, on_progress=on_progress
         )
 
+    config = files.read_json(out / "config.json")
     fresh = short(tmp_path / "fresh", "auto")
     assert [record["kind"] for record in fresh] == ["paused"]
     assert status(tmp_path / "fresh")["state"] == "paused"
@@ -233,6 +234,7 @@ def test_the_budget_may_end_while_the_models_load(settings, tmp_path, monkeypatc
         assert [record["kind"] for record in found] == ["paused"]
         assert "goes on from step-00000002" in found[0]["reason"]
         assert status(where)["sessions"] == 2
+        assert files.read_json(where / "config.json") == config
         assert (status(where)["step"], status(where)["max_steps"]) == (2, 4)
         assert distil(settings, where)[-1]["kind"] == "verdict"
         assert weights(where) == weights(tmp_path / "whole")
@@ -263,14 +265,21 @@ def test_a_run_that_is_brought_from_elsewhere_may_be_brought_again(settings, tmp
 
 
 def test_a_signal_while_the_models_load_is_a_pause(settings, tmp_path):
+    def unheard(number, frame):
+        """Keeps the test alive where the session does not listen."""
+
     def on_progress(phase, done, total):
         if phase.startswith("the teacher reads") and done == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    found = distil({**settings, **SMALL}, tmp_path / "run", on_progress=on_progress)
-    assert [record["kind"] for record in found] == ["paused"]
-    assert "SIGTERM" in found[0]["reason"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    former = signal.signal(signal.SIGTERM, unheard)
+    try:
+        found = distil({**settings, **SMALL}, tmp_path / "run", on_progress=on_progress)
+        assert [record["kind"] for record in found] == ["paused"]
+        assert "SIGTERM" in found[0]["reason"]
+        assert signal.getsignal(signal.SIGTERM) is unheard
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def test_everything_that_takes_long_says_how_far_it_is(settings, tmp_path):
@@ -306,7 +315,7 @@ def test_held_out_text_is_read_once(settings, monkeypatch):
         return real(self, batch)
 
     monkeypatch.setattr(Teacher, "states", states)
-    monkeypatch.setattr(scoring, "refuse_reading", lambda *_: None)
+    monkeypatch.setattr(scoring, "check_tokenizers_fit", lambda *_: None)
     loaded = inputs.load(Config.from_dict({**settings, "check_teacher": True}))
     held_out = [batch.num_student_tokens for text in (loaded.validation, loaded.test) for batch in text.batches]
     assert sorted(passes) == sorted(held_out)
@@ -315,7 +324,7 @@ def test_held_out_text_is_read_once(settings, monkeypatch):
 def test_timing_steps_for_the_control_takes_no_more_memory_than_training(settings, tmp_path, monkeypatch):
     """The pair's own student, one optimizer at a time, and its weights as they were."""
     living, most, students = weakref.WeakSet(), [], set()
-    real = experiment.Course._training
+    real = experiment.Experiment._training
 
     def training(self, objective, *given):
         made = real(self, objective, *given)
@@ -324,23 +333,23 @@ def test_timing_steps_for_the_control_takes_no_more_memory_than_training(setting
         students.add(id(objective.student))
         return made
 
-    monkeypatch.setattr(experiment.Course, "_training", training)
+    monkeypatch.setattr(experiment.Experiment, "_training", training)
     config = Config.from_dict({**settings, "control": "full"})
     made = session.Session(config.replace(teacher_cache="live"), tmp_path / "run", Clock())
-    plan = made.course
-    plan.legs.append(plan._new_leg("distilled", 0))
-    plan.legs[0].train_s = 1e9
+    plan = made.experiment
+    plan.arms.append(plan._new_arm("distilled", 0))
+    plan.arms[0].train_s = 1e9
     assert plan._step_cost_ratio() > 0.0
     assert len(most) == 2 * experiment.CALIBRATION_BLOCKS
     assert max(most) == 1
-    assert students == {id(made.course.pair.student)}
-    for name, tensor in made.course.pair.student.state_dict().items():
+    assert students == {id(made.experiment.pair.student)}
+    for name, tensor in made.experiment.pair.student.state_dict().items():
         assert name not in plan.start_weights or torch.equal(tensor, plan.start_weights[name])
 
 
 def test_timing_steps_ends_when_it_took_its_share(settings, tmp_path, monkeypatch):
     class Steps:
-        recomputes, prepared = False, torch.nn.Linear(1, 1)
+        gradient_checkpointing, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
             self.step_s = 3.0 if "kd" in objective.parts else 1.0
@@ -359,11 +368,11 @@ def test_timing_steps_ends_when_it_took_its_share(settings, tmp_path, monkeypatc
     clock, begun = Slow(), []
     config = Config.from_dict({**settings, "teacher_cache": "live"})
     made = session.Session(config, tmp_path / "run", clock)
-    made.course.legs.append(made.course._new_leg("distilled", 0))
-    made.course.legs[0].train_s = 500.0  # a block of 12 s twice fits into 25 s
-    monkeypatch.setattr(experiment, "Training", Steps)
-    made.course.scorer.on_progress = lambda phase, done, total: begun.append(done)
-    assert made.course._step_cost_ratio() == 3.0
+    made.experiment.arms.append(made.experiment._new_arm("distilled", 0))
+    made.experiment.arms[0].train_s = 500.0  # a block of 12 s twice fits into 25 s
+    monkeypatch.setattr(experiment, "TrainLoop", Steps)
+    made.experiment.scorer.on_progress = lambda phase, done, total: begun.append(done)
+    assert made.experiment._step_cost_ratio() == 3.0
     assert sorted(set(begun)) == [0, 1]
 
 
@@ -409,8 +418,8 @@ def test_a_step_with_a_part_that_is_no_number_moves_nothing_under_a_loss_scaler(
     monkeypatch.setattr(machine, "scaler", scaler)
     monkeypatch.setattr(machine, "unscale_gradients", lambda optimizer: scaler.unscale_(optimizer.optimizer))
     objective = inputs.make_objective(loaded.pair, config)
-    training = loop.Training(objective, loaded.pair.teacher, loaded.train, 6, config, machine, Clock())
-    real = loop.Training._gradients
+    training = loop.TrainLoop(objective, loaded.pair.teacher, loaded.train, 6, config, machine, Clock())
+    real = loop.TrainLoop._gradients
 
     def gradients(self, *given):
         counts, found = real(self, *given)
@@ -418,7 +427,7 @@ def test_a_step_with_a_part_that_is_no_number_moves_nothing_under_a_loss_scaler(
             found[0][0]["kd"] = torch.tensor(float("inf"))
         return counts, found
 
-    monkeypatch.setattr(loop.Training, "_gradients", gradients)
+    monkeypatch.setattr(loop.TrainLoop, "_gradients", gradients)
     before = {name: tensor.clone() for name, tensor in objective.student.state_dict().items()}
     moved = []
     for record in itertools.islice(training, 4):
@@ -439,7 +448,7 @@ def test_what_a_checkpoint_holds_is_loaded_when_it_is_needed(settings, tmp_path,
     steps.close()
     loaded, real = [], safetensors.torch.load_file
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: loaded.append(path) or real(path))
-    found = resume.find(run_folder.RunFolder(tmp_path / "run"), "auto")
+    found = resume.find_previous_run(run_folder.RunFolder(tmp_path / "run"), "auto")
     assert found.facts is not None
     assert set(found.groups) >= {"student", "optimizer", "random"}
     assert loaded == []
@@ -459,7 +468,7 @@ def test_an_error_at_any_write_of_a_session_costs_nothing(settings, tmp_path, mo
     session ends it as if nothing had happened.
     """
     settings = {**settings, "control": "full", "max_steps": 4, "eval_steps": 2, "save_steps": 2}
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.0)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 1.0)
     distil(settings, tmp_path / "whole")
     real, count, seen = files._replace, itertools.count(), {"injected": 0, "paused": 0, "failed": 0, "complete": 0}
 

@@ -34,7 +34,14 @@ def small():
     head = loading.Head(student, ours.vocabulary)
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
     teacher = Teacher(teacher, theirs)
-    return student, head, teacher, windows, scoring.hold_out(windows, teacher, head, shared, 2, chunk_size=5), shared
+    return (
+        student,
+        head,
+        teacher,
+        windows,
+        scoring.prepare_held_out(windows, teacher, head, shared, 2, chunk_size=5),
+        shared,
+    )
 
 
 def nats_by_hand(model, windows, side):
@@ -96,7 +103,7 @@ def test_a_student_that_is_its_teacher_agrees_fully():
     coded = tokenize.encode(document, used)
     windows = windowing.cut_windows(document, coded, coded, used, used, 40)
     head, shared = loading.Head(model, used.vocabulary), vocab.shared_vocabulary(used.vocabulary, used.vocabulary)
-    held_out = scoring.hold_out(windows, Teacher(tiny_model(used.tokenizer), used), head, shared, 4)
+    held_out = scoring.prepare_held_out(windows, Teacher(tiny_model(used.tokenizer), used), head, shared, 4)
     score = scoring.evaluate_student(model, head, held_out)
     assert score.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
     assert score.top1_agreement == 1.0

@@ -105,18 +105,18 @@ def test_no_room_for_a_single_window_fails_with_advice(settings, tmp_path, monke
 
 
 def test_another_error_is_no_lack_of_memory():
-    assert memory.ran_out(OUT_OF_MEMORY)
-    assert memory.ran_out(MemoryError())
-    assert memory.ran_out(
+    assert memory.is_out_of_memory(OUT_OF_MEMORY)
+    assert memory.is_out_of_memory(MemoryError())
+    assert memory.is_out_of_memory(
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
     )
-    assert not memory.ran_out(RuntimeError("shapes do not fit"))
-    assert not memory.ran_out(ValueError("CUDA out of memory."))
+    assert not memory.is_out_of_memory(RuntimeError("shapes do not fit"))
+    assert not memory.is_out_of_memory(ValueError("CUDA out of memory."))
 
 
 def poisoned(where, value, steps):
-    """`loop.Training._gradients` that puts `value` where it is asked to, at some steps (counted from 1)."""
-    real = loop.Training._gradients
+    """`loop.TrainLoop._gradients` that puts `value` where it is asked to, at some steps (counted from 1)."""
+    real = loop.TrainLoop._gradients
 
     def gradients(self, *given):
         weight = next(p for p in self.objective.student.parameters() if p.ndim == 2)
@@ -148,15 +148,15 @@ def test_one_step_without_a_number_changes_nothing(settings, tmp_path, monkeypat
 
         monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], values=broken))
     else:
-        monkeypatch.setattr(loop.Training, "_gradients", poisoned(where, value, {3}))
-    states, real = {}, loop.Training._update
+        monkeypatch.setattr(loop.TrainLoop, "_gradients", poisoned(where, value, {3}))
+    states, real = {}, loop.TrainLoop._update
 
     def seen(self, skipped):
         before = self.tensors()
         real(self, skipped)
         states[self.step + 1] = before, self.tensors()
 
-    monkeypatch.setattr(loop.Training, "_update", seen)
+    monkeypatch.setattr(loop.TrainLoop, "_update", seen)
     found = distil(settings, tmp_path / "run", loss_chunk_size=10**6, use_ema=True)
     skipped = [r["step"] for r in found if r["kind"] == "train" and r["skipped"]]
     assert skipped == [3]
@@ -172,7 +172,7 @@ def test_one_step_without_a_number_changes_nothing(settings, tmp_path, monkeypat
 @pytest.mark.parametrize("where", ["gradient", "parameter"])
 def test_no_number_any_more_stops_the_run_at_a_state_that_can_be_gone_on_with(settings, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_gradients", poisoned(where, float("nan"), range(4, 99)))
+        patch.setattr(loop.TrainLoop, "_gradients", poisoned(where, float("nan"), range(4, 99)))
         with pytest.raises(FloatingPointError, match="3 steps in a row"):
             distil(settings, tmp_path / "run", max_steps=20, non_finite_steps=3)
     status = files.read_json(tmp_path / "run" / "status.json")

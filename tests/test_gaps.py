@@ -14,7 +14,7 @@ from kdlib.evaluation import scoring, verdict
 from kdlib.files import _plain, read_json, read_records, write_json
 from kdlib.report import charts, figures, live_panel, style
 from kdlib.report.html import os, read_run, write_report
-from kdlib.report.live_figure import cockpit
+from kdlib.report.live_figure import live_figure
 from kdlib.session import arm, run_folder, session
 
 PLOTS = (
@@ -68,16 +68,16 @@ def nulled(value, new=None):
 def draw_records(found):
     """Every figure of records, the panel, the cockpit and the alerts, as pictures where `png` asks for them."""
     made = [getattr(figures, name)(found) for name in PLOTS]
-    made += [figures.compared({"one": found, "two": found}), cockpit(found)]
+    made += [figures.compared({"one": found, "two": found}), live_figure(found)]
     assert figures.measured(found, "grad_shares") in (True, False)
-    seen = live_panel.Seen()
+    seen = live_panel.History()
     for record in found:
         seen.add(record, 0.0)
         assert live_panel._headline(seen) and live_panel._bars(seen, 1.0)
         if record["kind"] == "alert":
             assert "a sign" in live_panel._alert(record)
-    facts = arm.Leg("distilled", 0, 4, 4, 4).facts()
-    arm.Leg.from_facts(facts, None, found)
+    facts = arm.Arm("distilled", 0, 4, 4, 4).facts()
+    arm.Arm.from_facts(facts, None, found)
     return made
 
 

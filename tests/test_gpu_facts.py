@@ -111,7 +111,7 @@ def test_what_a_card_computes_in_is_what_it_has_units_for(monkeypatch, names, ar
 @pytest.mark.parametrize("names", [["T4"], ["P100"], ["A100"], ["H200"], ["T4", "T4"]])
 def test_the_doctor_says_of_a_card_what_a_run_does_on_it(monkeypatch, names):
     put_in(monkeypatch, names)
-    found = {finding.name: finding for finding in doctor.examine(Config())}
+    found = {finding.name: finding for finding in doctor.diagnose(Config())}
     named = "cards 0, 1" if len(names) > 1 else "card 0"
     name, size, capability, _ = CARDS[names[0]]
     assert found[named].value.startswith(name) and found[named].number == size
@@ -123,7 +123,7 @@ def test_the_doctor_says_of_a_card_what_a_run_does_on_it(monkeypatch, names):
 
 def test_the_doctor_sees_a_build_without_kernels_for_the_card(monkeypatch):
     put_in(monkeypatch, ["P100"], kernels=("sm_75", "sm_80", "sm_90"))
-    found = {finding.name: finding for finding in doctor.examine(Config())}
+    found = {finding.name: finding for finding in doctor.diagnose(Config())}
     assert (found["kernels, card 0"].state, found["kernels, card 0"].value) == ("note", "work so far")
     assert "sm_60 is not among them" in found["kernels, card 0"].meaning
 
@@ -144,7 +144,7 @@ def test_after_an_accelerator_for_the_processor_the_card_is_taken(monkeypatch, n
 def test_after_the_demos_preparation_a_card_may_be_used(monkeypatch, small_default, names, arithmetic):
     """The preparation trains on the processor, in fp32, whatever card there is."""
     put_in(monkeypatch, names)
-    demo.small(3, 2000, 5000)
+    demo.demo_config(3, 2000, 5000)
     made = devices.accelerator("auto")
     assert (made.device.type, made.mixed_precision) == ("cuda", arithmetic)
 

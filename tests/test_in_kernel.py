@@ -42,12 +42,14 @@ def mounted(request, tmp_path, monkeypatch):
 
 def test_inputs_are_found_by_their_marks_in_either_layout(mounted):
     root, layout = mounted
-    assert kaggle.located("qwen", "model") == str(root / layout["qwen"])
-    assert kaggle.located("qwen/transformers/0.6b/1", "model") == str(root / layout["qwen"])
-    assert kaggle.located("/kaggle/input/pair/student", "model") == str(root / layout["pair"] / "student")
-    assert kaggle.located("/kaggle/input/datasets/ann/pair/student", "model") == str(root / layout["pair"] / "student")
-    assert kaggle.located("pair/texts", "text") == str(root / layout["pair"] / "texts")
-    assert kaggle.located("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
+    assert kaggle.find_input("qwen", "model") == str(root / layout["qwen"])
+    assert kaggle.find_input("qwen/transformers/0.6b/1", "model") == str(root / layout["qwen"])
+    assert kaggle.find_input("/kaggle/input/pair/student", "model") == str(root / layout["pair"] / "student")
+    assert kaggle.find_input("/kaggle/input/datasets/ann/pair/student", "model") == str(
+        root / layout["pair"] / "student"
+    )
+    assert kaggle.find_input("pair/texts", "text") == str(root / layout["pair"] / "texts")
+    assert kaggle.find_input("pair/texts/b.jsonl", "text") == str(root / layout["pair"] / "texts" / "b.jsonl")
 
 
 def test_a_config_walks_what_is_mounted_once(mounted, monkeypatch):
@@ -68,24 +70,24 @@ def test_mounted_text_is_all_that_is_read_as_text(mounted, name):
     folder = root / layout["pair"] / "words"
     folder.mkdir()
     (folder / name).touch()
-    assert kaggle.located("words", "text") == str(folder)
-    assert kaggle.located("pair/words/" + name, "text") == str(folder / name)
+    assert kaggle.find_input("words", "text") == str(folder)
+    assert kaggle.find_input("pair/words/" + name, "text") == str(folder / name)
 
 
 def test_a_model_next_to_texts_is_no_text(mounted):
     root, layout = mounted
-    assert kaggle.located("pair", "text") == str(root / layout["pair"] / "texts")
+    assert kaggle.find_input("pair", "text") == str(root / layout["pair"] / "texts")
 
 
 def test_what_is_not_mounted_is_left_as_it_is(mounted, tmp_path):
     for name in ("Qwen/Qwen3-0.6B", "", str(tmp_path), "0.6", "texts/c.jsonl"):
-        assert kaggle.located(name, "model") == name
+        assert kaggle.find_input(name, "model") == name
 
 
 def test_several_texts_are_found_one_by_one(mounted):
     root, layout = mounted
     texts = root / layout["pair"] / "texts"
-    assert kaggle.located("texts/a.jsonl, texts/b.jsonl", "text") == f"{texts / 'a.jsonl'},{texts / 'b.jsonl'}"
+    assert kaggle.find_input("texts/a.jsonl, texts/b.jsonl", "text") == f"{texts / 'a.jsonl'},{texts / 'b.jsonl'}"
 
 
 def test_two_candidates_are_refused(mounted):
@@ -95,29 +97,31 @@ def test_two_candidates_are_refused(mounted):
     (other / "config.json").write_text("{}")
     (other / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"'qwen' fits 2 inputs: .*0.6b/1, .*1.7b/1; give the full path"):
-        kaggle.located("qwen", "model")
-    assert kaggle.located("qwen/transformers/1.7b/1", "model") == str(other)
+        kaggle.find_input("qwen", "model")
+    assert kaggle.find_input("qwen/transformers/1.7b/1", "model") == str(other)
 
 
 def test_the_previous_session_is_found_and_two_are_refused(mounted, tmp_path):
     root, layout = mounted
-    assert kaggle.previous(tmp_path / "run") == str(root / layout["run"])
-    assert kaggle.previous(tmp_path / "run", "never") == "never"
-    assert kaggle.previous(tmp_path / "run", "/a/path") == "/a/path"
+    assert kaggle.find_previous_output(tmp_path / "run") == str(root / layout["run"])
+    assert kaggle.find_previous_output(tmp_path / "run", "never") == "never"
+    assert kaggle.find_previous_output(tmp_path / "run", "/a/path") == "/a/path"
     begun_only = root / "elsewhere" / "run"
     begun_only.mkdir(parents=True)
     (begun_only / "status.json").write_text('{"state": "failed"}')
     (begun_only / "config.json").write_text('{"kd_method": "none"}')
-    assert kaggle.previous(tmp_path / "run") == str(root / layout["run"])  # nothing to go on with in the other
+    assert kaggle.find_previous_output(tmp_path / "run") == str(
+        root / layout["run"]
+    )  # nothing to go on with in the other
     (begun_only / "verdict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"2 runs are mounted: .*; set resume to one of them, or to never"):
-        kaggle.previous(tmp_path / "run")
+        kaggle.find_previous_output(tmp_path / "run")
 
 
 def test_a_run_in_the_folder_goes_before_a_mounted_one(mounted, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"kd_method": "none"}')
-    assert kaggle.previous(tmp_path / "run") == "auto"
+    assert kaggle.find_previous_output(tmp_path / "run") == "auto"
 
 
 def test_a_config_of_a_kernel_has_its_inputs_and_its_end(mounted, monkeypatch):

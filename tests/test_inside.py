@@ -74,7 +74,7 @@ def test_sizes_count_pieces_by_their_tokens():
     counts = np.zeros((4, 4))
     for window in windows:
         for row, stop, other, end in zip(
-            window.student_rows, window.student_stops, window.teacher_rows, window.teacher_stops, strict=True
+            window.student_rows, window.student_span_ends, window.teacher_rows, window.teacher_span_ends, strict=True
         ):
             if stop > row:
                 counts[min(stop - row, 4) - 1, min(end - other, 4) - 1] += 1

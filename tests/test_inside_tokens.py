@@ -16,9 +16,9 @@ from kdlib.config import Config
 from kdlib.data import batching, tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.losses import partial_tokens
-from kdlib.losses.teacher_signal import TopTokens
+from kdlib.losses.teacher_signal import TopKLogProbs
 from kdlib.models import teacher_cache, trie
-from kdlib.models.trie import NONE, Trie
+from kdlib.models.trie import NO_MASS, Trie
 from kdlib.session import inputs, session
 from kdlib.training import loop
 
@@ -31,7 +31,7 @@ APART, JOINED, TAIL = np.arange(7), np.array([0, 1, 2, 6, 2, 1, 7]), 7
 
 
 def trie_of(student, bucket_of=APART, **columns):
-    return Trie.of(SPELLINGS, student, bucket_of, TAIL, **columns)
+    return Trie.build(SPELLINGS, student, bucket_of, TAIL, **columns)
 
 
 def in_buckets(piece_U, bucket_of=APART):
@@ -75,7 +75,7 @@ def counts_of(batch):
 
 def told(loaded, objective, batch, counts=None):
     """`(loss, parts, gradients)`."""
-    signal = loaded.pair.teacher(batch, **objective.wants(objective.weights()))
+    signal = loaded.pair.teacher(batch, **objective.teacher_request(objective.weights()))
     loss, found, _ = objective(batch, signal, counts or counts_of(batch))
     objective.zero_grad()
     loss.backward()
@@ -157,7 +157,7 @@ def by_hand(loaded, batch, student):
     in_pieces = [tokenize.spellings(a, b.vocabulary.tokens) for a, b in itertools.permutations(readers)]
     labels = batch.labels.flatten().tolist(), batch.teacher_labels.flatten().tolist()
     total, positions = 0.0, 0
-    spans = batch.student_rows, batch.student_stops, batch.teacher_rows, batch.teacher_stops
+    spans = batch.student_rows, batch.student_span_ends, batch.teacher_rows, batch.teacher_span_ends
 
     def bucketed(probs, of):
         return torch.zeros(buckets.num).double().index_add(0, torch.from_numpy(of), probs) + 1e-30
@@ -230,7 +230,7 @@ def test_the_divergence_is_the_oracles_in_float64(student, bucket_of, how):
 
 def node_of(trie, read):
     """The node after these pieces, by a walk over a text of one span; 0 for none."""
-    walked = trie.walk(np.array([*read, 0]), np.array([0]), np.array([len(read) + 1]))
+    walked = trie.match(np.array([*read, 0]), np.array([0]), np.array([len(read) + 1]))
     return int(walked[2][-1]) if len(walked[0]) and walked[0][-1] == len(read) else 0
 
 
@@ -250,7 +250,7 @@ def test_a_walk_knows_what_was_read_since_the_boundary():
     trie = trie_of("wholes")
     labels = np.array([9, 1, 2, 3, 9, 5, 1, 9, 1, 2, windowing.IGNORE, 2, 6, 7])
     firsts, stops = np.array([1, 5, 8, 12, 12]), np.array([5, 8, 11, 12, 14])
-    positions, spans, nodes = trie.walk(labels, firsts, stops)
+    positions, spans, nodes = trie.match(labels, firsts, stops)
     assert positions.tolist() == [2, 3, 4, 9, 10, 13]
     assert spans.tolist() == [0, 0, 0, 2, 2, 4]
     read = [(1,), (1, 2), (1, 2, 3), (1,), (1, 2), (6,)]
@@ -259,9 +259,9 @@ def test_a_walk_knows_what_was_read_since_the_boundary():
     assert node_of(trie, (5,)) == node_of(trie, (2,)) == node_of(trie, (1, 2, 3, 3)) == node_of(trie, (1, 100)) == 0
     assert trie.ends[nodes].tolist() == [True, True, True, True, True, False]
     assert trie_of("pieces").ends.tolist() == [False, True, True, True, True]
-    assert trie.walk(labels, firsts[:0], stops[:0]).shape == (3, 0)
-    nothing = Trie.of([(), (1,), (2,)], "pieces", APART, TAIL)
-    assert nothing.walk(labels, firsts, stops).shape == (3, 0)
+    assert trie.match(labels, firsts[:0], stops[:0]).shape == (3, 0)
+    nothing = Trie.build([(), (1,), (2,)], "pieces", APART, TAIL)
+    assert nothing.match(labels, firsts, stops).shape == (3, 0)
 
 
 def test_is_zero_where_both_say_the_same_and_where_nothing_is_said():
@@ -355,7 +355,7 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
     """Upper-case letters that one side reads in lower case, a torn character, a prompt."""
     ours, theirs = reader("byte_level_lower"), reader("sentencepiece_bpe")
     tries = [
-        Trie.of(
+        Trie.build(
             tokenize.spellings(a, b.vocabulary.tokens), student, np.arange(a.vocabulary.num_rows), a.vocabulary.num_rows
         )
         for student, (a, b) in zip(("pieces", "wholes"), itertools.permutations((ours, theirs)), strict=True)
@@ -366,7 +366,7 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
     )
     batch = batching.collate(windows)
     changed = set(b"TQUICKBROWNFXHE")
-    walked, seen = partial_tokens.Walk.of(tries, batch), 0
+    walked, seen = partial_tokens.PartialTokens.build(tries, batch), 0
     for side, used in (("student", ours), ("teacher", theirs)):
         labels, firsts, stops = batch.spans_of(side)
         for first, stop in zip(firsts, stops, strict=True):
@@ -392,9 +392,9 @@ def test_half_precision_is_finite_and_near(plain):
 
 def test_nothing_is_asked_or_walked_where_kd_is_off(plain, monkeypatch):
     _, loaded = plain
-    assert made(loaded, kd_weight=0.0, layerwise_weight=0.1).wants({"lm": 1.0})["inner"] is False
-    assert made(loaded).wants({"lm": 1.0, "kd": 1.0})["inner"] is True
-    monkeypatch.setattr(partial_tokens.Walk, "of", lambda *_: pytest.fail("walked"))
+    assert made(loaded, kd_weight=0.0, layerwise_weight=0.1).teacher_request({"lm": 1.0})["inner"] is False
+    assert made(loaded).teacher_request({"lm": 1.0, "kd": 1.0})["inner"] is True
+    monkeypatch.setattr(partial_tokens.PartialTokens, "build", lambda *_: pytest.fail("walked"))
     objective = made(loaded, kd_weight=0.0, layerwise_weight=0.1)
     _, found, _ = told(loaded, objective, batching.collate(loaded.train[:2], *loaded.pair.pads))
     assert set(found) == {"lm", "layerwise"}
@@ -445,9 +445,9 @@ def test_a_teacher_that_says_nothing_is_kept_as_such():
     wholes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.3, 0.0, 0.1, 0.1, 0.0]]).log()
     nodes, row = np.array([node_of(trie, (1,))]), np.zeros(1, dtype=np.int64)
     silent = trie.shortlist(wholes, row, nodes, 3)
-    assert (silent.log_probs < NONE).all()
+    assert (silent.log_probs < NO_MASS).all()
     read = teacher_cache._distributions(silent.log_probs.numpy().astype(np.float16).astype(np.float32))
-    silent = TopTokens(silent.ids, torch.from_numpy(read))
+    silent = TopKLogProbs(silent.ids, torch.from_numpy(read))
     ours = torch.full((1, 7), 1 / 7).log().requires_grad_()
     found = trie.divergence_from(silent, ours, row, nodes)
     assert found.item() == 0.0
@@ -464,11 +464,11 @@ def test_buckets_may_be_cut(plain):
 
 def test_the_doctor_tells_the_share_of_positions_with_a_signal(plain):
     values, loaded = plain
-    found = {each.name: each for each in doctor.examine(Config.from_dict(values))}["kd inside_tokens, chosen"]
+    found = {each.name: each for each in doctor.diagnose(Config.from_dict(values))}["kd inside_tokens, chosen"]
     objective, known, inside_ours, inside_theirs = made(loaded), 0, 0, 0
     for window in loaded.pair.sample:
         batch = batching.collate([window])
-        walked = partial_tokens.Walk.of(objective.tries, batch)
+        walked = partial_tokens.PartialTokens.build(objective.tries, batch)
         inside_ours, inside_theirs = inside_ours + len(walked.positions), inside_theirs + len(walked.inner)
         known += int(partial_tokens.agreeing(objective.buckets, batch).sum())
     positions = sum(window.num_positions for window in loaded.pair.sample)
@@ -485,7 +485,7 @@ def steps_of(config, device=None):
     objective = inputs.make_objective(loaded.pair, config)
     torch.manual_seed(0)
     machine, layout = accelerate.Accelerator(cpu=True), (loaded.pair.pads, loaded.pair.widest)
-    training = loop.Training(objective, loaded.pair.teacher, loaded.train, 4, config, machine, clock.Clock(), *layout)
+    training = loop.TrainLoop(objective, loaded.pair.teacher, loaded.train, 4, config, machine, clock.Clock(), *layout)
     records = [{name: value for name, value in vars(record).items() if name != "step_s"} for record in training]
     return records, objective
 

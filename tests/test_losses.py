@@ -39,15 +39,15 @@ def rows(values, requires_grad=False):
 
 def divergence(name, student, teacher, temperature=1.0):
     """Of logits."""
-    made = [divergences.log_probs(logits, temperature) for logits in (student, teacher)]
-    return divergences.distillation(*made, name, temperature)
+    made = [divergences.log_softmax(logits, temperature) for logits in (student, teacher)]
+    return divergences.tempered_divergence(*made, name, temperature)
 
 
 def bucket_divergence(student, teacher, student_buckets, teacher_buckets, num, name, temperature):
     """Of logits."""
     pairs = (student, student_buckets), (teacher, teacher_buckets)
-    told = [divergences.bucket_log_probs(divergences.log_probs(made, temperature), own, num) for made, own in pairs]
-    return divergences.distillation(*told, name, temperature)
+    told = [divergences.bucket_log_probs(divergences.log_softmax(made, temperature), own, num) for made, own in pairs]
+    return divergences.tempered_divergence(*told, name, temperature)
 
 
 def test_every_divergence_has_an_oracle():
@@ -156,12 +156,12 @@ def test_a_bucket_that_is_empty_on_both_sides_adds_nothing():
 def test_cross_entropy_is_written_out_and_ignores_minus_100():
     logits, labels = torch.tensor([STUDENT, TEACHER, STUDENT], dtype=torch.float64), torch.tensor([3, -100, 0])
     p = softmax(STUDENT)
-    found = divergences.cross_entropy(divergences.log_probs(logits), labels).tolist()
+    found = divergences.cross_entropy(divergences.log_softmax(logits), labels).tolist()
     assert found == pytest.approx([-math.log(p[3]), 0.0, -math.log(p[0])], rel=1e-12)
 
 
 def test_label_smoothing_spreads_over_the_whole_vocabulary():
-    found = divergences.cross_entropy(divergences.log_probs(rows(STUDENT)), torch.tensor([3]), smoothing=0.1).item()
+    found = divergences.cross_entropy(divergences.log_softmax(rows(STUDENT)), torch.tensor([3]), smoothing=0.1).item()
     p = softmax(STUDENT)
     mean = sum(-math.log(x) for x in p) / len(p)
     assert found == pytest.approx(0.9 * -math.log(p[3]) + 0.1 * mean, rel=1e-12)
@@ -191,7 +191,7 @@ def top_k_by_hand(student, teacher, k):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_top_k_keeps_each_likely_token_once_and_a_tail(name, k):
-    made = [divergences.log_probs(rows(values)) for values in (STUDENT, TEACHER)]
+    made = [divergences.log_softmax(rows(values)) for values in (STUDENT, TEACHER)]
     student, teacher, covered = divergences.top_k_with_tail(*made, k)
     expected = top_k_by_hand(softmax(STUDENT), softmax(TEACHER), k)
     kept, tail = sum(expected[1][:-1]), [p for p in expected if p[-1] > 0]
@@ -206,7 +206,7 @@ def test_top_k_keeps_each_likely_token_once_and_a_tail(name, k):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_top_k_with_tail_is_a_lower_bound_in_a_thousand_cases_and_equal_at_all(name):
-    made = [divergences.log_probs(3 * torch.randn(1000, 12, dtype=torch.float64)) for _ in range(2)]
+    made = [divergences.log_softmax(3 * torch.randn(1000, 12, dtype=torch.float64)) for _ in range(2)]
     full = divergences.DIVERGENCES[name](*made)
     before = torch.zeros(1000, dtype=torch.float64)
     for k in (1, 3, 6):
@@ -222,10 +222,10 @@ def test_top_k_with_tail_is_a_lower_bound_in_a_thousand_cases_and_equal_at_all(n
 
 
 def test_top_k_gradient_passes_gradcheck():
-    teacher = divergences.log_probs(torch.randn(3, 7, dtype=torch.float64))
+    teacher = divergences.log_softmax(torch.randn(3, 7, dtype=torch.float64))
 
     def divergence(logits):
-        student, other, _ = divergences.top_k_with_tail(divergences.log_probs(logits), teacher, 2)
+        student, other, _ = divergences.top_k_with_tail(divergences.log_softmax(logits), teacher, 2)
         return divergences.forward_kl(student, other)
 
     assert torch.autograd.gradcheck(divergence, torch.randn(3, 7, dtype=torch.float64, requires_grad=True))

@@ -41,7 +41,7 @@ def training_of(settings, student=None, **changes):
     student = loaded.pair.student if student is None else student
     objective = inputs.make_objective(loaded.pair, config, student)
     machine = accelerate.Accelerator(cpu=True)
-    return loop.Training(
+    return loop.TrainLoop(
         objective, loaded.pair.teacher, loaded.train, 9, config, machine, clock.Clock(), loaded.pair.pads
     )
 
@@ -58,7 +58,7 @@ def with_dropout(model):
 
 def test_a_tally_counts_what_is_alive_once():
     before = torch.zeros(1000)
-    with memory.Tally("cpu") as tally:
+    with memory.AllocationTracker("cpu") as tally:
         a = before + 1
         b = a.view(10, 100)[2:]  # no memory of its own
         before.add_(1)
@@ -122,14 +122,14 @@ def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
     training = training_of(settings, with_dropout(tiny_model(unigram(), **changes)), **SHAPES[name])
     shortest, *_, longest = sorted(training.windows, key=lambda window: len(window.student_ids))
     training.windows = [shortest] * 8 + [longest] * 8
-    state, weights = torch.get_rng_state(), loading.copy_of(training.objective)
+    state, weights = torch.get_rng_state(), loading.cpu_state_dict(training.objective)
     predicted = peak_memory.predicted_bytes(training) - USED
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in training.objective.parameters())
-    assert all(torch.equal(weights[key], value) for key, value in loading.copy_of(training.objective).items())
+    assert all(torch.equal(weights[key], value) for key, value in loading.cpu_state_dict(training.objective).items())
     training.windows = [longest] * 8
     steps = iter(training)
-    with memory.Tally("cpu") as tally:
+    with memory.AllocationTracker("cpu") as tally:
         for _ in range(3):
             next(steps)
     assert predicted == pytest.approx(tally.most, rel=0.02)
@@ -184,10 +184,10 @@ def test_layers_made_anew_give_the_same_loss_and_gradients(settings, tmp_path, k
     for on in (False, True):
         torch.manual_seed(2)
         training = training_of(settings, copy.deepcopy(model), **EVERYTHING)
-        training.recomputes = on
+        training.gradient_checkpointing = on
         training.objective.train()
         torch.manual_seed(3)
-        with memory.Tally("cpu") as tally:
+        with memory.AllocationTracker("cpu") as tally:
             _, values = training._gradients_that_fit(training.windows[:8], training.objective.weights(), True, None)
         gradients = {name: p.grad for name, p in training.objective.named_parameters()}
         found.append((values, gradients, tally.most))
@@ -205,9 +205,9 @@ def test_nothing_is_left_of_making_layers_anew():
     model = tiny_model(byte_level(), 16).train()
     ids, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.long)
     config = model.config.to_dict()
-    with memory.recomputed(model):
+    with memory.gradient_checkpointing_enabled(model):
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    with memory.recomputed(model, False):
+    with memory.gradient_checkpointing_enabled(model, False):
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -245,8 +245,10 @@ def tight(settings, pair, tmp_path, monkeypatch):
 
 def test_layers_are_made_anew_where_a_step_would_not_fit(tight, tmp_path, monkeypatch):
     settings, plain, anew = tight
-    seen, real = [], memory.recomputed
-    monkeypatch.setattr(memory, "recomputed", lambda model, on=True: seen.append(on) or real(model, on))
+    seen, real = [], memory.gradient_checkpointing_enabled
+    monkeypatch.setattr(
+        memory, "gradient_checkpointing_enabled", lambda model, on=True: seen.append(on) or real(model, on)
+    )
     found = distil(settings, tmp_path / "run")
     (alert,) = [r for r in found if r["kind"] == "alert"]
     assert (alert["sign"], alert["step"], "made anew" in alert["meaning"]) == ("memory", 0, True)
@@ -265,8 +267,10 @@ def test_what_was_decided_stays_over_a_resume(tight, tmp_path, monkeypatch, then
     settings, *_ = tight
     distil(settings, tmp_path / "run", cut_at=2)
     limited(monkeypatch, 10**12)
-    seen, real = [], memory.recomputed
-    monkeypatch.setattr(memory, "recomputed", lambda model, on=True: seen.append(on) or real(model, on))
+    seen, real = [], memory.gradient_checkpointing_enabled
+    monkeypatch.setattr(
+        memory, "gradient_checkpointing_enabled", lambda model, on=True: seen.append(on) or real(model, on)
+    )
     found = distil({**settings, "gradient_checkpointing": then}, tmp_path / "run")
     assert (found[0]["resumed"], found[-1]["kind"]) == ("step-00000002", "verdict")
     assert seen[-1] == (then == "auto")
@@ -280,8 +284,8 @@ def test_every_process_does_as_the_first_one(settings, monkeypatch):
     training = training_of(settings)
     scorer = types.SimpleNamespace(on_progress=lambda *_: None)
     here = types.SimpleNamespace(config=training.config, accelerator=training.accelerator, scorer=scorer)
-    experiment.Course._make_fit(here, training)
-    assert training.recomputes
+    experiment.Experiment._make_fit(here, training)
+    assert training.gradient_checkpointing
 
 
 def test_the_control_decides_for_itself(tight, tmp_path, monkeypatch):
@@ -292,13 +296,13 @@ def test_the_control_decides_for_itself(tight, tmp_path, monkeypatch):
     whole, anew = heights(settings, monkeypatch)
     assert max(plain, anew) < whole
     limited(monkeypatch, (max(plain, anew) + whole) // 2)
-    seen, real = [], loop.Training._gradients
+    seen, real = [], loop.TrainLoop._gradients
 
     def gradients(self, *given):
-        seen.append((self.teacher is not None, self.recomputes))
+        seen.append((self.teacher is not None, self.gradient_checkpointing))
         return real(self, *given)
 
-    monkeypatch.setattr(loop.Training, "_gradients", gradients)
+    monkeypatch.setattr(loop.TrainLoop, "_gradients", gradients)
     monkeypatch.setattr(experiment, "CALIBRATION_BLOCKS", 1)
     monkeypatch.setattr(experiment, "CALIBRATION_STEPS", 2)
     found = distil({**settings, "control": "full"}, tmp_path / "run")
@@ -321,4 +325,4 @@ def test_a_model_that_can_not_is_refused_or_left_alone(settings, tmp_path, monke
     limited(monkeypatch, 1)
     training = training_of(settings)
     peak_memory.fit(training, 1)
-    assert not training.recomputes
+    assert not training.gradient_checkpointing

@@ -63,7 +63,7 @@ def counts_of(*batches):
 
 
 def told(loaded, made, batch, counts=None, **more):
-    signal = loaded.pair.teacher(batch, **made.wants(made.weights()))
+    signal = loaded.pair.teacher(batch, **made.teacher_request(made.weights()))
     return made(batch, signal, counts or counts_of(batch), **more)
 
 
@@ -147,7 +147,7 @@ def test_features_are_fed_from_the_aligned_positions_of_both_models(loaded):
             [torch.stack([states[b, t] for b, t in places]) for states in (last, *(seen.layers[i] for i in layers))]
         )
     (state, *ours), (last, *theirs) = sides
-    match = terms.Match(
+    match = terms.FeatureBatch(
         types.SimpleNamespace(layers=ours),
         types.SimpleNamespace(layers=theirs, hidden=last),
         state,
@@ -198,7 +198,7 @@ def test_a_part_that_is_off_costs_nothing_and_gives_zero_gradients(loaded):
     batch = batching.collate(loaded.train[:2], *loaded.pair.pads)
     weights = objective.weights(0.1)
     assert {name for name, weight in weights.items() if weight > 0} == {"lm", "kd"}
-    wanted = objective.wants(weights)
+    wanted = objective.teacher_request(weights)
     assert wanted["taps"] == parts_free_taps()
     loss, found, _ = objective(batch, loaded.pair.teacher(batch, **wanted), counts_of(batch), weights)
     assert set(found) == {"lm", "kd"}
@@ -216,7 +216,7 @@ def test_the_loop_trains_everything_together(loaded):
     objective = made(loaded, preset="documents", share_steps=2, learning_rate=3e-3, kd_top_k=20)
     config = objective.config
     steps = list(
-        loop.Training(
+        loop.TrainLoop(
             objective, loaded.pair.teacher, loaded.train, 20, config, accelerate.Accelerator(cpu=True), clock.Clock(),
             loaded.pair.pads,
         )
@@ -239,7 +239,7 @@ def test_windows_that_hardly_meet_add_nothing_and_break_nothing(loaded, kept):
     """A window with that many aligned positions beside an ordinary one, and alone."""
     objective = made(loaded, kd_top_k=5)
     few = loaded.train[0]
-    names = [f"{side}_{what}" for side in ("student", "teacher") for what in ("rows", "stops")]
+    names = [f"{side}_{what}" for side in ("student", "teacher") for what in ("rows", "span_ends")]
     few = dataclasses.replace(few, **{name: getattr(few, name)[:kept] for name in names})
     for group in ([few, loaded.train[1]], [few]):
         batch = batching.collate(group, *loaded.pair.pads)
@@ -354,7 +354,7 @@ def test_the_router_learns_and_asks_nothing_of_the_student():
 
 
 def test_contrastive_negatives_stay_within_their_window():
-    match = terms.Match(None, type("Signal", (), {"hidden": torch.randn(7, 6)})(), torch.randn(7, 4), (3, 4))
+    match = terms.FeatureBatch(None, type("Signal", (), {"hidden": torch.randn(7, 6)})(), torch.randn(7, 4), (3, 4))
     beside = torch.nn.ModuleDict({"contrastive": FeatureMap(4, 6)})
     found = terms.contrastive(type("Objective", (), {"beside": beside})(), match)
     mapped, target = beside["contrastive"](match.state, match.teacher.hidden)
@@ -398,7 +398,7 @@ def test_chunk_likelihood_is_written_out_over_whole_models(tmp_path, texts):
     loaded = small_pair(tmp_path, texts)
     objective = made(loaded, kd_method="chunk_likelihood", kd_temperature=3.0, loss_chunk_size=7, label_smoothing=0.2)
     batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
-    for stops, rows in ((batch.student_stops, batch.student_rows), (batch.teacher_stops, batch.teacher_rows)):
+    for stops, rows in ((batch.student_span_ends, batch.student_rows), (batch.teacher_span_ends, batch.teacher_rows)):
         stops[::5] = rows[::5]  # as if a normaliser had changed every fifth span
     assert batch.num_spans < batch.num_aligned
     _, found, _ = told(loaded, objective, batch)
@@ -411,7 +411,7 @@ def test_chunk_likelihood_is_written_out_over_whole_models(tmp_path, texts):
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits.double().log_softmax(-1).flatten(0, 1)
         logs.append(logits[:-1].gather(1, ids.flatten()[1:, None]).squeeze(1))
-    rows = (batch.student_rows, batch.student_stops), (batch.teacher_rows, batch.teacher_stops)
+    rows = (batch.student_rows, batch.student_span_ends), (batch.teacher_rows, batch.teacher_span_ends)
     texts_of = [
         [reader.tokenizer.decode(ids.flatten()[a + 1 : b + 1]) for a, b in zip(*pair, strict=True)]
         for reader, ids, pair in zip(

@@ -207,7 +207,7 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
         objective, teacher = way(types.SimpleNamespace(inputs=loaded, kept={}), config, loaded.pair.student)
         objective.zero_grad()
         weights = objective.weights()
-        loss, parts, _ = objective(batch, teacher(batch, **objective.wants(weights)), counts, weights)
+        loss, parts, _ = objective(batch, teacher(batch, **objective.teacher_request(weights)), counts, weights)
         loss.backward()
         found[key] = objective.total({n: float(v) for n, v in parts.items()}, weights)[0]
         gradient = torch.cat([p.grad.flatten() for p in loaded.pair.student.parameters()])
@@ -267,7 +267,7 @@ def test_layers_are_averaged_over_spans_and_nothing_else(loaded):
         torch.manual_seed(0)
         objective, teacher = make(setting, config, loaded.pair.student)
         weights = objective.weights()
-        signal = teacher(batch, **objective.wants(weights))
+        signal = teacher(batch, **objective.teacher_request(weights))
         found[name] = signal, objective(batch, signal, counts, weights)[1]
     rows, windows = batch.teacher_rows, batch.teacher_windows.flatten()
     with torch.no_grad():

@@ -72,16 +72,16 @@ def test_it_learns_as_from_a_cache_that_was_written_before(config, tmp_path):
 )
 def test_the_teacher_stays_where_a_cache_would_not_pay(config, tmp_path, changes):
     made = session.Session(config.replace(**changes), tmp_path / "run", Ticks())
-    assert made.reading.work is None
-    assert made.course.pair.teacher.model is not None
+    assert made.first_pass.writer is None
+    assert made.experiment.pair.teacher.model is not None
 
 
 def test_twice_is_enough(config):
     assert config.teacher_cache == "auto"
-    assert first_pass.pays(config.replace(max_steps=10), 20, 4)
-    assert not first_pass.pays(config.replace(max_steps=10), 21, 4)
-    assert first_pass.pays(config.replace(max_steps=10, repeats=2), 40, 4)
-    assert not first_pass.pays(config.replace(max_steps=10, teacher_cache="live"), 20, 4)
+    assert first_pass.should_cache_first(config.replace(max_steps=10), 20, 4)
+    assert not first_pass.should_cache_first(config.replace(max_steps=10), 21, 4)
+    assert first_pass.should_cache_first(config.replace(max_steps=10, repeats=2), 40, 4)
+    assert not first_pass.should_cache_first(config.replace(max_steps=10, teacher_cache="live"), 20, 4)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["in place", "elsewhere"])
@@ -196,14 +196,14 @@ def test_a_mounted_run_that_has_only_read_is_gone_on_with(config, tmp_path, monk
     mounts = tmp_path / "input"
     stopped(session.distill(config, mounts / "before" / "run"), ("reading", "shard", 2))
     monkeypatch.setattr(environment, "mounts", lambda: mounts)
-    assert kaggle.previous(tmp_path / "run") == str(mounts / "before" / "run")
+    assert kaggle.find_previous_output(tmp_path / "run") == str(mounts / "before" / "run")
 
 
 def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, monkeypatch):
     """30 s of reading over 60 steps are half a second a step: 3.5 for a plain one's 1."""
 
     class Steps:
-        recomputes, prepared = False, torch.nn.Linear(1, 1)
+        gradient_checkpointing, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
             self.step_s = 3.0 if "kd" in objective.parts else 1.0
@@ -214,18 +214,18 @@ def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, m
     made = session.Session(
         config.replace(teacher_cache="live", control="full", max_steps=60), tmp_path / "run", Ticks()
     )
-    plan = made.course
+    plan = made.experiment
     plan.read_s = 30.0
-    plan.legs.append(plan._new_leg("distilled", 0))
-    monkeypatch.setattr(experiment, "Training", Steps)
+    plan.arms.append(plan._new_arm("distilled", 0))
+    monkeypatch.setattr(experiment, "TrainLoop", Steps)
     plan._make_fit = lambda training: None
     assert plan._step_cost_ratio() == pytest.approx(3.5)
-    leg = plan._new_leg("ce_only", 0)
-    assert (leg.num_steps, leg.compare_step) == (210, 210)
-    plan.legs[0].step, plan.legs[0].train_s = 20, 7.0
-    assert plan._at(plan.legs[0])["elapsed_s"] == pytest.approx(17.0)
-    leg.step, leg.train_s = 20, 7.0
-    assert plan._at(leg)["elapsed_s"] == 7.0
+    arm = plan._new_arm("ce_only", 0)
+    assert (arm.num_steps, arm.compare_step) == (210, 210)
+    plan.arms[0].step, plan.arms[0].train_s = 20, 7.0
+    assert plan._at(plan.arms[0])["elapsed_s"] == pytest.approx(17.0)
+    arm.step, arm.train_s = 20, 7.0
+    assert plan._at(arm)["elapsed_s"] == 7.0
 
 
 def test_the_verdict_says_what_reading_took(config, tmp_path):
@@ -291,7 +291,7 @@ def drive(values, out):
 def drive_behind(values, out):
     """As `drive`, with a second process that comes to the verdict when the first one has done with everything."""
     if os.environ["RANK"] == "1":
-        conclude = finish.conclude
+        conclude = finish.finish_run
 
         def late(*arguments):
             until = time.monotonic() + 60
@@ -300,7 +300,7 @@ def drive_behind(values, out):
             time.sleep(1.0)
             return conclude(*arguments)
 
-        finish.conclude = late
+        finish.finish_run = late
     drive(values, out)
 
 

@@ -97,7 +97,7 @@ def test_a_run_cut_off_once_ends_as_if_it_never_was(with_dropout, tmp_path, monk
 
 def uncut(values, folder, monkeypatch, name):
     """The settings of CONFIGS, five places to cut a run, and what it comes to without."""
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.4)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 1.4)
     settings = Config.from_dict({**values, **CONFIGS[name]}).to_dict()
     whole = distil(settings, folder / "whole")
     assert whole[-1]["kind"] == "verdict"
@@ -113,7 +113,7 @@ def uncut(values, folder, monkeypatch, name):
 @pytest.mark.parametrize("control", ["full", "short"])
 def test_a_run_cut_off_between_two_students_goes_on_with_the_second(with_dropout, tmp_path, monkeypatch, control):
     """At the test scores of the first, when its checkpoint is the newest one and the control has not begun."""
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.4)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 1.4)
     settings = {**with_dropout, "control": control, "repeats": 2}
     distil(settings, tmp_path / "whole")
     run = session.distill(Config.from_dict(settings), tmp_path / "cut")
@@ -131,7 +131,7 @@ def test_a_run_may_be_cut_off_at_any_of_its_records(with_dropout, tmp_path, monk
     """Every one of them, of every student, evaluation and test. Only the best weights may be older in the last checkpoint:
     where the cut was right before the last evaluation, that is done again and not saved again.
     """
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 1.4)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 1.4)
     settings = {**with_dropout, "control": "short", "repeats": 2, "max_steps": 10, "use_ema": True, "eval_steps": 2}
     settings |= {"early_stopping_patience": 2, "learning_rate": 0.1}
     assert distil(settings, tmp_path / "whole", clock=Ticks())[-1]["kind"] == "verdict"
@@ -417,7 +417,7 @@ def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(settings, tmp_p
 
 def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch):
     settings = {**settings, "control": "off", "max_steps": 9, "save_steps": 2}
-    real = loop.Training._gradients
+    real = loop.TrainLoop._gradients
 
     def impatient(self, *given):
         if self.step == 5:
@@ -425,12 +425,12 @@ def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *given)
 
-    monkeypatch.setattr(loop.Training, "_gradients", impatient)
+    monkeypatch.setattr(loop.TrainLoop, "_gradients", impatient)
     with pytest.raises(KeyboardInterrupt):
         distil(settings, tmp_path / "run")
     status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], status["reason"]) == ("paused", "interrupted at once; goes on from step-00000004")
-    monkeypatch.setattr(loop.Training, "_gradients", real)
+    monkeypatch.setattr(loop.TrainLoop, "_gradients", real)
     assert distil(settings, tmp_path / "run")[-1]["kind"] == "verdict"
 
 

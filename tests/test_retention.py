@@ -50,7 +50,7 @@ def test_every_sum_is_the_one_counted_by_hand(small):  # noqa: F811
     student, head, teacher, windows, _, shared = small
     for model in (student, teacher.model):
         model.lm_head.weight.data.mul_(9.0)  # surer than chance, so that every kind has several bins
-    held_out = scoring.hold_out(windows, teacher, head, shared, 2)
+    held_out = scoring.prepare_held_out(windows, teacher, head, shared, 2)
     times = np.arange(student.config.vocab_size) * 911 % 1500  # every frequency occurs
     score = scoring.evaluate_student(
         student, head, dataclasses.replace(held_out, times_seen=torch.from_numpy(times)), 5
@@ -81,7 +81,7 @@ def test_nothing_is_told_where_nothing_was_asked(small):  # noqa: F811
 def test_the_teacher_tells_its_calibration_alone(small):  # noqa: F811
     _, head, teacher, windows, _, shared = small
     seen = torch.zeros(400, dtype=torch.long)
-    score = scoring.hold_out(windows, teacher, head, shared, 2, times_seen=seen).teacher_score
+    score = scoring.prepare_held_out(windows, teacher, head, shared, 2, times_seen=seen).teacher_score
     assert set(score.retention) == {"confidence"}
     assert sum(score.retention["confidence"]["num"]) == sum((w.teacher_labels >= 0).sum() for w in windows)
 
@@ -94,16 +94,16 @@ def test_calibration_error_is_the_mean_gap_weighted_by_positions():
 
 def test_several_runs_add_up():
     one = {"position": {"from": [0, 8], "num": [1.0, 2.0], "kl": [0.5, 0.25], "agreed": [1.0, 0.0]}}
-    assert breakdown.added([one, one]) == {
+    assert breakdown.merge([one, one]) == {
         "position": {"from": [0, 8], "num": [2.0, 4.0], "kl": [1.0, 0.5], "agreed": [2.0, 0.0]}
     }
-    assert breakdown.added([one, None]) is None
+    assert breakdown.merge([one, None]) is None
     score = scoring.Score(1.0, 2.0, None, None, np.array([1.0]), np.array([1]), one)
     assert verdict.mean_score([score, score]).retention["position"]["num"] == [2.0, 4.0]
 
 
 def test_probabilities_of_zero_have_no_part_in_the_entropy():
-    told = breakdown.Retention(torch.zeros(4, dtype=torch.long))
+    told = breakdown.Breakdown(torch.zeros(4, dtype=torch.long))
     logs = torch.tensor([[0.5, 0.5, 0.0]]).log()
     told.add_pairs(torch.tensor([1]), torch.tensor([0]), logs, torch.tensor([0.0]), torch.tensor([True]))
     assert math.log(2) > 0.5  # it falls into the bin from 0.5 nats

@@ -15,7 +15,7 @@ from kdlib import clock
 from kdlib.config import Config
 from kdlib.data import batching
 from kdlib.session import inputs
-from kdlib.training.loop import Training
+from kdlib.training.loop import TrainLoop
 
 STUDENT = torch.tensor([[1.0, -0.5, 0.3, 0.7], [0.2, 0.1, -1.0, 2.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[0.4, 2.0, -1.0, 0.0, 0.6], [-0.3, 0.5, 1.5, 0.2, 0.9]], dtype=torch.float64)
@@ -305,7 +305,7 @@ def test_a_step_of_each_rival_lowers_its_own_loss(loaded, name):
     objective.config = config.replace(kd_weight=1.0, lm_weight=0.0)
     machine = accelerate.Accelerator(cpu=True)
     teacher = WholeTeacher(found.pair.teacher)
-    run = Training(objective, teacher, found.train, 12, config, machine, clock.Clock(), found.pair.pads)
+    run = TrainLoop(objective, teacher, found.train, 12, config, machine, clock.Clock(), found.pair.pads)
     steps = list(run)
     assert all(math.isfinite(step.loss) for step in steps)
     assert objective.rival.kd(whole_of(found, objective)) < before
@@ -341,7 +341,7 @@ def test_gold_multiplies_by_the_later_tokens_of_each_span(loaded):
     objective = RivalObjective(RIVALS["GOLD hybrid"], found.pair, found.pair.student, config)
     whole = whole_of(found, objective)
     batch, labels = whole.batch, whole.batch.labels.flatten().tolist()
-    firsts, stops = batch.student_rows, batch.student_stops
+    firsts, stops = batch.student_rows, batch.student_span_ends
     told = objective.rival._merged(whole.student_logits, batch.labels, firsts, stops)
     log_probs = whole.student_logits.log_softmax(-1)
     longest = 0

@@ -20,17 +20,17 @@ def test_every_generator_goes_on_where_it_was(gaussian):
 
     if gaussian:  # half of a pair of normal numbers is kept back
         draw()
-    kept = seeds.states(machine)
+    kept = seeds.rng_state(machine)
     wanted = draw()
     assert draw() != wanted
-    seeds.put_back(kept, machine)
+    seeds.set_rng_state(kept, machine)
     assert draw() == wanted
 
 
 def test_a_process_that_was_not_there_keeps_its_own():
     machine = accelerate.Accelerator(cpu=True)
-    kept = {key.replace(".0", ".1"): state for key, state in seeds.states(machine).items()}
+    kept = {key.replace(".0", ".1"): state for key, state in seeds.rng_state(machine).items()}
     torch.rand(1)
     before = torch.get_rng_state()
-    seeds.put_back(kept, machine)
+    seeds.set_rng_state(kept, machine)
     assert torch.equal(torch.get_rng_state(), before)

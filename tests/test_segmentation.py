@@ -93,7 +93,7 @@ def told(pair, config, batch, states, theirs):
         hidden = states.detach().flatten(0, 1)[batch.student_rows]
         made.beside["projector"] = torch.nn.Linear(WIDTH, WIDTH, bias=False)
         made.beside["projector"].weight.data = torch.eye(WIDTH)
-    signal = TeacherSignal(hidden, torch.zeros(batch.num_aligned), inner=inner)
+    signal = TeacherSignal(hidden, torch.zeros(batch.num_aligned), partial_hidden=inner)
     if made.teacher_head and config.teacher_cache == "auto":
         signal = in_short(pair, config, batch, signal)
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
@@ -112,10 +112,10 @@ def in_short(pair, config, batch, signal):
     said = None
     if config.kd_method == "inside_tokens":
         tries, bucket_of = trie.tries_of(pair), head.by_column(buckets.teacher)
-        said = partial_tokens.Walk.of(tries, batch).shortlists(
+        said = partial_tokens.PartialTokens.build(tries, batch).shortlists(
             tries, signal, head.decode, bucket_of, teacher_cache.INSIDE_K, 1.0
         )
-    return TeacherSignal(None, signal.spans, top, said=said)
+    return TeacherSignal(None, signal.span_log_probs, top, partial_topk=said)
 
 
 def learned(pair, windows, method, **changes):
@@ -148,7 +148,7 @@ def test_partings_are_counted_at_boundaries_and_inside_tokens():
     def window(pieces, whole):
         ours = np.array([0, *pieces, 0]), np.array([1]), np.array([1 + len(pieces)])
         theirs = np.array([0, whole, 0]), np.array([1]), np.array([2])
-        names = [f"{side}_{name}" for side in ("student", "teacher") for name in ("labels", "rows", "stops")]
+        names = [f"{side}_{name}" for side in ("student", "teacher") for name in ("labels", "rows", "span_ends")]
         return types.SimpleNamespace(**dict(zip(names, ours + theirs, strict=True)))
 
     text = [window([1, 4], 3), window([1, 4], 3), window([1, 2], 3), window([2, 1], 3), window([2], 2)]

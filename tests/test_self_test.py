@@ -44,7 +44,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def _nothing_to_let_go(request, monkeypatch):
     if not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(memory, "let_go", lambda: None)
+        monkeypatch.setattr(memory, "release_memory", lambda: None)
 
 
 @pytest.fixture(params=[False, True], ids=["cpu", "cuda"])
@@ -74,10 +74,10 @@ def outcome(name, bench):
 
 
 def test_the_machine_fails_where_the_doctor_finds_something_wrong(bench, monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda config: [Finding("machine", "Python", "3.11.7")])
+    monkeypatch.setattr(doctor, "diagnose", lambda config: [Finding("machine", "Python", "3.11.7")])
     assert outcome("machine", bench)[0] == "ok"
     wrong = Finding("machine", "kernels, card 0", "do not work", "wrong", "", "install another torch")
-    monkeypatch.setattr(doctor, "examine", lambda config: [wrong])
+    monkeypatch.setattr(doctor, "diagnose", lambda config: [wrong])
     assert outcome("machine", bench)[:2] == ("failed", "kernels, card 0: do not work")
 
 

@@ -210,7 +210,7 @@ def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
 
 
 def test_a_control_gets_the_time_that_was_used_not_the_time_that_was_planned(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 2.0)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 2.0)
     found = drive(settings, tmp_path / "run", learning_rate=0.0, max_steps=50, eval_steps=2, early_stopping_patience=3)
     steps = {
         run: max(r["step"] for r in found if r["kind"] == "train" and r["run"] == run)
@@ -246,7 +246,7 @@ def test_a_run_does_the_same_twice(settings, tmp_path):
 
 
 def test_the_control_gets_the_steps_that_fit_into_the_same_time(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 2.5)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 2.5)
     found = drive(settings, tmp_path / "run", max_steps=4, eval_steps=2)
     assert max(r["step"] for r in found if r["kind"] == "train" and r["run"] == "ce_only") == 10
 
@@ -259,7 +259,7 @@ def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path)
             self.step_s = step_s
 
     class Steps:
-        recomputes, prepared = False, torch.nn.Linear(1, 1)
+        gradient_checkpointing, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
             self.step_s = 3.0 if "kd" in objective.parts else 1.0
@@ -267,10 +267,10 @@ def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path)
         def __iter__(self):
             return (Record(self.step_s) for _ in itertools.count())
 
-    monkeypatch.setattr(experiment, "Training", Steps)
+    monkeypatch.setattr(experiment, "TrainLoop", Steps)
     made = session.Session(Config.from_dict({**settings, "kd_method": "shared_prefix"}), tmp_path / "run", Fake())
-    made.course.legs.append(made.course._new_leg("distilled", 0))
-    assert made.course._step_cost_ratio() == 3.0
+    made.experiment.arms.append(made.experiment._new_arm("distilled", 0))
+    assert made.experiment._step_cost_ratio() == 3.0
 
 
 class Fake:

@@ -23,7 +23,7 @@ class World:
         self.time, self.costs, self.odd, self.counts = 1000.0, {**COSTS, **costs}, {}, dict.fromkeys(COSTS, 0)
         for owner, name, task in (
             (inputs, "load", "load"),
-            (loop.Training, "_gradients", "step"),
+            (loop.TrainLoop, "_gradients", "step"),
             (checkpoint, "write", "save"),
             (finish, "write_student", "export"),
         ):
@@ -35,7 +35,7 @@ class World:
             return real(tally, *given)
 
         monkeypatch.setattr(scoring._Tally, "add_text", part_of_an_evaluation)
-        monkeypatch.setattr(checkpoint.Writer, "begin", lambda writer, *given: writer._write(given))
+        monkeypatch.setattr(checkpoint.BackgroundWriter, "begin", lambda writer, *given: writer._write(given))
 
     def now(self):
         return self.time
@@ -186,7 +186,7 @@ def test_the_verdict_waits_for_a_session_that_has_time_for_it(long_run, tmp_path
 
 def test_the_plan_goes_on_through_the_control(long_run, tmp_path, monkeypatch):
     """It is told before the control begins, and what is left then comes to what the control and the verdict take."""
-    monkeypatch.setattr(experiment.Course, "_step_cost_ratio", lambda self: 2.0)
+    monkeypatch.setattr(experiment.Experiment, "_step_cost_ratio", lambda self: 2.0)
     world = World(monkeypatch)
     settings, left = {**long_run, "control": "full", "max_steps": 12, "eval_steps": 4}, []
     for record in session.distill(Config.from_dict(settings), tmp_path / "run", world):
@@ -202,12 +202,12 @@ def test_the_plan_goes_on_through_the_control(long_run, tmp_path, monkeypatch):
 
 def test_durations():
     for text, seconds in {"11h": 39600, "40m": 2400, "90s": 90, "1h30m": 5400, "2": 7200, "0.5h": 1800}.items():
-        assert clock.seconds_of(text) == seconds
-    assert clock.seconds_of(1.5) == 5400
-    assert clock.seconds_of("") == math.inf
+        assert clock.parse_duration(text) == seconds
+    assert clock.parse_duration(1.5) == 5400
+    assert clock.parse_duration("") == math.inf
     for wrong in ("x", "-1", "0", "1.2.3h", "h", "nan", "inf", "3d"):
         with pytest.raises(ValueError, match="time_budget takes hours or a duration like 11h, 40m, 1h30m or 90s; got"):
-            clock.seconds_of(wrong)
+            clock.parse_duration(wrong)
 
 
 def test_a_budget_adds_up():
@@ -215,42 +215,42 @@ def test_a_budget_adds_up():
         def now(self):
             return 100.0
 
-    told = time_budget.Budget(1000.0, Still(), 40.0, {"save": 10.0}, {"save": 99.0, "export": 4.0})
-    assert told.cost("export") == 5.0
-    told.took("export", 2.0)
-    assert told.cost("export") == 2.5
-    assert (told.used(), told.left(), told.margin(), told.cost("save", "unknown")) == (60.0, 940.0, 20.0, 12.5)
-    told.took("step", 4.0)
-    told.took("step", 3.0)
-    assert told.costs["step"] == pytest.approx(4.0 * 0.97)
-    assert told.margin() == pytest.approx(20.0 + 2 * 3.88)
-    told.took("long", 800.0)
-    assert told.allows("save")
-    assert not told.allows("long")
-    assert time_budget.Budget(math.inf, Still(), 0.0).allows("anything")
+    budget = time_budget.TimeBudget(1000.0, Still(), 40.0, {"save": 10.0}, {"save": 99.0, "export": 4.0})
+    assert budget.cost("export") == 5.0
+    budget.record("export", 2.0)
+    assert budget.cost("export") == 2.5
+    assert (budget.used(), budget.left(), budget.reserve(), budget.cost("save", "unknown")) == (60.0, 940.0, 20.0, 12.5)
+    budget.record("step", 4.0)
+    budget.record("step", 3.0)
+    assert budget.costs["step"] == pytest.approx(4.0 * 0.97)
+    assert budget.reserve() == pytest.approx(20.0 + 2 * 3.88)
+    budget.record("long", 800.0)
+    assert budget.fits("save")
+    assert not budget.fits("long")
+    assert time_budget.TimeBudget(math.inf, Still(), 0.0).fits("anything")
 
 
 def test_the_end_of_a_session_is_kept_free_for_what_it_can_afford():
     costs = {"start": 20.0, "save": 10.0, "evaluate": 15.0, "export": 5.0}
     for seconds, affordable in ((25.0 + 100.0, True), (25.0 + 99.0, False)):  # 1.25 * 20 of them before the first step
-        budget = time_budget.Budget(seconds, None, 0.0, costs)
+        budget = time_budget.TimeBudget(seconds, None, 0.0, costs)
         assert budget.final_tasks() == ["save"] + ["evaluate", "export"] * affordable
         assert budget.per_session() == pytest.approx(seconds * 0.98 - 25.0 - 12.5 - 25.0 * affordable)
 
 
 def test_the_plan_counts_what_is_left():
-    class Leg:
+    class Arm:
         name, repeat, step, last_step, train_s = "distilled", 0, 10, 100, 50.0
 
     config = Config(max_steps=100, control="short", repeats=2)
-    left = plan.seconds_left(config, 10, Leg, {"evaluate": 2.0, "test": 3.0, "conclude": 7.0}.get, saving=0.1)
+    left = plan.seconds_left(config, 10, Arm, {"evaluate": 2.0, "test": 3.0, "conclude": 7.0}.get, saving=0.1)
     training = 450.0 + 0.1 * 500.0 + 1.1 * 500.0  # what is left of it, its control, the second pair
     assert left == pytest.approx(1.1 * training + (10 * 2.0 + 2 * 3.0) * training / 500.0 + 7.0)
 
 
 def test_interrupts_are_wishes_and_the_second_one_is_not():
     former = signal.getsignal(signal.SIGINT)
-    heard = time_budget.Interrupts()
+    heard = time_budget.StopSignals()
     heard.listen()
     try:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -89,8 +89,8 @@ def test_a_small_form_is_made_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "docstrings", lambda chars: {f"m{i}.py": LINES[i % 6] + f" {i}" for i in range(400)})
     monkeypatch.setitem(demo.TEACHER, "vocab", 320)
     monkeypatch.setitem(demo.STUDENT, "vocab", 400)
-    config = demo.small(2, 5000, 10_000, max_steps=9)
+    config = demo.demo_config(2, 5000, 10_000, max_steps=9)
     assert config.max_steps == 9
     assert str(tmp_path) in config.teacher
     monkeypatch.setattr(demo, "prepare", None)
-    assert demo.small(2, 5000, 10_000, max_steps=9) == config
+    assert demo.demo_config(2, 5000, 10_000, max_steps=9) == config

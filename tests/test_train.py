@@ -32,7 +32,9 @@ def run(loaded, config, num_steps=2, objective=None):
     objective = objective or inputs.make_objective(loaded.pair, config)
     teacher = None if config.kd_method == "none" else loaded.pair.teacher
     machine = accelerate.Accelerator(cpu=True)
-    steps = loop.Training(objective, teacher, loaded.train, num_steps, config, machine, clock.Clock(), loaded.pair.pads)
+    steps = loop.TrainLoop(
+        objective, teacher, loaded.train, num_steps, config, machine, clock.Clock(), loaded.pair.pads
+    )
     return list(steps), objective
 
 
@@ -204,7 +206,9 @@ def test_the_projectors_loss_is_cross_entropy_through_the_live_head(loaded, sett
     student = states.flatten(0, 1)[batch.student_rows].double() @ head.T
     expected = (
         4.0
-        * divergences.forward_kl(*(divergences.log_probs(logits, 2.0) for logits in (student, projected))).mean().item()
+        * divergences.forward_kl(*(divergences.log_softmax(logits, 2.0) for logits in (student, projected)))
+        .mean()
+        .item()
     )
     assert parts["kd"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -232,7 +236,7 @@ def test_what_is_kept_of_a_training_does_not_change_with_it(loaded, settings):
     """It is written to the disk while the next steps are taken."""
     config = config_of(settings, kd_method="projector", use_ema=True)
     machine, objective = accelerate.Accelerator(cpu=True), fresh(loaded, config)
-    training = loop.Training(
+    training = loop.TrainLoop(
         objective, loaded.pair.teacher, loaded.train, 3, config, machine, clock.Clock(), loaded.pair.pads
     )
     steps = iter(training)
@@ -369,7 +373,7 @@ def test_a_step_that_is_no_number_changes_no_weight_and_is_told(loaded, settings
     objective = Broken(fresh(loaded, config), {2}, how)
     machine = accelerate.Accelerator(cpu=True)
     weights, records = [], []
-    for record in loop.Training(
+    for record in loop.TrainLoop(
         objective, loaded.pair.teacher, loaded.train, 3, config, machine, clock.Clock(), loaded.pair.pads
     ):
         records.append(record)
@@ -387,7 +391,7 @@ def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, setting
     objective = Broken(fresh(loaded, config), {1, 3, 4, 5}, "loss")
     machine, told = accelerate.Accelerator(cpu=True), []
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* kd not finite .*lower learning_rate"):
-        for record in loop.Training(
+        for record in loop.TrainLoop(
             objective, loaded.pair.teacher, loaded.train, 9, config, machine, clock.Clock(), loaded.pair.pads
         ):
             told.append(record.step)

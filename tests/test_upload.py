@@ -24,7 +24,7 @@ def test_the_first_copy_makes_a_private_data_set_and_later_ones_its_versions(kag
     for step in (1, 2, 3):
         run.save(step)
         run.sent()
-    assert run.told() == []
+    assert run.pop_alerts() == []
     versions = kaggle.versions["ann/run-copy"]
     assert [run.holds(folder, step) for step, folder in enumerate(versions, start=1)] == [True] * 3
     methods = [method for method, _ in kaggle.calls]
@@ -41,14 +41,14 @@ def test_an_upload_that_fails_is_told_once_and_tried_again_with_the_next_checkpo
         run.save(step)
         run.sent()
     assert kaggle.versions == {}  # rather nothing than a data set with a file missing
-    (alert,) = run.told()
+    (alert,) = run.pop_alerts()
     assert (alert["kind"], alert["sign"], alert["part"]) == ("alert", "second_copy", "kaggle:ann/run-copy")
     says = {"2.2.4": "2 of 4 files|3 of 4 files", "2.2.5": "Upload unsuccessful"}[version]
     assert re.search(says, alert["meaning"])
     run.save(3)
     run.sent()
     assert run.holds(kaggle.versions["ann/run-copy"][0], 3)
-    assert run.told() == []
+    assert run.pop_alerts() == []
 
 
 @pytest.mark.parametrize("listed", ["folders", "archives"])
@@ -57,7 +57,7 @@ def test_a_file_that_got_lost_on_the_way_is_missed(kaggle, run, listed, lost):
     kaggle.listed, kaggle.loses = listed, lost
     run.save(1)
     run.sent()
-    assert "is missing there" in run.told()[0]["meaning"]
+    assert "is missing there" in run.pop_alerts()[0]["meaning"]
     kaggle.loses = ""
     run.save(2)
     run.sent()
@@ -69,7 +69,7 @@ def test_a_public_data_set_gets_nothing(kaggle, run):
     kaggle.versions["ann/run-copy"], kaggle.private = [kaggle.folder / "theirs"], False
     run.save(1)
     run.sent()
-    assert "is public" in run.told()[0]["meaning"]
+    assert "is public" in run.pop_alerts()[0]["meaning"]
     assert kaggle.sent == []
 
 
@@ -77,10 +77,10 @@ def test_a_failure_tells_no_credential(kaggle, run):
     kaggle.faults["GetDataset"] = ["500"]
     run.save(1)
     run.sent()
-    assert KEY not in str(run.told())
+    assert KEY not in str(run.pop_alerts())
     run.copies.problem, run.copies.was_told = "", False
     run.copies._failed(f"PUT https://storage.example/path/{KEY}?signature=abc\n said {KEY}")
-    assert run.told()[0]["meaning"].endswith("failed: PUT https://storage.example/... said ...")
+    assert run.pop_alerts()[0]["meaning"].endswith("failed: PUT https://storage.example/... said ...")
 
 
 # the Hub
@@ -91,7 +91,7 @@ def test_the_hub_holds_the_newest_copy_in_one_commit_each(tmp_path, hub):
     for step in (1, 2):
         run.save(step)
         run.sent()
-        assert run.told() == []
+        assert run.pop_alerts() == []
         assert run.holds(hub.folder, step)
     assert hub.commits == ["step-00000001", "step-00000002"]
     assert [(told["name"], told.get("private", told.get("visibility"))) for told in hub.created[:1]] == [
@@ -104,18 +104,18 @@ def test_a_hub_that_fails_is_told_without_the_token(tmp_path, hub):
     hub.faults = [403]
     run.save(1)
     run.sent()
-    (alert,) = run.told()
+    (alert,) = run.pop_alerts()
     assert "403" in alert["meaning"] and "hf_abcdefgh" not in alert["meaning"]
     hub.loses = "records.jsonl"
     run.copies.problem, run.copies.was_told = "", False
     run.save(2)
     run.sent()
-    assert "records.jsonl is missing there" in run.told()[0]["meaning"]
+    assert "records.jsonl is missing there" in run.pop_alerts()[0]["meaning"]
     hub.private = False
     run.copies.problem, run.copies.was_told = "", False
     run.save(3)
     run.sent()
-    assert "is public" in run.told()[0]["meaning"] and len(hub.commits) == 1
+    assert "is public" in run.pop_alerts()[0]["meaning"] and len(hub.commits) == 1
 
 
 def test_sizes_are_compared():

@@ -44,8 +44,8 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(dataset, "PARALLEL_CHARS", 1)
 
 
-def cut_all(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
-    return dataset.cut_all(documents, ours, theirs, max_length)
+def build_windows(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
+    return dataset.build_windows(documents, ours, theirs, max_length)
 
 
 def assert_same(found, wanted):
@@ -69,25 +69,25 @@ def read(monkeypatch):
 @pytest.mark.parametrize("theirs", FAMILIES)
 def test_windows_are_what_the_documents_are_cut_into(theirs, monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
-    assert_same(cut_all(theirs=reader(theirs)), by_hand(theirs=reader(theirs)))
+    assert_same(build_windows(theirs=reader(theirs)), by_hand(theirs=reader(theirs)))
 
 
 def test_several_processes_make_the_same_windows(two_processes, cache, monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
     environment = os.environ
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    found = cut_all()
+    found = build_windows()
     assert os.environ is environment
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert_same(found, by_hand())
-    assert found.digest() == dataset.Windows.of(by_hand()).digest()
+    assert found.digest() == dataset.WindowDataset.from_list(by_hand()).digest()
     assert len(list(cache.glob("*/windows_*_of_00002.arrow"))) == 2
 
 
 def test_a_second_start_reads_nothing_again(read, cache):
-    first = cut_all()
+    first = build_windows()
     assert len(read) == 2 * len(DOCUMENTS)
-    assert_same(cut_all(), first)
+    assert_same(build_windows(), first)
     assert len(read) == 2 * len(DOCUMENTS)
     assert {path.name for path in cache.glob("*/*")} == {"lock", "whole.json", "windows.arrow"}
 
@@ -121,10 +121,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_name_tells_whatever_decides_the_windows(change, read):
-    cut_all()
+    build_windows()
     read.clear()
     changed = CHANGES[change]()
-    found = cut_all(**changed)
+    found = build_windows(**changed)
     assert len(read) == 2 * len(DOCUMENTS)
     assert_same(found, by_hand(**changed))
 
@@ -145,9 +145,9 @@ def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
 
 
 def test_the_name_does_not_tell_where_a_document_comes_from(read):
-    cut_all()
+    build_windows()
     read.clear()
-    cut_all([dataclasses.replace(document, source="a.jsonl record 1") for document in DOCUMENTS])
+    build_windows([dataclasses.replace(document, source="a.jsonl record 1") for document in DOCUMENTS])
     assert read == []
 
 
@@ -162,13 +162,13 @@ def test_a_pass_that_is_killed_is_made_again(cache, monkeypatch):
         windowing.cut_windows = lambda *given: (
             os.kill(os.getpid(), signal.SIGKILL) if next(calls) == 9 else real(*given)
         )
-        cut_all()
+        build_windows()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     left = {path.name for path in cache.glob("*/*")}
     assert {"lock", "documents.arrow"} < left
     assert not left & {"whole.json", "windows.arrow"}
-    assert_same(cut_all(), by_hand())
+    assert_same(build_windows(), by_hand())
     assert {path.name for path in cache.glob("*/*")} == {"lock", "whole.json", "windows.arrow"}
 
 
@@ -176,14 +176,14 @@ def test_a_worker_that_is_killed_hangs_nothing_and_leaves_nothing(two_processes,
     with monkeypatch.context() as patched:
         patched.setattr(windowing, "cut_windows", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(RuntimeError, match="abruptly died"):
-            cut_all()
+            build_windows()
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
-    assert_same(cut_all(), by_hand())
+    assert_same(build_windows(), by_hand())
 
 
 @pytest.mark.parametrize("damage", ["shortened", "lost", "not Arrow", "not JSON"])
 def test_files_that_are_not_whole_are_made_again(cache, read, damage):
-    cut_all()
+    build_windows()
     (file,) = cache.glob("*/windows.arrow")
     if damage == "shortened":
         os.truncate(file, file.stat().st_size // 2)
@@ -194,7 +194,7 @@ def test_files_that_are_not_whole_are_made_again(cache, read, damage):
     else:
         (file.parent / "whole.json").write_text("{")
     read.clear()
-    assert_same(cut_all(), by_hand())
+    assert_same(build_windows(), by_hand())
     assert len(read) == 4 * len(DOCUMENTS)  # ours, and those by hand
 
 
@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_and_the_windows_are_made_in_memory(cache, monkeypat
 
         patched.setattr(datasets.arrow_writer.pa, "RecordBatchStreamWriter", writer)
         with pytest.warns(UserWarning, match=r"does not take the tokenized text \(No space left on device\)"):
-            found = cut_all()
+            found = build_windows()
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
     assert_same(found, by_hand())
 
@@ -227,7 +227,7 @@ def test_a_cache_that_takes_nothing_is_told(cache, several, request):
         request.getfixturevalue("two_processes")
     cache.write_text("in the way")
     with pytest.warns(UserWarning, match=r"the cache folder .*kdlib does not take the tokenized text"):
-        found = cut_all()
+        found = build_windows()
     assert_same(found, by_hand())
     assert [window.place for window in found] == list(range(len(found)))
 
@@ -243,7 +243,7 @@ def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request
     with pytest.raises(
         ValueError, match=rf"^a.jsonl record {first}: .* leaves out or changes a user message$"
     ) as raised:
-        cut_all(named, ours=dataclasses.replace(PAIR[0], tokenizer=rude))
+        build_windows(named, ours=dataclasses.replace(PAIR[0], tokenizer=rude))
     assert "\n" not in str(raised.value)
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
 
@@ -253,19 +253,19 @@ def test_who_waited_for_another_process_takes_what_that_one_made(monkeypatch, re
 
     def waited(file, how):
         monkeypatch.setattr(dataset.fcntl, "flock", real)
-        cut_all()
+        build_windows()
 
     monkeypatch.setattr(dataset.fcntl, "flock", waited)
-    assert len(cut_all()) > 0
+    assert len(build_windows()) > 0
     assert len(read) == 2 * len(DOCUMENTS)
 
 
 def test_numbers_over_all_windows_are_those_of_each(monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
-    found, each = cut_all(), by_hand()
+    found, each = build_windows(), by_hand()
     for side in ("student", "teacher"):
         lengths = [len(getattr(w, f"{side}_ids")) for w in each]
-        assert dataset.lengths_of(found, side).tolist() == dataset.lengths_of(each, side).tolist() == lengths
+        assert dataset.window_lengths(found, side).tolist() == dataset.window_lengths(each, side).tolist() == lengths
     assert found.column("document").tolist() == [w.document for w in each]
     assert found.total("student_rows") == sum(len(w.student_rows) for w in each)
     assert found.total("num_bytes") == sum(w.num_bytes for w in each)
@@ -280,14 +280,14 @@ def test_numbers_over_all_windows_are_those_of_each(monkeypatch):
 
 def test_what_a_normaliser_changed_is_counted():
     lower = reader("byte_level_lower")
-    found = cut_all([Document("THE QUICK BROWN FOX jumps"), Document("The cat sat.")], theirs=lower)
+    found = build_windows([Document("THE QUICK BROWN FOX jumps"), Document("The cat sat.")], theirs=lower)
     assert 0 < found.total("teacher_faithful") < found.total("teacher_text")
     assert found.total("student_faithful") == found.total("student_text")
 
 
 def test_a_sequence_in_every_way(monkeypatch):
     monkeypatch.setattr(dataset, "BATCH_CHARS", 200)
-    found, each = cut_all(), by_hand()
+    found, each = build_windows(), by_hand()
     assert_same(list(found), each)
     assert_same(found[3:40:5], each[3:40:5])
     assert_same([found[-1], found[np.int64(7)]], [each[-1], each[7]])
@@ -299,11 +299,11 @@ def test_a_sequence_in_every_way(monkeypatch):
 
 def test_the_hash_is_of_the_content_and_not_of_its_pieces(monkeypatch):
     each = by_hand()
-    wanted = dataset.Windows.of(each).digest()
+    wanted = dataset.WindowDataset.from_list(each).digest()
     for size in (1, 7):
         pieces = [pa.table(dataset.table_of(each[i : i + size])) for i in range(0, len(each), size)]
-        assert dataset.Windows(pa.concat_tables(pieces)).digest() == wanted
-    assert cut_all().digest() == wanted
+        assert dataset.WindowDataset(pa.concat_tables(pieces)).digest() == wanted
+    assert build_windows().digest() == wanted
     ids, labels = each[5].student_ids.copy(), each[5].student_labels.copy()
     ids[1] += 1
     labels[np.flatnonzero(labels != windowing.IGNORE)[0]] = windowing.IGNORE
@@ -316,15 +316,15 @@ def test_the_hash_is_of_the_content_and_not_of_its_pieces(monkeypatch):
         {4 + i: {"student_ids": moved[i], "student_labels": moved_labels[i]} for i in (0, 1)},
     ):
         changed = [dataclasses.replace(w, **changes.get(i, {})) for i, w in enumerate(each)]
-        assert dataset.Windows.of(changed).digest() != wanted
+        assert dataset.WindowDataset.from_list(changed).digest() != wanted
 
 
 def test_text_that_makes_no_window_is_an_empty_sequence(monkeypatch):
     monkeypatch.setattr(windowing, "cut_windows", lambda *given: [])
     for documents in ([Document("é")], []):
         for _ in range(2):
-            found = cut_all(documents)
-            assert (len(found), list(found), dataset.lengths_of(found).tolist(), found.total("num_bytes")) == (
+            found = build_windows(documents)
+            assert (len(found), list(found), dataset.window_lengths(found).tolist(), found.total("num_bytes")) == (
                 0,
                 [],
                 [],
@@ -335,12 +335,12 @@ def test_text_that_makes_no_window_is_an_empty_sequence(monkeypatch):
 
 def test_only_what_takes_long_shows_a_bar(capfd, monkeypatch):
     datasets.enable_progress_bars()
-    cut_all()
+    build_windows()
     assert capfd.readouterr().err == ""
     assert not datasets.are_progress_bars_disabled()
     monkeypatch.setattr(dataset, "SHOWN_CHARS", 10)
-    cut_all(max_length=30)
+    build_windows(max_length=30)
     assert "Tokenizing the text, once" in capfd.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    cut_all(max_length=31)
+    build_windows(max_length=31)
     assert capfd.readouterr().err == ""

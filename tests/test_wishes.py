@@ -124,7 +124,7 @@ def test_a_save_is_there_when_it_is_told(plan, tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_not_said_to_be_saved(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdlib.training.loop.Training.is_finite", lambda self: False)
+    monkeypatch.setattr("kdlib.training.loop.TrainLoop.is_finite", lambda self: False)
     found = wishing(plan, tmp_path / "run", {2: "save", 3: "pause"})
     assert [r["answer"] for r in found if r["kind"] == "wish"] == ["not saved: the weights are no numbers"]
 
@@ -183,7 +183,7 @@ def test_a_look_takes_no_time_that_the_end_needs(plan, tmp_path, monkeypatch):
     plan |= {"eval_steps": 100}
     for most, looks in ((2, 2), (1, 0)):
         monkeypatch.setattr(
-            time_budget.Budget, "allows", lambda self, *tasks, most=most: tasks.count("evaluate") <= most
+            time_budget.TimeBudget, "allows", lambda self, *tasks, most=most: tasks.count("evaluate") <= most
         )
         found = wishing(plan, tmp_path / f"run{most}", {2: "evaluate", 6: "pause"})
         assert sum(bool(r.get("asked")) for r in found) == looks

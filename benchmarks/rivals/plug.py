@@ -60,8 +60,8 @@ class Uld:
     def kd(self, whole):
         pairs = zip(whole.by_window("student"), whole.by_window("teacher"), strict=True)
         ours, theirs = (torch.cat(rows) for rows in zip(*(uld.index_pairs(*pair) for pair in pairs), strict=True))
-        student = divergences.log_probs(whole.student_logits[ours]).exp()
-        teacher = divergences.log_probs(self.teacher_head.decode(whole.teacher_hidden[theirs])).exp()
+        student = divergences.log_softmax(whole.student_logits[ours]).exp()
+        teacher = divergences.log_softmax(self.teacher_head.decode(whole.teacher_hidden[theirs])).exp()
         return uld.sorted_distance(student, teacher).mean()
 
 
@@ -76,19 +76,21 @@ class Gold:
 
     def kd(self, whole):
         batch = whole.batch
-        spans = ((batch.student_stops > batch.student_rows) & (batch.teacher_stops > batch.teacher_rows)).nonzero()[
-            :, 0
-        ]
-        ours = self._merged(whole.student_logits, batch.labels, batch.student_rows[spans], batch.student_stops[spans])
+        spans = (
+            (batch.student_span_ends > batch.student_rows) & (batch.teacher_span_ends > batch.teacher_rows)
+        ).nonzero()[:, 0]
+        ours = self._merged(
+            whole.student_logits, batch.labels, batch.student_rows[spans], batch.student_span_ends[spans]
+        )
         teacher_logits = self.teacher_head.decode(whole.teacher_hidden)
         columns = self.teacher_head.columns(batch.teacher_labels)
-        theirs = self._merged(teacher_logits, columns, batch.teacher_rows[spans], batch.teacher_stops[spans])
+        theirs = self._merged(teacher_logits, columns, batch.teacher_rows[spans], batch.teacher_span_ends[spans])
         return gold.hybrid(ours, theirs, self.student_ids, self.teacher_ids).mean()
 
     @staticmethod
     def _merged(logits, labels, firsts, stops):
         """`gold.merged` of spans whose tokens are predicted by the rows `firsts` to `stops`."""
-        log_probs = divergences.log_probs(logits)
+        log_probs = divergences.log_softmax(logits)
         nats = F.nll_loss(log_probs, labels.flatten(), ignore_index=IGNORE, reduction="none")
         until = F.pad(nats.cumsum(0, dtype=torch.float64), (1, 0))  # sums of many rows, differences of few
         return gold.merged(log_probs[firsts], (until[firsts + 1] - until[stops]).to(log_probs.dtype))
@@ -161,7 +163,7 @@ RIVALS = {"ULD": Uld, "GOLD hybrid": Gold, "DSKD-CMA": Dskd, "MinED": MinEd}
 
 
 class RivalObjective(torch.nn.Module):
-    """`lm_weight` next-token cross-entropy and `kd_weight` a rival's loss: what `kdlib.training.loop.Training` asks of
+    """`lm_weight` next-token cross-entropy and `kd_weight` a rival's loss: what `kdlib.training.loop.TrainLoop` asks of
     an objective, for steps of one micro-batch and vocabularies without gaps.
     """
 
@@ -177,14 +179,14 @@ class RivalObjective(torch.nn.Module):
     def weights(self, progress=1.0):
         return {"lm": self.config.lm_weight, "kd": self.config.kd_weight}
 
-    def wants(self, weights):
+    def teacher_request(self, weights):
         return {}
 
     def forward(self, batch, signal, counts, weights, measure=False):
         hidden = loading.last_hidden(self.student, batch.student_ids, batch.student_windows, batch.student_packed)
         hidden = hidden.flatten(0, 1)
         logits = self.head.decode(hidden)
-        nats = divergences.cross_entropy(divergences.log_probs(logits), batch.labels.flatten())
+        nats = divergences.cross_entropy(divergences.log_softmax(logits), batch.labels.flatten())
         found = {
             "lm": divergences.token_mean(nats, counts["labels"]),
             "kd": self.rival.kd(Whole(batch, hidden, logits, signal)),

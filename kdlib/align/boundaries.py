@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Spans:
+class TokenSpans:
     """The bytes that each token of one tokenization covers. All arrays have one entry a token.
 
     `ends` int64: bytes of the text read once this token is read. `boundary` bool: the token ends between two characters
@@ -40,8 +40,8 @@ class Alignment:
         return len(self.ends)
 
 
-def spans(text, ids, offsets, vocabulary):
-    """The `Spans` of one tokenization without special tokens, in time linear in the text.
+def token_spans(text, ids, offsets, vocabulary):
+    """The `TokenSpans` of one tokenization without special tokens, in time linear in the text.
 
     `offsets` are the tokenizer's `(start, end)` character offsets. Where the tokens' bytes put end to end are the text
     (with or without one space the tokenizer adds in front), the ends are counted from the bytes and nothing else is
@@ -56,11 +56,11 @@ def spans(text, ids, offsets, vocabulary):
     else:
         ends, alone = _claimed_ends(text, offsets)
         faithful = _agrees(data, said, ends, vocabulary.adds_space)
-    return Spans(ends, alone & _between_characters(data, ends) & _last_with_its_end(ends), faithful)
+    return TokenSpans(ends, alone & _between_characters(data, ends) & _last_with_its_end(ends), faithful)
 
 
 def align(student, teacher):
-    """The `Alignment` of two `Spans` of the same text. Position 0 (nothing read yet) and non-text are left out."""
+    """The `Alignment` of two `TokenSpans` of the same text. Position 0 (nothing read yet) and non-text are left out."""
     ours = np.flatnonzero(student.boundary)
     theirs = np.flatnonzero(teacher.boundary)
     ends, left, right = np.intersect1d(

@@ -6,7 +6,7 @@ import heapq
 import numpy as np
 import torch
 
-from kdlib.data.dataset import lengths_of
+from kdlib.data.dataset import window_lengths
 from kdlib.data.windowing import IGNORE
 
 POOL_STEPS = 64
@@ -26,7 +26,7 @@ class Batch:
     `student_ids student_windows labels student_scored` `[R, S]`, `teacher_ids teacher_windows teacher_labels teacher_scored`
     `[Q, T]`: `*_windows` say which window a position belongs to, k for the k-th of the batch (from 1), 0 for padding; labels
     are shifted. `student_rows`, `teacher_rows` `[N]` index the flattened positions, window by window, the student's in
-    ascending order, and `student_stops`, `teacher_stops` `[N]` end the spans that start there.
+    ascending order, and `student_span_ends`, `teacher_span_ends` `[N]` end the spans that start there.
     """
 
     student_ids: torch.Tensor
@@ -34,16 +34,16 @@ class Batch:
     labels: torch.Tensor
     student_scored: torch.Tensor
     student_rows: torch.Tensor
-    student_stops: torch.Tensor
+    student_span_ends: torch.Tensor
     teacher_ids: torch.Tensor
     teacher_windows: torch.Tensor
     teacher_labels: torch.Tensor
     teacher_scored: torch.Tensor
     teacher_rows: torch.Tensor
-    teacher_stops: torch.Tensor
-    student_spots: tuple
+    teacher_span_ends: torch.Tensor
+    student_positions: tuple
     """Where each window lies: `(row, first position, position after its last)`."""
-    teacher_spots: tuple
+    teacher_positions: tuple
     rows_by_window: tuple
     """How many of the N aligned positions lie in each window."""
     places: tuple
@@ -81,7 +81,7 @@ class Batch:
 
     @property
     def num_spans(self):
-        return int((self.student_stops > self.student_rows).sum())
+        return int((self.student_span_ends > self.student_rows).sum())
 
     @property
     def num_student_tokens(self):
@@ -103,13 +103,13 @@ class Batch:
     def spans_of(self, side):
         """`(labels, first positions, stops)` of a side's spans, flat, as numpy arrays."""
         labels = self.labels if side == "student" else self.teacher_labels
-        found = labels.flatten(), getattr(self, f"{side}_rows"), getattr(self, f"{side}_stops")
+        found = labels.flatten(), getattr(self, f"{side}_rows"), getattr(self, f"{side}_span_ends")
         return tuple(tensor.cpu().numpy() for tensor in found)
 
     @property
     def inner_rows(self):
         """The teacher's flat positions inside the spans, between their first position and their end, span by span: `[M]`."""
-        firsts, sizes = self.teacher_rows + 1, (self.teacher_stops - self.teacher_rows - 1).clamp_min(0)
+        firsts, sizes = self.teacher_rows + 1, (self.teacher_span_ends - self.teacher_rows - 1).clamp_min(0)
         span_of = torch.repeat_interleave(sizes)
         return torch.arange(len(span_of), device=sizes.device) + (firsts - sizes.cumsum(0) + sizes)[span_of]
 
@@ -135,7 +135,7 @@ def batch_order(windows, per_step, seed, epoch):
     does not fill a step is left for another epoch's shuffle.
     """
     random = np.random.default_rng([seed, epoch])
-    lengths = np.array([lengths_of(windows, side) for side in ("student", "teacher")])
+    lengths = np.array([window_lengths(windows, side) for side in ("student", "teacher")])
     num_steps = len(windows) // per_step
     steps = random.permutation(len(windows))[: num_steps * per_step].reshape(num_steps, per_step)
     pools = np.array_split(steps, max(2, -(-num_steps // POOL_STEPS)))
@@ -155,7 +155,7 @@ def _alike(indices, per_step, lengths):
     return np.concatenate([_alike(half, per_step, lengths) for half in (ordered[:middle], ordered[middle:])])
 
 
-def lay_out(lengths, widest):
+def pack_rows(lengths, widest):
     """Which windows of these lengths share a row: lists of indices, one a row. One a row where `widest` is 0; else rows that
     several share are at most so wide.
 
@@ -194,21 +194,23 @@ def collate(windows, student_pad=0, teacher_pad=0, widest=(0, 0)):
     """Lay windows out as a `Batch`, padded on the right. `widest`: how wide rows that several windows share may be, for
     student and teacher; 0: each window has a row of its own.
     """
-    ours = lay_out([len(w.student_ids) for w in windows], widest[0])
+    ours = pack_rows([len(w.student_ids) for w in windows], widest[0])
     order = tuple(i for row in ours for i in row)
     windows, place = [windows[i] for i in order], iter(range(len(order)))
-    student, student_spots = _side(windows, "student", [[next(place) for _ in row] for row in ours], student_pad)
-    theirs = lay_out([len(w.teacher_ids) for w in windows], widest[1])
-    teacher, teacher_spots = _side(windows, "teacher", theirs, teacher_pad)
+    student, student_positions = _side(windows, "student", [[next(place) for _ in row] for row in ours], student_pad)
+    theirs = pack_rows([len(w.teacher_ids) for w in windows], widest[1])
+    teacher, teacher_positions = _side(windows, "teacher", theirs, teacher_pad)
     by_window, places = tuple(len(w.student_rows) for w in windows), tuple(w.place for w in windows)
-    return Batch(*map(torch.from_numpy, (*student, *teacher)), student_spots, teacher_spots, by_window, places, order)
+    return Batch(
+        *map(torch.from_numpy, (*student, *teacher)), student_positions, teacher_positions, by_window, places, order
+    )
 
 
 def _side(windows, side, rows, pad):
-    """One side's arrays of a `Batch`, in its order, and the spots of the windows; `rows` as from `lay_out`."""
+    """One side's arrays of a `Batch`, in its order, and the spots of the windows; `rows` as from `pack_rows`."""
     ids, labels, scored, ends, stops = (
         [getattr(window, f"{side}_{name}") for window in windows]
-        for name in ("ids", "labels", "scored", "rows", "stops")
+        for name in ("ids", "labels", "scored", "rows", "span_ends")
     )
     spots = [None] * len(windows)
     for row, members in enumerate(rows):

@@ -22,12 +22,12 @@ from kdlib.data import tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.files import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when what is made of the same text changes, in `tokenize`, `chat`, `windowing`, `boundaries` or `vocab`."""
 PARALLEL_CHARS, SHOWN_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
 """Text for each process beyond the first; text that takes so long that a bar is shown; text in one batch of a file."""
 
-LISTS = ("student_ids", "teacher_ids", "student_rows", "teacher_rows", "student_stops", "teacher_stops")
+LISTS = ("student_ids", "teacher_ids", "student_rows", "teacher_rows", "student_span_ends", "teacher_span_ends")
 MARKS = ("student_learned", "teacher_learned", "student_scored", "teacher_scored")
 NUMBERS = ("num_bytes", "num_positions", "document")
 COUNTS = ("student_faithful", "student_text", "teacher_faithful", "teacher_text")
@@ -41,7 +41,7 @@ DOCUMENT = pa.schema([(name, pa.large_string()) for name in ("text", "messages",
 """A document on its way to the processes that tokenize it."""
 
 
-class Windows(collections.abc.Sequence):
+class WindowDataset(collections.abc.Sequence):
     """`windowing.Window`s as rows of an Arrow table: one is made when it is asked for."""
 
     def __init__(self, table):
@@ -50,7 +50,7 @@ class Windows(collections.abc.Sequence):
         self._columns = {}
 
     @classmethod
-    def of(cls, windows):
+    def from_list(cls, windows):
         """Any sequence of windows as one of these."""
         return windows if isinstance(windows, cls) else cls(pa.table(table_of(windows)))
 
@@ -103,21 +103,21 @@ class Windows(collections.abc.Sequence):
         return (_values(batch.column(name)) for batch in self._batches)
 
 
-def lengths_of(windows, side="student"):
+def window_lengths(windows, side="student"):
     """Tokens of each of some windows on one side, int64."""
-    if isinstance(windows, Windows):
+    if isinstance(windows, WindowDataset):
         return windows.column(f"{side}_ids")
     return np.array([len(getattr(window, f"{side}_ids")) for window in windows], dtype=np.int64)
 
 
-def longest_of(windows, count):
+def longest_windows(windows, count):
     """The `count` windows with most student tokens, the longest last."""
-    return [windows[i] for i in np.argsort(lengths_of(windows), kind="stable")[-count:]]
+    return [windows[i] for i in np.argsort(window_lengths(windows), kind="stable")[-count:]]
 
 
 def spread(windows, num_tokens):
     """Yields windows of about `num_tokens` student tokens, spread over the documents; the same ones every time."""
-    size, lengths = 0, lengths_of(windows)
+    size, lengths = 0, window_lengths(windows)
     for index in np.random.default_rng(0).permutation(len(windows)):
         if size >= num_tokens:
             return
@@ -141,8 +141,8 @@ def table_of(windows, counts=()):
     return {name: made[name] for name in SCHEMA.names}
 
 
-def cut_all(documents, student, teacher, max_length):
-    """The `Windows` of all `documents` (`windowing.cut_windows` of each, in order) as two `tokenize.Reader`s read them.
+def build_windows(documents, student, teacher, max_length):
+    """The `WindowDataset` of all `documents` (`windowing.cut_windows` of each, in order) as two `tokenize.TextTokenizer`s read them.
 
     What was made before is found again. Where the cache folder takes nothing they are made in memory, with a warning.
     """
@@ -152,7 +152,7 @@ def cut_all(documents, student, teacher, max_length):
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "kdlib" / f"windows-{_key(documents, **how)}"
     try:
         table = _kept(folder)
-        return Windows(_make(folder, documents, how) if table is None else table)
+        return WindowDataset(_make(folder, documents, how) if table is None else table)
     except OSError as error:
         warnings.warn(
             f"the cache folder {folder.parent} does not take the tokenized text ({error.strerror or error}); it is kept in "
@@ -160,7 +160,7 @@ def cut_all(documents, student, teacher, max_length):
             stacklevel=2,
         )
     batches = (_document_columns(batch) for batch in _batched(documents))
-    return Windows(pa.concat_tables([SCHEMA.empty_table(), *(_read(batch, **how) for batch in batches)]))
+    return WindowDataset(pa.concat_tables([SCHEMA.empty_table(), *(_read(batch, **how) for batch in batches)]))
 
 
 def _key(documents, student, teacher, max_length):

@@ -10,7 +10,7 @@ from kdlib.data import chat
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class TextTokenizer:
     """A tokenizer with its vocabulary, and what it puts around a text: `prefix` and `eos` are lists of ids."""
 
     tokenizer: object
@@ -61,13 +61,13 @@ class Encoded:
         return Encoded(*(getattr(self, field.name)[start:end] for field in dataclasses.fields(self)))
 
 
-def make_reader(tokenizer, vocabulary, context=0):
-    """The `Reader` of a tokenizer: finds what it adds in front of a text by looking at one."""
+def wrap_tokenizer(tokenizer, vocabulary, context=0):
+    """The `TextTokenizer` of a tokenizer: finds what it adds in front of a text by looking at one."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Reader(tokenizer, vocabulary, full[:start], eos, context, tuple(full[start + len(bare) :]))
+    return TextTokenizer(tokenizer, vocabulary, full[:start], eos, context, tuple(full[start + len(bare) :]))
 
 
 def first_tokens(reader, byte_strings):
@@ -132,7 +132,7 @@ def encode(document, reader):
         return _encode_chat(document, reader)
     coded = reader.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.array(coded["input_ids"], dtype=np.int64)
-    spans = boundaries.spans(document.text, coded["input_ids"], coded["offset_mapping"], reader.vocabulary)
+    spans = boundaries.token_spans(document.text, coded["input_ids"], coded["offset_mapping"], reader.vocabulary)
     every = np.ones(len(ids), dtype=bool)
     lengths = np.diff(spans.ends, prepend=0)
     return Encoded(ids, spans.ends, spans.boundary, spans.faithful, lengths, every, every)
@@ -159,7 +159,7 @@ def _encode_content(made, tokens, content, text, reader):
         run, start = slice(first, after), min(int(tokens.starts[first]), content.start)
         blanks = len(text[start : content.start].encode())  # the first token may begin with blanks of the template
         offsets = np.stack([tokens.starts[run], tokens.ends[run]], axis=1) - start
-        spans = boundaries.spans(text[start : content.end], tokens.ids[run].tolist(), offsets, reader.vocabulary)
+        spans = boundaries.token_spans(text[start : content.end], tokens.ids[run].tolist(), offsets, reader.vocabulary)
         ends = np.maximum(spans.ends - blanks, 0)
         made.ends[run], made.boundary[run], made.faithful[run] = ends + content.base, spans.boundary, spans.faithful
         made.lengths[run] = np.diff(ends, prepend=0)

@@ -18,7 +18,7 @@ class Window:
 
     `student_labels` and `teacher_labels` are shifted. `student_rows[i]` and `teacher_rows[i]` are comparable positions.
     Where both sides say the text from there up to their next common boundary, and learn it, that text is a *span*: its
-    tokens are predicted by the rows up to (without) `student_stops[i]` and `teacher_stops[i]`; elsewhere these are the rows
+    tokens are predicted by the rows up to (without) `student_span_ends[i]` and `teacher_span_ends[i]`; elsewhere these are the rows
     themselves.
     `*_scored` marks the rows whose labels make up exactly the same `num_bytes` bytes on both sides (for bits per byte).
     `num_positions` counts the student positions that predict text, `document` numbers the document, `place` the
@@ -33,8 +33,8 @@ class Window:
     teacher_scored: np.ndarray
     student_rows: np.ndarray
     teacher_rows: np.ndarray
-    student_stops: np.ndarray
-    teacher_stops: np.ndarray
+    student_span_ends: np.ndarray
+    teacher_span_ends: np.ndarray
     num_bytes: int
     num_positions: int
     document: int
@@ -102,8 +102,8 @@ def _window(student, teacher, pairs, student_prefix, teacher_prefix, eos, number
         *_shifted(teacher, theirs, teacher_prefix, []),
         student_rows=rows[0] + len(student_prefix),
         teacher_rows=rows[1] + len(teacher_prefix),
-        student_stops=ours_stop + len(student_prefix),
-        teacher_stops=theirs_stop + len(teacher_prefix),
+        student_span_ends=ours_stop + len(student_prefix),
+        teacher_span_ends=theirs_stop + len(teacher_prefix),
         num_bytes=num_bytes,
         num_positions=int(targets[1:].sum()),
         document=number,

@@ -15,7 +15,7 @@ of the window read before; `entropy`: of the teacher's distribution, nats; `conf
 likeliest token."""
 
 
-class Retention:
+class Breakdown:
     """Sums by bin, filled while a model is scored. `times_seen` `[ids]`: how often each of the student's tokens stands in
     the training text; None where a model's agreement with the teacher is not asked for.
     """
@@ -65,7 +65,7 @@ def calibration_error(told):
     return sum(apart) / max(1.0, sum(sums["num"]))
 
 
-def added(several):
+def merge(several):
     """The sums of several runs on the same text as one; None where one of them has none."""
     if None in several:
         return None

@@ -45,7 +45,7 @@ def look(config, inputs, students):
         told |= {"attention": {"teacher": attention_map(teacher, window, "teacher")}, "similarity": {}}
         theirs = layer_states(teacher, windows, "teacher")
         for name, weights in students.items():
-            loading.put_back(pair.student, weights)
+            loading.load_cpu_state_dict(pair.student, weights)
             told["attention"][name] = attention_map(pair.student, window, "student")
             ours = layer_states(pair.student, windows, "student")
             told["similarity"][name] = [[round(cka(a, b), 4) for b in theirs] for a in ours]
@@ -110,7 +110,7 @@ def sizes(windows):
     """
     counts = np.zeros((MANY, MANY))
     for window in windows:
-        ours, theirs = window.student_stops - window.student_rows, window.teacher_stops - window.teacher_rows
+        ours, theirs = window.student_span_ends - window.student_rows, window.teacher_span_ends - window.teacher_rows
         known = ours > 0
         np.add.at(counts, (np.minimum(ours[known], MANY) - 1, np.minimum(theirs[known], MANY) - 1), 1)
     return (counts / max(1, counts.sum())).round(5).tolist()

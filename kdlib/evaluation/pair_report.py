@@ -9,7 +9,7 @@ from kdlib.data import batching
 from kdlib.evaluation import scoring
 from kdlib.losses import partial_tokens
 from kdlib.models import trie
-from kdlib.models.pair import Unfit
+from kdlib.models.pair import IncompatiblePairError
 from kdlib.report.findings import Finding
 
 FEW = 0.5
@@ -70,7 +70,7 @@ def _one_to_one(windows, text):
 
 def _spans(windows):
     """Tokens of the student and of the teacher in each common span, `[spans, 2]`."""
-    lengths = [(w.student_stops - w.student_rows, w.teacher_stops - w.teacher_rows) for w in windows]
+    lengths = [(w.student_span_ends - w.student_rows, w.teacher_span_ends - w.teacher_rows) for w in windows]
     found = np.concatenate([np.zeros((0, 2), np.int64), *(np.stack(both, axis=1) for both in lengths)])
     return found[found[:, 0] > 0]
 
@@ -117,7 +117,10 @@ def _ids(side, loaded, score, refused, sampled):
     if sampled:
         bare, against = math.log(vocabulary.num_rows), "an even guess"
     else:
-        bare, against = scoring.frequencies(vocabulary, side, loaded.train, loaded.validation), "bare frequencies"
+        bare, against = (
+            scoring.unigram_cross_entropy(vocabulary, side, loaded.train, loaded.validation),
+            "bare frequencies",
+        )
     said = f"reads {'a sample ' if sampled else ''}at {nats:.2f} nats a token, {against} at {bare:.2f}"
     name = f"{side}'s ids"
     if side == "student":
@@ -126,8 +129,8 @@ def _ids(side, loaded, score, refused, sampled):
         means = f"it knows less than {against}: right for new weights, else its tokenizer is another model's"
         return _found(name, said, "note", means, number=nats)
     try:
-        scoring.refuse_reading(nats, bare)
-    except Unfit as error:
+        scoring.check_tokenizers_fit(nats, bare)
+    except IncompatiblePairError as error:
         if refused:
             return _found(name, said, "wrong", error.problem, error.remedy, number=nats)
         return _found(name, said, "note", f"{error.problem}; check_teacher is off, so this is let through", number=nats)
@@ -200,7 +203,7 @@ def _inside(shown, pair):
     agreeing = sum(
         int(partial_tokens.agreeing(trie.buckets_of(pair, "inside_tokens"), batch).sum()) for batch in batches
     )
-    walks = [partial_tokens.Walk.of(tries, batch) for batch in batches]
+    walks = [partial_tokens.PartialTokens.build(tries, batch) for batch in batches]
     ours, theirs = (sum(len(getattr(each, name)) for each in walks) for name in ("positions", "inner"))
     shares = [count / max(1, sum(w.num_positions for w in pair.sample)) for count in (agreeing + ours, ours, theirs)]
     said = (

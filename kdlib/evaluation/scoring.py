@@ -8,13 +8,13 @@ import torch
 
 from kdlib.align import vocab
 from kdlib.data import batching
-from kdlib.data.dataset import Windows
+from kdlib.data.dataset import WindowDataset
 from kdlib.data.windowing import IGNORE
-from kdlib.evaluation.breakdown import Retention
+from kdlib.evaluation.breakdown import Breakdown
 from kdlib.losses import chunked_head, divergences, features
 from kdlib.losses.teacher_signal import TeacherSignal
 from kdlib.models import loading
-from kdlib.models.pair import Unfit
+from kdlib.models.pair import IncompatiblePairError
 
 LN2 = math.log(2.0)
 
@@ -25,7 +25,7 @@ class Score:
 
     `bits_per_byte` over the bytes that both tokenizations cover alike; `perplexity` per token of its own tokenizer (exp
     of the plain token loss); `kl_to_teacher` in nats and `top1_agreement` in [0, 1] at aligned positions, None without a
-    teacher. `bits` and `num_bytes` hold the sums by document, for intervals; `retention` those of `Retention.to_dict` where
+    teacher. `bits` and `num_bytes` hold the sums by document, for intervals; `retention` those of `Breakdown.to_dict` where
     the text asks for them.
     """
 
@@ -101,7 +101,7 @@ class HeldOut:
         return dataclasses.replace(self, batches=batches, windows=groups, signals=signals)
 
 
-def hold_out(
+def prepare_held_out(
     windows, teacher, student_head, shared, batch_size, pads=(0, 0), widest=(0, 0), times_seen=None, chunk_size="auto",
     on_batch=lambda done, total: None,
 ):  # fmt: skip
@@ -124,15 +124,15 @@ def hold_out(
         same = teacher.head.by_column(vocab.same_ids(teacher.reader.vocabulary, shared))
         signals, score = _read_live(teacher, batches, groups, times_seen is not None, chunk_size, on_batch)
     return HeldOut(
-        batches, groups, signals, teacher.near, ours, theirs, buckets.num, same, pads, widest, score, times_seen
+        batches, groups, signals, teacher.student_side_head, ours, theirs, buckets.num, same, pads, widest, score, times_seen
     )  # fmt: skip
 
 
 @torch.no_grad()
 def _read_live(teacher, batches, groups, retention, chunk_size, on_batch):
     """The `TeacherSignal` of each batch and the `Score` of a live teacher."""
-    chunk_size, _ = chunked_head.rows_at_once(teacher.head.num_rows, teacher.model.device, chunk_size)
-    tally, signals = _Tally(groups, Retention() if retention else None), []
+    chunk_size, _ = chunked_head.chunk_sizes(teacher.head.num_rows, teacher.model.device, chunk_size)
+    tally, signals = _Tally(groups, Breakdown() if retention else None), []
     for done, (batch, windows) in enumerate(zip(batches, groups, strict=True)):
         on_batch(done, len(batches))
         states, moved = teacher.states(batch), batch.to(teacher.model.device)
@@ -148,10 +148,10 @@ def evaluate_student(model, head, held_out, chunk_size="auto", on_batch=lambda d
     every batch; what it raises ends the evaluation.
     """
     columns = head.num_rows + (held_out.teacher_head.num_rows if held_out.teacher_head else 0)
-    chunk_size, _ = chunked_head.rows_at_once(columns, model.device, chunk_size)
+    chunk_size, _ = chunked_head.chunk_sizes(columns, model.device, chunk_size)
     was_training = model.training
     model.eval()
-    told = None if held_out.times_seen is None else Retention(held_out.times_seen)
+    told = None if held_out.times_seen is None else Breakdown(held_out.times_seen)
     tally = _Tally(held_out.windows, told)
     try:
         parts = zip(held_out.batches, held_out.windows, held_out.signals, strict=True)
@@ -162,7 +162,7 @@ def evaluate_student(model, head, held_out, chunk_size="auto", on_batch=lambda d
             states = states.flatten(0, 1)
             of_window = batch.student_windows * batch.student_scored
             tally.add_text(head, states, moved.labels.flatten(), of_window.flatten(), windows, chunk_size)
-            places = features.restarted(moved.student_windows).flatten()
+            places = features.restart_positions(moved.student_windows).flatten()
             for first in range(0, len(moved.student_rows), chunk_size):
                 part = slice(first, first + chunk_size)
                 rows = moved.student_rows[part]
@@ -176,12 +176,12 @@ def evaluate_student(model, head, held_out, chunk_size="auto", on_batch=lambda d
 def times_seen(vocabulary, windows, side="student"):
     """How often each of one side's tokens is to be predicted in some windows, int64 `[ids]`."""
     counts = np.zeros(vocabulary.num_rows, dtype=np.int64)
-    for labels in Windows.of(windows).labels(side):
+    for labels in WindowDataset.from_list(windows).labels(side):
         counts += np.bincount(labels, minlength=len(counts))
     return counts
 
 
-def frequencies(vocabulary, side, train, held_out):
+def unigram_cross_entropy(vocabulary, side, train, held_out):
     """How one side (`teacher`, `student`) would read held-out text, in nats a token, if it knew nothing but how frequent its
     tokens are in the training windows (each counted once more than seen).
     """
@@ -209,7 +209,7 @@ class _Tally:
         rows = (labels != IGNORE).nonzero().squeeze(1)
         nats = torch.zeros(len(labels), dtype=torch.float64)
         for chunk in rows.split(chunk_size):
-            logs, columns = divergences.log_probs(head.decode(states[chunk])), head.columns(labels[chunk])
+            logs, columns = divergences.log_softmax(head.decode(states[chunk])), head.columns(labels[chunk])
             nats[chunk.cpu()] = divergences.cross_entropy(logs, columns).double().cpu()
             if self.retention:
                 self.retention.add_text(logs, columns)
@@ -222,17 +222,17 @@ class _Tally:
 
     def add_pairs(self, head, states, signal, held_out, labels, places):
         """Divergence and agreement at aligned positions, from the student's last hidden `states` and what the teacher says;
-        `labels` and `places` as for `Retention.add_pairs`. From a cache the divergence is over the teacher's likeliest
+        `labels` and `places` as for `Breakdown.add_pairs`. From a cache the divergence is over the teacher's likeliest
         tokens and one tail: a lower bound that is close.
         """
         logits = head.decode(states)
         ours = divergences.bucket_log_probs(
-            divergences.log_probs(logits), held_out.student_buckets.to(logits.device), held_out.num_buckets
+            divergences.log_softmax(logits), held_out.student_buckets.to(logits.device), held_out.num_buckets
         )
         if held_out.teacher_head is None:
-            top = signal.top.to(logits.device)
+            top = signal.topk.to(logits.device)
             ours, theirs, best = (
-                divergences.kept_and_tail(ours, held_out.student_buckets.to(logits.device)[head.columns(top.ids)]),
+                divergences.gather_with_tail(ours, held_out.student_buckets.to(logits.device)[head.columns(top.ids)]),
                 top.log_probs,
                 top.best,
             )
@@ -251,7 +251,7 @@ class _Tally:
         head = held_out.teacher_head
         logits = head.decode(hidden.to(head.weight.device, head.weight.dtype)).to(device).float()
         theirs = divergences.bucket_log_probs(
-            divergences.log_probs(logits), held_out.teacher_buckets.to(device), held_out.num_buckets
+            divergences.log_softmax(logits), held_out.teacher_buckets.to(device), held_out.num_buckets
         )
         return theirs, held_out.same.to(device)[logits.argmax(dim=-1)]
 
@@ -270,23 +270,23 @@ class _Tally:
 
 def check_teacher(teacher, train, held_out):
     """Refuse a teacher that reads held-out text worse than the bare frequencies of its tokens: its ids are not its own."""
-    refuse_reading(
+    check_tokenizers_fit(
         math.log(held_out.teacher_score.perplexity),
-        frequencies(teacher.reader.vocabulary, "teacher", train, held_out),
+        unigram_cross_entropy(teacher.reader.vocabulary, "teacher", train, held_out),
     )
 
 
-def refuse_reading(nats, frequencies):
-    """Raise `Unfit` where a teacher reads at more nats a token than by the bare frequencies of its tokens, or at none that
+def check_tokenizers_fit(nats, frequencies):
+    """Raise `IncompatiblePairError` where a teacher reads at more nats a token than by the bare frequencies of its tokens, or at none that
     are a number.
     """
     if not math.isfinite(nats):
-        raise Unfit(
+        raise IncompatiblePairError(
             "what the teacher says of this text is no number: its arithmetic overflows",
             "set --amp-dtype fp32, or take another teacher",
         )
     if nats > frequencies:
-        raise Unfit(
+        raise IncompatiblePairError(
             f"the teacher reads this text at {nats:.2f} nats a token, worse than the bare frequencies of its tokens "
             f"({frequencies:.2f}): its tokenizer is probably another model's, or it never learned such text",
             "check the folder, or set --check-teacher false",

@@ -120,7 +120,7 @@ def mean_score(scores):
     figures = {name: _mean([getattr(score, name) for score in scores]) for name in first.summary()}
     bits, told = (
         np.mean([score.bits for score in scores], axis=0),
-        breakdown.added([score.retention for score in scores]),
+        breakdown.merge([score.retention for score in scores]),
     )
     return dataclasses.replace(first, bits=bits, retention=told, **figures)
 

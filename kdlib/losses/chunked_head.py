@@ -43,7 +43,7 @@ class Block:
         return slice(self.known.start + self.more.start, self.known.stop + self.more.stop)
 
 
-def rows_at_once(num_columns, device, chunk_size="auto"):
+def chunk_sizes(num_columns, device, chunk_size="auto"):
     """`(chunk, block)`: rows decoded at once, and rows whose losses are worked off at once. `num_columns` counts the
     student's logits of a row and what they are compared with.
     """
@@ -55,9 +55,9 @@ def rows_at_once(num_columns, device, chunk_size="auto"):
     return chunk_size, min(block, chunk_size)
 
 
-def lay_out(may_begin, known, chunk_size, block_size, more=None):
+def plan_blocks(may_begin, known, chunk_size, block_size, more=None):
     """`(order, chunks)` of rows that come in the order of the text: `order` `[N]` says in which order to take them, the
-    known ones of each block first, `chunks` are the lists of `Block`s for `head_losses`.
+    known ones of each block first, `chunks` are the lists of `Block`s for `chunked_head_losses`.
 
     `may_begin` `[N]`: a block may begin at this row (a span is never cut; a longer one makes a longer block); `known`
     `[N]`: the row has a teacher signal; `more`, one number for each of these: how many rows it is compared with besides.
@@ -79,14 +79,14 @@ def lay_out(may_begin, known, chunk_size, block_size, more=None):
     return np.concatenate([np.zeros(0, dtype=np.int64), *order]), chunks
 
 
-def head_losses(hidden_ND, weight_VD, bias_V, chunks, losses_of, weights, compared=None, extra=()):
+def chunked_head_losses(hidden_ND, weight_VD, bias_V, chunks, block_losses, weights, teacher_logits=None, extra=()):
     """`(total, parts)` of losses on the logits `hidden @ weight.T + bias`.
 
-    `chunks` are lists of `Block`s that together cover all rows. `losses_of(logits, other, block)` gives the parts of one
-    block, `[P]`, each already a share of the whole step; its logits `[n, V]` are float32. `compared(others)` gives what a
+    `chunks` are lists of `Block`s that together cover all rows. `block_losses(logits, other, block)` gives the parts of one
+    block, `[P]`, each already a share of the whole step; its logits `[n, V]` are float32. `teacher_logits(others)` gives what a
     chunk's known rows are compared with, `[m, U]` (a teacher's logits), or is None; `other` is the block's piece of it.
     `weights` are P floats; `total` is the weighted sum over all blocks and parts, the only thing to call backward on.
-    `extra` are the tensors behind `compared` that want a gradient too (a projector's weight).
+    `extra` are the tensors behind `teacher_logits` that want a gradient too (a projector's weight).
 
     The gradient is made in the forward pass, a chunk at a time, and only scaled in the backward one. It is kept in
     float32; where the products run in half precision each chunk's is lifted to that format's range first, so that a
@@ -95,15 +95,15 @@ def head_losses(hidden_ND, weight_VD, bias_V, chunks, losses_of, weights, compar
     if not torch.is_grad_enabled():
         parts = hidden_ND.new_zeros(len(weights), dtype=torch.float32)
         for chunk in chunks:
-            logits, others = _decode(hidden_ND, weight_VD, bias_V, chunk, compared)
-            parts += sum(losses_of(*_piece(logits, others, chunk, block), block).float() for block in chunk)
+            logits, others = _decode(hidden_ND, weight_VD, bias_V, chunk, teacher_logits)
+            parts += sum(block_losses(*_piece(logits, others, chunk, block), block).float() for block in chunk)
         return (parts * parts.new_tensor(weights)).sum(), parts
-    return _HeadLosses.apply(chunks, losses_of, weights, compared, hidden_ND, weight_VD, bias_V, *extra)
+    return _HeadLosses.apply(chunks, block_losses, weights, teacher_logits, hidden_ND, weight_VD, bias_V, *extra)
 
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunks, losses_of, weights, compared, hidden, weight, bias, *extra):
+    def forward(ctx, chunks, block_losses, weights, teacher_logits, hidden, weight, bias, *extra):
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         into = [
@@ -118,9 +118,9 @@ class _HeadLosses(torch.autograd.Function):
         room = hidden.new_empty(most, len(weight)) if compute == torch.float32 else None  # one for all chunks
         for chunk in chunks:
             with torch.enable_grad():
-                logits, others = _decode(hidden, weight, bias, chunk, compared, room)
+                logits, others = _decode(hidden, weight, bias, chunk, teacher_logits, room)
                 for block in chunk:
-                    parts += _losses_to_gradients(logits, others, chunk, block, losses_of, weights, bool(extra))
+                    parts += _losses_to_gradients(logits, others, chunk, block, block_losses, weights, bool(extra))
                 if extra:
                     gradient, lift = _lifted(others.detach(), compute)
                     found = torch.autograd.grad(others, extra, gradient)
@@ -145,7 +145,7 @@ class _HeadLosses(torch.autograd.Function):
         return None, None, None, None, *scaled
 
 
-def _decode(hidden, weight, bias, chunk, compared, room=None):
+def _decode(hidden, weight, bias, chunk, teacher_logits, room=None):
     """A chunk's logits in float32, without gradient, and what its known rows are compared with."""
     rows = slice(chunk[0].rows.start, chunk[-1].rows.stop)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def _decode(hidden, weight, bias, chunk, compared, room=None):
         else:
             logits = torch.mm(hidden[rows], weight.T, out=room[: rows.stop - rows.start])
             logits = logits if bias is None else logits.add_(bias)
-    others = compared(slice(chunk[0].others.start, chunk[-1].others.stop)) if compared is not None else None
+    others = teacher_logits(slice(chunk[0].others.start, chunk[-1].others.stop)) if teacher_logits is not None else None
     return logits, others if others is None else others.float()
 
 
@@ -166,13 +166,13 @@ def _piece(logits, others, chunk, block):
     return ours, theirs
 
 
-def _losses_to_gradients(logits, others, chunk, block, losses_of, weights, into_others):
+def _losses_to_gradients(logits, others, chunk, block, block_losses, weights, into_others):
     """The block's parts; its logits (and what they are compared with, where that learns) become their gradients."""
     ours, theirs = _piece(logits, others, chunk, block)
     leaves = [ours.requires_grad_()]
     if into_others:
         leaves.append(theirs.requires_grad_())
-    found = losses_of(ours, theirs, block).float()
+    found = block_losses(ours, theirs, block).float()
     gradients = torch.autograd.grad((found * found.new_tensor(weights)).sum(), leaves, materialize_grads=True)
     with torch.no_grad():
         for leaf, gradient in zip(leaves, gradients, strict=True):

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 
 LN2 = math.log(2.0)
 SKEW = 0.1
-EMPTY = 1e-30
+TINY = 1e-30
 SURE = -1e-6
 """Log-probability above which an outcome counts as certain: closer to 0 float32 can't tell its opposite from nothing."""
 
 
-def wide(tensor):
+def at_least_float32(tensor):
     """The tensor in float32, or in float64 where it comes in that."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def log_probs(logits_NV, temperature=1.0):
+def log_softmax(logits_NV, temperature=1.0):
     """Log-softmax of `logits / temperature` over the last dimension, at least in float32."""
-    logits_NV = wide(logits_NV)
+    logits_NV = at_least_float32(logits_NV)
     return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
 
 
@@ -67,7 +67,7 @@ DIVERGENCES = {
 }
 
 
-def distillation(student_NV, teacher_NV, divergence="forward_kl", temperature=1.0):
+def tempered_divergence(student_NV, teacher_NV, divergence="forward_kl", temperature=1.0):
     """`T^2 * divergence` of log-probabilities that were made at temperature T: with T^2 the gradient keeps its size as T
     grows. Hinton et al. 2015, section 2.
     """
@@ -81,7 +81,7 @@ def bucket_log_probs(log_probs_NV, bucket_of_V, num_buckets):
     """
     sums = log_probs_NV.new_zeros(len(log_probs_NV), num_buckets)
     sums = sums.scatter_add(1, bucket_of_V.expand(log_probs_NV.shape), log_probs_NV.exp())
-    return (sums + EMPTY).log()
+    return (sums + TINY).log()
 
 
 def top_k_with_tail(student_NV, teacher_NV, k):
@@ -97,22 +97,22 @@ def top_k_with_tail(student_NV, teacher_NV, k):
         both = torch.cat([teacher_NV.topk(k, dim=-1).indices, student_NV.topk(k, dim=-1).indices], dim=-1)
         both = both.sort(dim=-1).values
         again = F.pad(both[:, 1:] == both[:, :-1], (1, 0))
-    student, teacher = kept_and_tail(student_NV, both, again), kept_and_tail(teacher_NV, both, again)
+    student, teacher = gather_with_tail(student_NV, both, again), gather_with_tail(teacher_NV, both, again)
     return student, teacher, teacher[:, :-1].exp().sum(dim=-1)
 
 
-def kept_and_tail(log_probs_NV, ids_NK, again_NK=None):
+def gather_with_tail(log_probs_NV, ids_NK, again_NK=None):
     """Log-probabilities of the tokens `ids_NK` and, last, of all others together: `[N, K + 1]`. Where `again_NK` is true an
     id stands there a second time and its place is empty (log 1e-30).
     """
     kept = log_probs_NV.gather(1, ids_NK)
     if again_NK is not None:
-        kept = kept.masked_fill(again_NK, math.log(EMPTY))
+        kept = kept.masked_fill(again_NK, math.log(TINY))
     rest = log_probs_NV.exp().scatter(1, ids_NK, 0.0).sum(dim=-1, keepdim=True)
-    return torch.cat([kept, (rest + EMPTY).log()], dim=-1)
+    return torch.cat([kept, (rest + TINY).log()], dim=-1)
 
 
-def log_probs_by(logs_F, owner_F, num, temperature=1.0):
+def segment_log_softmax(logs_F, owner_F, num, temperature=1.0):
     """Log-softmax of `logs / temperature` over the entries of each of `num` owners: distributions of different lengths, one
     behind the other. `owner_F` `[F]` says whose an entry is.
     """
@@ -164,8 +164,8 @@ def info_nce(student_ND, teacher_ND, temperature):
     """`-log` of the share that a student vector gives to the teacher vector of its own row among all N, by cosine over
     `temperature`; per position, nats: ln N where all look alike. van den Oord et al. 2018, arXiv 1807.03748, eq. 4.
     """
-    alike = F.normalize(wide(student_ND), dim=-1) @ F.normalize(wide(teacher_ND), dim=-1).T
-    return -log_probs(alike, temperature).diagonal()
+    alike = F.normalize(at_least_float32(student_ND), dim=-1) @ F.normalize(at_least_float32(teacher_ND), dim=-1).T
+    return -log_softmax(alike, temperature).diagonal()
 
 
 def token_mean(values_N, num_positions):

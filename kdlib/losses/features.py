@@ -22,7 +22,7 @@ def block_diagonal(windows_BL):
     return ((windows_BL[:, :, None] == windows_BL[:, None, :]) & past)[:, None]
 
 
-def restarted(windows_BL):
+def restart_positions(windows_BL):
     """Positions `[B, L]` counted from the beginning of each window; 0 for padding."""
     places = torch.arange(windows_BL.shape[1], device=windows_BL.device).expand_as(windows_BL)
     begins = torch.ones_like(windows_BL, dtype=torch.bool)
@@ -40,8 +40,8 @@ def span_map(query_HKD, key_HSD, ends_K, scaling):
     and column are empty (log 1e-30). Keys may have fewer heads than queries (grouped). At least in float32.
     """
     num_ends, num_tokens = len(ends_K), key_HSD.shape[1]
-    query_HKD, key_HSD = divergences.wide(query_HKD), divergences.wide(key_HSD)
-    empty = query_HKD.new_full((min(1, num_ends), num_ends), math.log(divergences.EMPTY))
+    query_HKD, key_HSD = divergences.at_least_float32(query_HKD), divergences.at_least_float32(key_HSD)
+    empty = query_HKD.new_full((min(1, num_ends), num_ends), math.log(divergences.TINY))
     if num_ends < 2:
         return empty
     key_HSD = key_HSD.repeat_interleave(len(query_HKD) // len(key_HSD), dim=0)
@@ -51,7 +51,7 @@ def span_map(query_HKD, key_HSD, ends_K, scaling):
     scores = (query_HKD[:, 1:] * scaling) @ key_HSD.transpose(1, 2)
     probs = scores.masked_fill(~seen, NEVER).softmax(dim=-1).mean(dim=0)
     pooled = probs.new_zeros(num_ends - 1, num_ends + 1).index_add(1, span_of, probs)[:, :num_ends]
-    return torch.cat([empty, (pooled + divergences.EMPTY).log()])
+    return torch.cat([empty, (pooled + divergences.TINY).log()])
 
 
 def relations(vectors_KW, num_heads):
@@ -60,10 +60,10 @@ def relations(vectors_KW, num_heads):
     nothing may be used that comes after it.
     """
     num_ends, width = vectors_KW.shape
-    heads = divergences.wide(vectors_KW).view(num_ends, num_heads, width // num_heads).transpose(0, 1)
+    heads = divergences.at_least_float32(vectors_KW).view(num_ends, num_heads, width // num_heads).transpose(0, 1)
     alike = heads @ heads.transpose(1, 2) / math.sqrt(width // num_heads)
     later = torch.ones(num_ends, num_ends, dtype=torch.bool, device=alike.device).triu(1)
-    return divergences.log_probs(alike.masked_fill(later, NEVER))
+    return divergences.log_softmax(alike.masked_fill(later, NEVER))
 
 
 def relation_heads(student_width, teacher_width, at_most):

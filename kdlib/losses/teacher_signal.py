@@ -8,7 +8,7 @@ from kdlib.losses import divergences
 
 
 @dataclasses.dataclass(frozen=True)
-class TopTokens:
+class TopKLogProbs:
     """The teacher's next token in short, at N positions: the K likeliest shared tokens and one tail for all else.
 
     `ids` `[N, K]`: student ids, the likeliest first; `log_probs` `[N, K + 1]`: of these and, last, of the tail; `best`
@@ -21,10 +21,10 @@ class TopTokens:
 
     def rows(self, part):
         """The same of some of the positions (a slice, or indices)."""
-        return TopTokens(self.ids[part], self.log_probs[part], None if self.best is None else self.best[part])
+        return TopKLogProbs(self.ids[part], self.log_probs[part], None if self.best is None else self.best[part])
 
     @classmethod
-    def joined(cls, parts):
+    def cat(cls, parts):
         """Several, one behind the other."""
         every = [[getattr(part, name) for part in parts] for name in ("ids", "log_probs", "best")]
         return cls(*(None if each[0] is None else torch.cat(each) for each in every))
@@ -32,38 +32,38 @@ class TopTokens:
     def to(self, device):
         return _copied(self, lambda tensor: tensor.to(device))
 
-    def cut(self, k):
+    def truncate(self, k):
         """The same with the likeliest `k` tokens only; the others join the tail."""
         if k >= self.ids.shape[1]:
             return self
         tail = self.log_probs[:, k:].logsumexp(dim=-1, keepdim=True)
-        return TopTokens(self.ids[:, :k], torch.cat([self.log_probs[:, :k], tail], dim=-1), self.best)
+        return TopKLogProbs(self.ids[:, :k], torch.cat([self.log_probs[:, :k], tail], dim=-1), self.best)
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSignal:
     """What the losses need of the teacher at the batch's N aligned positions.
 
-    `hidden` `[N, Dt]`: last hidden states (None where a cache holds none); `spans` `[N]`: log-likelihood of the text of the
-    span that starts there, in nats, 0 where none does (None where nobody asked); `top`: `TopTokens`, where these are all
-    that is known of the distribution; `layers`, `maps`, `vectors`: as in `loading.Features`; `inner` `[M, Dt]`: last hidden
-    states at `Batch.inner_rows` (None where nobody asked); `said`: from a cache, what the teacher said inside tokens, as
-    `trie.Walk.shortlists` gives it (None where nobody asked).
+    `hidden` `[N, Dt]`: last hidden states (None where a cache holds none); `span_log_probs` `[N]`: log-likelihood of the text of the
+    span that starts there, in nats, 0 where none does (None where nobody asked); `topk`: `TopKLogProbs`, where these are all
+    that is known of the distribution; `layers`, `maps`, `vectors`: as in `loading.Features`; `partial_hidden` `[M, Dt]`: last hidden
+    states at `Batch.inner_rows` (None where nobody asked); `partial_topk`: from a cache, what the teacher said inside tokens, as
+    `trie.PartialTokens.shortlists` gives it (None where nobody asked).
     """
 
     hidden: torch.Tensor | None
-    spans: torch.Tensor | None = None
-    top: TopTokens | None = None
+    span_log_probs: torch.Tensor | None = None
+    topk: TopKLogProbs | None = None
     layers: tuple = ()
     maps: tuple = ()
     vectors: tuple = ()
-    inner: torch.Tensor | None = None
-    said: tuple | None = None
+    partial_hidden: torch.Tensor | None = None
+    partial_topk: tuple | None = None
 
     def rows(self, part):
         """Hidden states, spans and top tokens of some of the positions (a slice, or indices)."""
-        hidden, spans = (None if each is None else each[part] for each in (self.hidden, self.spans))
-        return TeacherSignal(hidden, spans, self.top and self.top.rows(part))
+        hidden, span_log_probs = (None if each is None else each[part] for each in (self.hidden, self.span_log_probs))
+        return TeacherSignal(hidden, span_log_probs, self.topk and self.topk.rows(part))
 
     def copied(self, copy):
         """The signal of `copy(tensor)`s."""
@@ -75,8 +75,8 @@ class TeacherSignal:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shortlist:
-    """How a `TopTokens` is made: the `k` likeliest of `num_buckets` buckets at a `temperature`, the last of them the tail.
+class TopKSpec:
+    """How a `TopKLogProbs` is made: the `k` likeliest of `num_buckets` buckets at a `temperature`, the last of them the tail.
 
     By column of the teacher's head, `bucket_of` `[Vt]` and `same` `[Vt]` (the student id with the same bytes, or -1);
     `student_ids` `[num_buckets - 1]`: the student id that stands for a bucket.
@@ -90,14 +90,14 @@ class Shortlist:
     student_ids: torch.Tensor
 
     def of(self, log_probs_NV):
-        """The `TopTokens` of a teacher's log-probabilities `[N, Vt]`."""
+        """The `TopKLogProbs` of a teacher's log-probabilities `[N, Vt]`."""
         device = log_probs_NV.device
         told = divergences.bucket_log_probs(log_probs_NV, self.bucket_of.to(device), self.num_buckets)
         if self.temperature != 1.0:
-            told = divergences.log_probs(told, self.temperature)
+            told = divergences.log_softmax(told, self.temperature)
         likeliest = told[:, :-1].topk(min(self.k, self.num_buckets - 1), dim=-1).indices
         best = self.same.to(device)[log_probs_NV.argmax(dim=-1)]
-        return TopTokens(self.student_ids.to(device)[likeliest], divergences.kept_and_tail(told, likeliest), best)
+        return TopKLogProbs(self.student_ids.to(device)[likeliest], divergences.gather_with_tail(told, likeliest), best)
 
 
 def _copied(found, copy):

@@ -82,7 +82,7 @@ def temporary_accelerator(amp_dtype, cpu=False):
             _select(before)
 
 
-def agreed(accelerator, flags):
+def any_process(accelerator, flags):
     """For each of these truths whether any process holds it."""
     if accelerator.num_processes == 1:
         return flags

@@ -2,16 +2,16 @@
 
 The rule: **what decides what is learned, from what, must be the same; what decides how it is watched, saved, cut up or
 where it lies may differ.** Models, tokenizers and text are compared by their content, so folders may move. A changed
-`HARMLESS` key is taken as it is now. Versions may differ, and are told: the run goes on, but not to the last bit.
+`MAY_CHANGE_ON_RESUME` key is taken as it is now. Versions may differ, and are told: the run goes on, but not to the last bit.
 """
 
 import hashlib
 
 import torch
 
-from kdlib.data.dataset import Windows
+from kdlib.data.dataset import WindowDataset
 
-HARMLESS = {
+MAY_CHANGE_ON_RESUME = {
     "teacher", "teacher_cache", "student", "dataset", "eval_dataset", "text_field",  # their content is compared
     "epochs", "batch_size", "grad_accumulation",  # the plan and the windows in a step are compared
     "packing", "loss_chunk_size", "amp_dtype", "teacher_device", "gradient_checkpointing", "share_steps", "log_steps",
@@ -30,26 +30,26 @@ NAMES = {
 }
 
 
-def of_inputs(teacher, student, teacher_reader, student_reader, documents, windows):
-    """`{name: hash}` of all that a run starts from. `teacher`: `of_teacher`, or what a cache knows of its own; `documents`
+def fingerprint_inputs(teacher, student, teacher_reader, student_reader, documents, windows):
+    """`{name: hash}` of all that a run starts from. `teacher`: `fingerprint_teacher`, or what a cache knows of its own; `documents`
     and `windows`: those of training, validation and test.
     """
     return {
         **teacher,
-        "student": of_model(student),
+        "student": fingerprint_model(student),
         "student_tokenizer": _hash([repr(student_reader.vocabulary.tokens).encode()]),
         "teacher_tokenizer": _hash([repr(teacher_reader.vocabulary.tokens).encode()]),
         "text": _hash(repr(document).encode() for part in documents for document in part),
-        "windows": _hash(Windows.of(part).digest().encode() for part in windows),
+        "windows": _hash(WindowDataset.from_list(part).digest().encode() for part in windows),
     }
 
 
-def of_teacher(model):
+def fingerprint_teacher(model):
     """What a live teacher is known by."""
-    return {"teacher": of_model(model), "teacher_dtype": str(model.dtype), "signal": "live"}
+    return {"teacher": fingerprint_model(model), "teacher_dtype": str(model.dtype), "signal": "live"}
 
 
-def of_model(model):
+def fingerprint_model(model):
     """Hash of a model's weights, by name, shape and value. A quantised model is told by those that were left whole, and of
     the others by their type: their rounding differs from device to device, and on a CPU bitsandbytes spoils them when they
     are asked for.
@@ -67,7 +67,7 @@ def of_model(model):
     return digest.hexdigest()[:16]
 
 
-def differences(then, now):
+def diff_runs(then, now):
     """`(refused, told)`: lines on what keeps a session from going on with a checkpoint, and on what only is to be known.
 
     Both are dicts with `config`, `identity` (or None: not compared), `windows_per_step`, `versions`.
@@ -75,7 +75,7 @@ def differences(then, now):
     refused, told = [], []
     for key, value in now["config"].items():
         before = then["config"].get(key, value)
-        if before != value and key not in HARMLESS:
+        if before != value and key not in MAY_CHANGE_ON_RESUME:
             refused.append(f"{key} was {before!r} and is {value!r}")
     if then["windows_per_step"] != now["windows_per_step"]:
         refused.append(

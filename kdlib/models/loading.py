@@ -76,7 +76,7 @@ def _quantised(quantization, dtype, device):
 
 
 def load_reader(source, role, model_config=None):
-    """The `tokenize.Reader` of a model's own tokenizer. ValueError where the model has no row for one of its tokens."""
+    """The `tokenize.TextTokenizer` of a model's own tokenizer. ValueError where the model has no row for one of its tokens."""
     tokenizer = load_tokenizer(source, role)
     vocabulary = vocab.read_vocabulary(tokenizer)
     rows = getattr(model_config, "vocab_size", None)
@@ -85,7 +85,7 @@ def load_reader(source, role, model_config=None):
             f"{role} {source!r}: its tokenizer has ids up to {vocabulary.num_rows - 1}, its model only {rows} rows; "
             "the tokenizer belongs to another model"
         )
-    return tokenize.make_reader(tokenizer, vocabulary, getattr(model_config, "max_position_embeddings", 0) or 0)
+    return tokenize.wrap_tokenizer(tokenizer, vocabulary, getattr(model_config, "max_position_embeddings", 0) or 0)
 
 
 class Head:
@@ -176,7 +176,7 @@ def last_hidden(model, ids, windows, packed=False):
     """
     more = {"attention_mask": (windows > 0).long()}
     if packed:
-        more = {"attention_mask": features.block_diagonal(windows), "position_ids": features.restarted(windows)}
+        more = {"attention_mask": features.block_diagonal(windows), "position_ids": features.restart_positions(windows)}
     return model.base_model(input_ids=ids, use_cache=False, **more).last_hidden_state
 
 
@@ -289,7 +289,7 @@ def _first_line(error):
     return lines[0][:300] if lines else type(error).__name__
 
 
-def copy_of(model):
+def cpu_state_dict(model):
     """A module's weights and buffers on the CPU, as they are now, tied ones once: `{name: tensor}`."""
     seen, kept = set(), {}
     for name, tensor in model.state_dict().items():
@@ -301,8 +301,8 @@ def copy_of(model):
 
 
 @torch.no_grad()
-def put_back(model, weights):
-    """Set a module to what `copy_of` gave; ValueError where they do not fit together."""
+def load_cpu_state_dict(model, weights):
+    """Set a module to what `cpu_state_dict` gave; ValueError where they do not fit together."""
     own = model.state_dict()
     missing = {name for name in own.keys() - weights.keys() if own[name].data_ptr() not in
                {own[other].data_ptr() for other in weights if other in own}}  # fmt: skip

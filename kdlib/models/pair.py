@@ -6,13 +6,13 @@ import torch
 
 from kdlib.align import vocab
 from kdlib.data import tokenize
-from kdlib.data.dataset import Windows
+from kdlib.data.dataset import WindowDataset
 from kdlib.models import loading, teacher_cache
-from kdlib.models.prefetch import Ahead
+from kdlib.models.prefetch import PrefetchingTeacher
 from kdlib.models.teacher import Teacher
 
 
-class Unfit(ValueError):
+class IncompatiblePairError(ValueError):
     """What was named is there, and does not fit together: the `problem`, and the `remedy`."""
 
     def __init__(self, problem, remedy):
@@ -30,14 +30,14 @@ class Pair:
 
     teacher: Teacher
     student: torch.nn.Module
-    student_reader: tokenize.Reader
+    student_reader: tokenize.TextTokenizer
     head: loading.Head
     shared: vocab.SharedVocabulary
     pads: tuple
     widest: tuple = (0, 0)
     buckets: dict = dataclasses.field(default_factory=dict)
     sample: list = dataclasses.field(default_factory=list)
-    text: Windows | list = dataclasses.field(default_factory=list)
+    text: WindowDataset | list = dataclasses.field(default_factory=list)
 
 
 def load_pair(config, device, teacher_dtype, teacher_device=None, on_progress=lambda phase, done, total: None):
@@ -51,7 +51,7 @@ def load_pair(config, device, teacher_dtype, teacher_device=None, on_progress=la
     student_reader = loading.load_reader(config.student, "student", student.config)
     shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
     if not len(shared):
-        raise Unfit(
+        raise IncompatiblePairError(
             "the two tokenizers have no token in common; nothing can be carried from teacher to student",
             "take a student or a teacher with another tokenizer",
         )
@@ -65,7 +65,7 @@ def load_teacher(config, device, dtype, away):
     if not config.cached:
         model = loading.load_model(config.teacher, "teacher", dtype, away, config.teacher_quantization)
         reader = loading.load_reader(config.teacher, "teacher", model.config)
-        return Teacher(model, reader) if away == device else Ahead(model, reader, device)
+        return Teacher(model, reader) if away == device else PrefetchingTeacher(model, reader, device)
     cached = teacher_cache.CachedTeacher(teacher_cache.folders_of(config.teacher_cache))
     teacher_cache.refuse_settings(config, cached.settings)
     if config.teacher:

@@ -9,10 +9,10 @@ from kdlib.models import loading
 from kdlib.models.teacher import Teacher
 
 
-class Ahead(Teacher):
+class PrefetchingTeacher(Teacher):
     """A live teacher whose work can be begun before it is needed: called like any `Teacher`, with the same result.
 
-    `ask` begins a batch in a thread, and the call with that batch and the same wants takes what it came to; any other call
+    `prefetch` begins a batch in a thread, and the call with that batch and the same wants takes what it came to; any other call
     makes its own. One thread runs the model, one batch at a time. The signal travels through the host's memory: copied from
     card to card, it would make the student's work wait for what the teacher has begun since. What goes wrong in the thread
     is raised by the call.
@@ -20,32 +20,32 @@ class Ahead(Teacher):
 
     def __init__(self, model, reader, student_device):
         super().__init__(model, reader)
-        self.near = self.head.on(student_device)
+        self.student_side_head = self.head.on(student_device)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "teacher")
         self._asked = None
 
-    def ask(self, batch, **wants):
+    def prefetch(self, batch, **teacher_request):
         """Begin this batch, best one that is in the host's memory; what was asked for before is forgotten."""
-        self.forget()
-        self._asked = self._begun(batch, wants)
+        self.cancel()
+        self._asked = self._begun(batch, teacher_request)
 
-    def forget(self):
+    def cancel(self):
         """Let go of what was asked for; what has begun ends by itself."""
         asked, self._asked = self._asked, None
         _drop(asked)
 
     def __call__(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
-        wants = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
+        teacher_request = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
         device = batch.student_ids.device
         asked, self._asked = self._asked, None  # at once: a training left to the collector may forget at any time
-        if asked is None or asked[:2] != (batch.stamp, wants):
+        if asked is None or asked[:2] != (batch.stamp, teacher_request):
             _drop(asked)
-            asked = self._begun(batch, wants)
+            asked = self._begun(batch, teacher_request)
         return asked[2].result().copied(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _begun(self, batch, wants):
-        wants = {"shortlist": None, "inner": False, **wants}
-        return batch.stamp, wants, self._thread.submit(self._on_host, batch, **wants)
+    def _begun(self, batch, teacher_request):
+        teacher_request = {"shortlist": None, "inner": False, **teacher_request}
+        return batch.stamp, teacher_request, self._thread.submit(self._on_host, batch, **teacher_request)
 
     def _on_host(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
         """The signal in the host's memory, pinned where it came from a card."""

@@ -3,7 +3,7 @@
 import torch
 
 from kdlib.losses import divergences
-from kdlib.losses.teacher_signal import TeacherSignal, TopTokens
+from kdlib.losses.teacher_signal import TeacherSignal, TopKLogProbs
 from kdlib.models import loading
 
 
@@ -11,13 +11,13 @@ class Teacher:
     """A live teacher. Not an `nn.Module`: nothing that sets a whole model to training, moves or averages it gets here.
 
     `teacher(batch)` gives the `TeacherSignal` on the batch's device; `taps` (`loading.Taps`), `spans`, `shortlist`
-    (`Shortlist`) and `inner` ask for more of it. `head` decodes where the model is, `near` where the student is.
+    (`TopKSpec`) and `inner` ask for more of it. `head` decodes where the model is, `student_side_head` where the student is.
     """
 
     def __init__(self, model, reader):
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
-        self.head = self.near = loading.Head(model, reader.vocabulary)
+        self.head = self.student_side_head = loading.Head(model, reader.vocabulary)
         self.config = model.config
         self.known = None
         self.num_columns = self.head.num_rows
@@ -34,7 +34,7 @@ class Teacher:
         with torch.inference_mode():
             found = loading.read(
                 self.model, moved.teacher_ids, moved.teacher_windows, moved.teacher_rows, batch.rows_by_window, taps,
-                batch.teacher_spots,
+                batch.teacher_positions,
             )  # fmt: skip
             last = found.last.flatten(0, 1)
             told, top = self._decoded(last, moved, spans, shortlist) if spans or shortlist else (None, None)
@@ -57,10 +57,10 @@ class Teacher:
         return self.head.rows(torch.from_numpy(shared.teacher_ids))
 
     def _decoded(self, last, batch, spans, shortlist, chunk_size=256):
-        """`(spans, top)`: log-likelihood of each aligned position's span by the teacher's own tokens, and its `TopTokens`.
+        """`(spans, top)`: log-likelihood of each aligned position's span by the teacher's own tokens, and its `TopKLogProbs`.
         Every row is decoded once.
         """
-        lengths = batch.teacher_stops - batch.teacher_rows if spans else torch.zeros_like(batch.teacher_rows)
+        lengths = batch.teacher_span_ends - batch.teacher_rows if spans else torch.zeros_like(batch.teacher_rows)
         span_of = torch.repeat_interleave(torch.arange(len(lengths), device=last.device), lengths)
         firsts = lengths.cumsum(0) - lengths
         inside = batch.teacher_rows[span_of] + torch.arange(len(span_of), device=last.device) - firsts[span_of]
@@ -70,11 +70,11 @@ class Teacher:
         labels = self.head.columns(batch.teacher_labels.flatten()[rows])
         nats, tops = [last.new_zeros(0).float()], []
         for part, label, wanted in zip(*(every.split(chunk_size) for every in (rows, labels, is_asked)), strict=True):
-            log_probs = divergences.log_probs(self.head.decode(last[part]))
+            log_probs = divergences.log_softmax(self.head.decode(last[part]))
             nats.append(divergences.cross_entropy(log_probs, label))
             if shortlist and wanted.any():
                 tops.append(shortlist.of(log_probs[wanted]))
         told = divergences.span_log_probs(torch.cat(nats)[torch.searchsorted(rows, inside)], span_of, len(lengths))
         if not shortlist or not tops:
             return told, shortlist and shortlist.of(last.new_zeros(0, self.head.num_rows))
-        return told, TopTokens.joined(tops).rows(torch.searchsorted(rows[is_asked], asked))
+        return told, TopKLogProbs.cat(tops).rows(torch.searchsorted(rows[is_asked], asked))

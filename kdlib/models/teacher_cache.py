@@ -20,9 +20,9 @@ import torch
 from kdlib import files
 from kdlib.align import vocab
 from kdlib.config import BY_BUCKETS
-from kdlib.data.dataset import Windows
+from kdlib.data.dataset import WindowDataset
 from kdlib.files import read_json
-from kdlib.losses.teacher_signal import Shortlist, TeacherSignal, TopTokens
+from kdlib.losses.teacher_signal import TeacherSignal, TopKLogProbs, TopKSpec
 from kdlib.models import fingerprint, loading
 
 FORMAT = 2
@@ -38,7 +38,7 @@ TOP_K = 64
 INSIDE_K = (64, 8)
 """Outcomes kept of the student's positions inside a teacher's token, at most, and of the teacher's (RESULTS.md)."""
 INSIDE = ("inside_", "inner_")
-"""What stands before the names of what is kept of the two kinds of `partial_tokens.Walk`'s positions."""
+"""What stands before the names of what is kept of the two kinds of `partial_tokens.PartialTokens`'s positions."""
 NEED_TEACHER = ("layerwise", "attention", "attention_alignment", "routing_feature")
 NEED_HIDDEN = ("projector", "contrastive")
 
@@ -111,7 +111,7 @@ def plan(windows):
     """Shards `[first, last)` of windows: whole documents, at least SHARD_POSITIONS aligned positions but for the last, and
     no more than MAX_SHARDS of them.
     """
-    shards, first, count, whole = [], 0, 0, Windows.of(windows)
+    shards, first, count, whole = [], 0, 0, WindowDataset.from_list(windows)
     least = max(SHARD_POSITIONS, -(-int(np.sum(whole.column("student_rows"))) // MAX_SHARDS))
     begins = np.diff(whole.column("document"), prepend=-1) != 0
     for index, (num_rows, begins_document) in enumerate(zip(whole.column("student_rows"), begins, strict=True)):
@@ -127,11 +127,11 @@ def shard_name(split, number):
 
 
 def shortlist(pair, buckets, settings):
-    """The `Shortlist` that a cache asks a live teacher for."""
+    """The `TopKSpec` that a cache asks a live teacher for."""
     head = pair.teacher.head
     same = head.by_column(vocab.same_ids(pair.teacher.reader.vocabulary, pair.shared))
     ids = torch.from_numpy(buckets.student_ids)
-    return Shortlist(
+    return TopKSpec(
         settings["kd_top_k"], settings["kd_temperature"], buckets.num, head.by_column(buckets.teacher), same, ids
     )
 
@@ -140,17 +140,17 @@ def write_shard(path, key, by_window, student_rows, hidden=False, more=None, wri
     """Write one shard, whole or not at all: `by_window` are the `TeacherSignal`s of its windows in order; `more` is a plain
     value kept with it; `writer` numbers who writes, so that no two use the same name beside.
     """
-    arrays = {"spans": torch.cat([each.spans for each in by_window]).numpy().astype(np.float32)}
-    kinds = {"": [each.top for each in by_window]}
-    if by_window[0].said is not None:
-        kinds |= {name: [each.said[i] for each in by_window] for i, name in enumerate(INSIDE)}
+    arrays = {"spans": torch.cat([each.span_log_probs for each in by_window]).numpy().astype(np.float32)}
+    kinds = {"": [each.topk for each in by_window]}
+    if by_window[0].partial_topk is not None:
+        kinds |= {name: [each.partial_topk[i] for each in by_window] for i, name in enumerate(INSIDE)}
     for kind, tops in kinds.items():
         arrays[f"{kind}counts"] = np.array([len(each.ids) for each in tops], dtype=np.int32)
-        top = TopTokens.joined(tops)
+        top = TopKLogProbs.cat(tops)
         arrays[f"{kind}ids"] = top.ids.numpy().astype(_id_type(student_rows))
         arrays[f"{kind}log_probs"] = top.log_probs.numpy().astype(np.float16)
     if more is not None:
-        arrays["best"] = torch.cat([each.top.best for each in by_window]).numpy().astype(np.int32)
+        arrays["best"] = torch.cat([each.topk.best for each in by_window]).numpy().astype(np.int32)
     if hidden:
         arrays["hidden"] = torch.cat([each.hidden for each in by_window]).half().numpy()
     _save(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {"key": key, "more": more}, writer)
@@ -261,7 +261,7 @@ class CachedTeacher:
         if other := [folder for folder, facts in zip(self.folders, every, strict=True) if facts != self.facts]:
             raise ValueError(f"{other[0]} and {self.folders[0]} hold parts of different teacher caches")
         self.settings = self.facts["settings"]
-        self.model = self.head = self.near = None
+        self.model = self.head = self.student_side_head = None
         self.num_columns = 0
         self.config = loading.load_config(self.folders[0] / READER, "cached teacher")
         self.reader = loading.load_reader(self.folders[0] / READER, "cached teacher", self.config)
@@ -282,7 +282,7 @@ class CachedTeacher:
         return torch.from_numpy(file.get_tensor("rows"))
 
     def refuse_other(self, known):
-        """Raise ValueError where the text or a tokenizer of a run (`fingerprint.of_inputs`) is not the cache's."""
+        """Raise ValueError where the text or a tokenizer of a run (`fingerprint.fingerprint_inputs`) is not the cache's."""
         for name in ("student_tokenizer", "teacher_tokenizer", "text", "windows"):
             ours, held = known[name][:8], self.facts["identity"][name][:8]
             if ours != held:
@@ -298,14 +298,16 @@ class CachedTeacher:
         joined = {
             name: torch.from_numpy(np.concatenate([each[name] for each in found])).to(device) for name in found[0]
         }
-        top = TopTokens(joined["ids"].long(), joined["log_probs"], joined["best"].long() if "best" in joined else None)
+        top = TopKLogProbs(
+            joined["ids"].long(), joined["log_probs"], joined["best"].long() if "best" in joined else None
+        )
         hidden = joined["hidden"].float() if "hidden" in joined else None
         said = (
-            tuple(TopTokens(joined[f"{kind}ids"].long(), joined[f"{kind}log_probs"]) for kind in INSIDE)
+            tuple(TopKLogProbs(joined[f"{kind}ids"].long(), joined[f"{kind}log_probs"]) for kind in INSIDE)
             if inner
             else None
         )
-        return TeacherSignal(hidden, joined["spans"] if spans else None, top, said=said)
+        return TeacherSignal(hidden, joined["spans"] if spans else None, top, partial_topk=said)
 
 
 def _hash(array):

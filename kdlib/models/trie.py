@@ -17,7 +17,7 @@ import torch
 from kdlib.align import vocab
 from kdlib.data import dataset, tokenize
 from kdlib.losses import divergences
-from kdlib.losses.teacher_signal import TopTokens
+from kdlib.losses.teacher_signal import TopKLogProbs
 
 SIDES = ("student", "teacher")
 JOINED_TOKENS = 2**20
@@ -28,12 +28,12 @@ next. Others that part are left out where they do: joining all would leave few t
 """
 END = -1
 """Stands for a token that ends where another could follow."""
-LEAST = 1e-6
+MIN_MASS = 1e-6
 """Probability that all else, and the end of a teacher's token, have at least: float32 tells no less from a sum, and what
 ends nowhere in the vocabulary may still be said in another way.
 """
-NONE = -68.0
-"""A log-probability that stands for none: `divergences.EMPTY`, rounded to float16, lies below."""
+NO_MASS = -68.0
+"""A log-probability that stands for none: `divergences.TINY`, rounded to float16, lies below."""
 
 
 def buckets_of(pair, kd_method):
@@ -82,7 +82,7 @@ def partings(text, buckets, spellings):
     """
     found, total = collections.Counter(), 0
     for window in text:
-        ours, theirs = ([getattr(window, f"{side}_{name}") for name in ("labels", "rows", "stops")] for side in SIDES)
+        ours, theirs = ([getattr(window, f"{side}_{name}") for name in ("labels", "rows", "span_ends")] for side in SIDES)
         total += len(ours[1])
         following = ours[0][ours[1]], theirs[0][theirs[1]]
         told = zip(buckets.student[following[0]], buckets.teacher[following[1]], strict=True)
@@ -115,7 +115,7 @@ def tries_of(pair):
         buckets, heads = buckets_of(pair, "inside_tokens"), (pair.teacher.head, pair.head)
         sides = zip(spellings_of(pair), ("pieces", "wholes"), (buckets.student, buckets.teacher), heads, strict=True)
         pair.buckets["tries"] = tuple(
-            Trie.of(spelled, student, of, buckets.tail, _columns_of(head)) for spelled, student, of, head in sides
+            Trie.build(spelled, student, of, buckets.tail, _columns_of(head)) for spelled, student, of, head in sides
         )
     return pair.buckets["tries"]
 
@@ -155,7 +155,7 @@ class Trie:
     tail: int
 
     @classmethod
-    def of(cls, spellings, student, bucket_of, tail, whole_columns=lambda ids: ids):
+    def build(cls, spellings, student, bucket_of, tail, whole_columns=lambda ids: ids):
         """From `tokenize.spellings`, one for each id of the wholes; `bucket_of` `[pieces]` is the bucket of each piece,
         `tail` the last of them; `whole_columns` makes ids columns of a head (`loading.Head`).
         """
@@ -205,7 +205,7 @@ class Trie:
     def _outcome_keys(self):
         return _owners(self.begins) * self.tail + self.outcomes
 
-    def walk(self, labels, firsts, stops):
+    def match(self, labels, firsts, stops):
         """`(positions, spans, nodes)`: positions of the pieces' side inside a span after which something may follow, span by
         span in order. Span i is predicted by the positions from `firsts[i]` up to (without) `stops[i]`; `labels` are the ids
         that follow each position. Arrays, int64.
@@ -233,47 +233,49 @@ class Trie:
         `[M, B]` at the position itself; rows and `nodes` `[P]` are arrays. The wholes' probabilities, given what was read,
         are summed by outcome; all else that the pieces' side says stands against the wholes that end here, or is left out.
         """
-        places = Places.of(self, nodes, wholes[0].device)
+        places = Outcomes.of(self, nodes, wholes[0].device)
         mass, is_said = self._of_wholes(*wholes, places)
         told = self._of_pieces(*pieces, places)
         ours, theirs = (told, mass) if self.student == "pieces" else (mass, told)
         ours, theirs = (places.softened(each, temperature) for each in (ours, theirs))
-        values = divergences.distillation(ours[:, None], theirs[:, None], divergence, temperature)  # sums over outcomes
+        values = divergences.tempered_divergence(
+            ours[:, None], theirs[:, None], divergence, temperature
+        )  # sums over outcomes
         return torch.where(is_said, values.new_zeros(len(nodes)).index_add(0, places.owner, values), 0.0)
 
     def shortlist(self, log_probs, rows, nodes, k, temperature=1.0):
-        """What a teacher says next at P positions, in short: `TopTokens` of its `k` likeliest outcomes, as places among
+        """What a teacher says next at P positions, in short: `TopKLogProbs` of its `k` likeliest outcomes, as places among
         those of the node, and a tail. `log_probs` are the teacher's, of tokens or of buckets, `rows` `[P]` and `nodes` `[P]`
-        arrays as in `divergence`. A place without an outcome has a probability of `divergences.EMPTY`, and so has all where
+        arrays as in `divergence`. A place without an outcome has a probability of `divergences.TINY`, and so has all where
         nothing is said.
         """
-        places = Places.of(self, nodes, log_probs.device)
+        places = Outcomes.of(self, nodes, log_probs.device)
         told, is_said = self._said(log_probs, rows, places, self.student == "wholes")
         told, num = places.softened(told, temperature), places.num_outcomes
         sizes = self.begins[nodes + 1] - self.begins[nodes]
-        every = told.new_full((len(nodes), max(k, sizes.max(initial=0))), math.log(divergences.EMPTY))
+        every = told.new_full((len(nodes), max(k, sizes.max(initial=0))), math.log(divergences.TINY))
         owner = places.owner[:num]
         every[owner, torch.arange(num, device=told.device) - places.starts[owner]] = told[:num]
         kept = every.topk(k, dim=1)
         rest = every.exp().scatter(1, kept.indices, 0.0).sum(dim=1).index_add(0, places.owner[num:], told[num:].exp())
-        short = torch.cat([kept.values, (rest + divergences.EMPTY).log()[:, None]], dim=1)
-        return TopTokens(kept.indices, short.where(is_said[:, None], math.log(divergences.EMPTY)))
+        short = torch.cat([kept.values, (rest + divergences.TINY).log()[:, None]], dim=1)
+        return TopKLogProbs(kept.indices, short.where(is_said[:, None], math.log(divergences.TINY)))
 
     def divergence_from(self, said, log_probs, rows, nodes, divergence="forward_kl", temperature=1.0):
         """`divergence` over the outcomes of a `shortlist`, `said`, and one for all else; `log_probs` are the student's, of
         tokens or of buckets, `rows` `[P]` an array. A teacher's places with nearly no probability are left to the tail.
         """
-        places = Places.of(self, nodes, log_probs.device)
+        places = Outcomes.of(self, nodes, log_probs.device)
         told, is_said = self._said(log_probs, rows, places, self.student == "pieces")
         told = places.softened(told, temperature)
-        named = said.log_probs[:, :-1] > NONE
+        named = said.log_probs[:, :-1] > NO_MASS
         at = torch.where(named, places.starts[:, None] + said.ids, 0)
-        kept = torch.where(named, told[at], math.log(divergences.EMPTY))
+        kept = torch.where(named, told[at], math.log(divergences.TINY))
         others = torch.ones_like(told, dtype=torch.bool).index_fill(0, at[named], False)
         rest = told.new_zeros(len(nodes)).index_add(0, places.owner[others], told[others].exp())
-        ours = torch.cat([kept, (rest + divergences.EMPTY).log()[:, None]], dim=1)
-        values = divergences.distillation(ours, said.log_probs, divergence, temperature)
-        return torch.where(is_said & (said.log_probs > NONE).any(dim=1), values, 0.0)
+        ours = torch.cat([kept, (rest + divergences.TINY).log()[:, None]], dim=1)
+        values = divergences.tempered_divergence(ours, said.log_probs, divergence, temperature)
+        return torch.where(is_said & (said.log_probs > NO_MASS).any(dim=1), values, 0.0)
 
     def _said(self, log_probs, rows, places, by_pieces):
         """`(told, is_said)` of one side: what it says of each outcome, and where it says anything."""
@@ -289,10 +291,10 @@ class Trie:
         row, column, place = _moved((rows[owner], self.columns[entries], place), given.device)
         mass = given.new_zeros(len(places.owner)).index_add(0, place, given[row, column].exp())
         whole = mass.new_zeros(len(places.nodes)).index_add(0, places.owner, mass)
-        mass = (mass + divergences.EMPTY).log() - (whole + divergences.EMPTY).log()[places.owner]
+        mass = (mass + divergences.TINY).log() - (whole + divergences.TINY).log()[places.owner]
         if self.student == "pieces":
-            mass[places.num_outcomes :].clamp_(min=math.log(LEAST))  # the teacher's: without a gradient
-        return mass, whole > divergences.EMPTY
+            mass[places.num_outcomes :].clamp_(min=math.log(MIN_MASS))  # the teacher's: without a gradient
+        return mass, whole > divergences.TINY
 
     def _of_pieces(self, said, rows, places):
         """Log-probabilities of the outcomes and ends, `[F]`."""
@@ -301,14 +303,14 @@ class Trie:
         told = said[row, column]
         sums = told.new_zeros(len(places.nodes)).index_add(0, owner[:num], told.exp())
         ends = owner[num:]
-        told = torch.cat([told, (1.0 - sums[ends]).clamp_min(LEAST).log()])
+        told = torch.cat([told, (1.0 - sums[ends]).clamp_min(MIN_MASS).log()])
         if self.student == "wholes":
-            told = told - (sums.index_fill(0, ends, 1.0) + divergences.EMPTY).log()[owner]
+            told = told - (sums.index_fill(0, ends, 1.0) + divergences.TINY).log()[owner]
         return told
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Places:
+class Outcomes:
     """The outcomes of P `nodes`, one behind the other, and behind all of them an end for each node that has one: `owner`
     `[F]` says whose each is, `starts` `[P]` where those of a node begin, `entries` which outcomes of the trie they are;
     arrays, the first two as tensors too.
@@ -333,7 +335,11 @@ class Places:
 
     def softened(self, logs, temperature):
         """The distributions at a temperature."""
-        return logs if temperature == 1.0 else divergences.log_probs_by(logs, self.owner, len(self.nodes), temperature)
+        return (
+            logs
+            if temperature == 1.0
+            else divergences.segment_log_softmax(logs, self.owner, len(self.nodes), temperature)
+        )
 
 
 def _owners(starts):

@@ -203,13 +203,13 @@ def throughput(records, theme="light"):
 def sessions(records, theme="light"):
     """Which session trained which student when, over all training time, with alerts and the best evaluation."""
     records = placed(records)
-    legs = list(dict.fromkeys((r["repeat"], r["run"]) for r in records if r["kind"] == "train"))
-    told = [r for r in records if r["kind"] in ("train", "eval", "alert") and (r["repeat"], r["run"]) in legs]
-    unit, seconds = time_unit([sum(max(r["elapsed_s"] for r in _of(told, leg) if "elapsed_s" in r) for leg in legs)])
-    with figure(theme, height=1.3 + 0.42 * max(1, len(legs))) as (made, axes):
+    arms = list(dict.fromkeys((r["repeat"], r["run"]) for r in records if r["kind"] == "train"))
+    told = [r for r in records if r["kind"] in ("train", "eval", "alert") and (r["repeat"], r["run"]) in arms]
+    unit, seconds = time_unit([sum(max(r["elapsed_s"] for r in _of(told, arm) if "elapsed_s" in r) for arm in arms)])
+    with figure(theme, height=1.3 + 0.42 * max(1, len(arms))) as (made, axes):
         begin, shown = 0.0, set()
-        for place, leg in enumerate(legs):
-            rows = _of(told, leg)
+        for place, arm in enumerate(arms):
+            rows = _of(told, arm)
             at = {r["step"]: begin + r["elapsed_s"] / seconds for r in rows if "elapsed_s" in r}
             start = begin
             for session in sorted({r["session"] for r in rows if r["kind"] == "train"}):
@@ -231,7 +231,7 @@ def sessions(records, theme="light"):
                 best = at[min(scored, key=lambda r: r["bits_per_byte"])["step"]]
                 axes.plot(best, place, "*", color=ink, ms=11, label=None if place else "best weights")
             begin = max(at.values())
-        axes.set_yticks(range(len(legs)), [_leg_name(leg, legs) for leg in legs])
+        axes.set_yticks(range(len(arms)), [_arm_name(arm, arms) for arm in arms])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"training time of all students ({unit})")
@@ -266,22 +266,22 @@ def _scored(records, run):
     return [r for r in found if r["repeat"] == 0 and not r.get("averaged")]
 
 
-def _of(records, leg):
-    return [r for r in records if (r["repeat"], r["run"]) == leg]
+def _of(records, arm):
+    return [r for r in records if (r["repeat"], r["run"]) == arm]
 
 
-def _leg_name(leg, legs):
-    repeat, run = leg
-    several = len({repeat for repeat, _ in legs}) > 1
+def _arm_name(arm, arms):
+    repeat, run = arm
+    several = len({repeat for repeat, _ in arms}) > 1
     return SHORT_NAMES[run] + (f", {repeat + 1}" if several else "")
 
 
 def _times(rows):
     """When each record was made, in training time of all students one after the other; and the unit."""
-    begin, last, leg, times = 0.0, 0.0, None, []
+    begin, last, arm, times = 0.0, 0.0, None, []
     for r in rows:
-        if (r["repeat"], r["run"]) != leg:
-            begin, leg = begin + last, (r["repeat"], r["run"])
+        if (r["repeat"], r["run"]) != arm:
+            begin, arm = begin + last, (r["repeat"], r["run"])
         last = r["elapsed_s"]
         times.append(begin + last)
     unit, seconds = time_unit(times)

@@ -28,14 +28,14 @@ class Finding:
         assert self.remedy or self.state != "wrong", f"{self.name} is wrong and no remedy is told"
 
 
-def worst(findings):
+def overall_state(findings):
     """The state of the whole: that of its worst finding."""
     return max((finding.state for finding in findings), key=STATES.index, default="ok")
 
 
-def plain(findings):
+def to_json(findings):
     """`{"state": ..., "machine": [{name, value, number, state, meaning, remedy}, ...], "pair": ...}`."""
-    made = {"state": worst(findings), **{group: [] for group in GROUPS}}
+    made = {"state": overall_state(findings), **{group: [] for group in GROUPS}}
     for finding in findings:
         told = dataclasses.asdict(finding)
         if told["number"] is not None and not math.isfinite(told["number"]):

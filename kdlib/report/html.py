@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlib import files
-from kdlib.clock import spoken
+from kdlib.clock import format_duration
 from kdlib.files import read_known, read_records, write_text
 from kdlib.report import charts
 from kdlib.report import figures as plots
@@ -237,7 +237,7 @@ def _subtitle(run):
 
 
 def _spoken(seconds):
-    return spoken(seconds) if known([seconds]) else "unknown time"
+    return format_duration(seconds) if known([seconds]) else "unknown time"
 
 
 def _figure(picture, caption):

@@ -23,7 +23,7 @@ MOST_POINTS = 400
 GIB = 2**30
 
 
-def cockpit(records, theme="light"):
+def live_figure(records, theme="light"):
     """Parts of the loss, their shares of it and of the gradient; learning curves, memory, learning rate. `records` are those
     of a run, or some of them; what was not measured yet is said so.
     """
@@ -138,8 +138,8 @@ def _wall_clock(trained):
     for r in trained:
         lasted[r["run"], r["repeat"]] = r["elapsed_s"]
     before = {}
-    for leg in lasted:
-        before[leg] = sum(seconds for other, seconds in lasted.items() if other in before)
+    for arm in lasted:
+        before[arm] = sum(seconds for other, seconds in lasted.items() if other in before)
     return lambda r: before[r["run"], r["repeat"]] + r["elapsed_s"]
 
 

@@ -16,9 +16,9 @@ import warnings
 from pathlib import Path
 
 from kdlib import files, progress
-from kdlib.clock import Clock, spoken
+from kdlib.clock import Clock, format_duration
 from kdlib.report import terminal
-from kdlib.report.live_figure import cockpit
+from kdlib.report.live_figure import live_figure
 from kdlib.report.style import NAMES, known, number, written
 
 TEXT_SHARE, FIGURE_SHARE = 0.0015, 0.006
@@ -55,7 +55,7 @@ body[data-jp-theme-light="false"] .kdlib-figure, body.vscode-dark .kdlib-figure 
 """Pictures are drawn for a light page; in front of dark ones the page turns their lightness round and keeps their hues."""
 
 
-class Account:
+class RenderBudget:
     """Time that may be spent: no more than a `share` of what has passed since it was opened."""
 
     def __init__(self, clock, share, guessed_s):
@@ -100,19 +100,19 @@ class Panel:
 
     def __init__(self, out=None, clock=None, front_end=None):
         self.out, self.clock, self.wishes = out, clock or Clock(), Wishes(self._read_clicks)
-        self.seen, self.problem, self.widgets, self.closed = Seen(), None, None, False
+        self.seen, self.problem, self.widgets, self.closed = History(), None, None, False
         self.front_end, self.read_at, empty_s = None, math.inf, 0.0
-        with self._at_own_risk():
+        with self._isolated():
             self.front_end = front_end or terminal.somebody()
             if self.front_end:
                 self.widgets = Widgets(self.wishes, self.front_end.hears)
                 empty_s = -self.clock.now()
-                cockpit([]).png()
+                live_figure([]).png()
                 empty_s += self.clock.now()
         self.lines = None if self.widgets else progress.Progress("loading", LINE_EVERY_S)
         self.opened, self.spent_s, self.read_at = self.clock.now(), 0.0, -math.inf
-        self.text = Account(self.clock, TEXT_SHARE, GUESSED_TEXT_S)
-        self.figure = Account(self.clock, FIGURE_SHARE, EMPTY_FIGURES * empty_s)
+        self.text = RenderBudget(self.clock, TEXT_SHARE, GUESSED_TEXT_S)
+        self.figure = RenderBudget(self.clock, FIGURE_SHARE, EMPTY_FIGURES * empty_s)
         self.drawn = 0
 
     def __enter__(self):
@@ -131,7 +131,7 @@ class Panel:
         self._read_clicks()
         started = self.clock.now()
         if self.problem is None or not self.widgets:
-            with self._at_own_risk():
+            with self._isolated():
                 self._see(record)
         self.spent_s += self.clock.now() - started
 
@@ -139,7 +139,7 @@ class Panel:
         """Shows what is being done between two records, as `distill` says it to its `on_progress`. Never raises."""
         self._read_clicks()
         started = self.clock.now()
-        with self._at_own_risk():
+        with self._isolated():
             self.seen.phase = f"{phase}: {done:,} of {total:,}" if total else phase
             if self.lines:
                 self.lines(phase, done, total)
@@ -156,10 +156,10 @@ class Panel:
         if self.lines:
             self.lines.close()
         if self.problem is None or not self.widgets:
-            with self._at_own_risk():
+            with self._isolated():
                 made = self._last()
         if self.widgets:
-            with self._at_own_risk():
+            with self._isolated():
                 self.widgets.end()
         if self.problem is not None:
             kind, text = type(self.problem).__name__, str(self.problem).strip().splitlines() or [""]
@@ -171,7 +171,7 @@ class Panel:
         started = self.clock.now()
         if self.widgets and not self.closed and started - self.read_at >= READ_EVERY_S:
             self.read_at = started
-            with self._at_own_risk():
+            with self._isolated():
                 self.front_end.read()
                 self.widgets.show_wishes(set(self.wishes))
             self.spent_s += self.clock.now() - started
@@ -180,9 +180,9 @@ class Panel:
         if self.widgets:
             self.widgets.show_text(self.seen, self.clock.now())
             if self.seen.trained:
-                self.widgets.show_figure(cockpit(self.seen.all()).png())
+                self.widgets.show_figure(live_figure(self.seen.all()).png())
         elif self.seen.trained:
-            made = cockpit(self.seen.all())
+            made = live_figure(self.seen.all())
             if terminal.kernel() is None:
                 return made
             terminal.show(made.png())
@@ -203,18 +203,18 @@ class Panel:
                 self.widgets.show_text(self.seen, self.clock.now())
         if self.seen.count > self.drawn and self.figure.allows():
             with self.figure.spending():
-                self.widgets.show_figure(cockpit(self.seen.all()).png())
+                self.widgets.show_figure(live_figure(self.seen.all()).png())
             self.drawn = self.seen.count
 
     @contextlib.contextmanager
-    def _at_own_risk(self):
+    def _isolated(self):
         try:
             yield
         except Exception as problem:  # noqa: BLE001 - the run is worth more; told at close
             self.problem = self.problem or problem
 
 
-class Seen:
+class History:
     """What a panel keeps of a run's records: enough for a figure, however long the run is."""
 
     def __init__(self):
@@ -243,13 +243,13 @@ class Seen:
         self.at = now if kind == "start" else self.at
 
     def _add_trained(self, record):
-        leg = record["run"], record["repeat"]
-        rows, stride = self.trained.setdefault(leg, []), self.strides.setdefault(leg, 1)
+        arm = record["run"], record["repeat"]
+        rows, stride = self.trained.setdefault(arm, []), self.strides.setdefault(arm, 1)
         if rows and (rows[-1]["step"] or 0) % stride:
             rows.pop()  # the newest one is always there
         rows.append(record)
         if len(rows) > MOST_RECORDS:
-            self.strides[leg] = 2 * stride
+            self.strides[arm] = 2 * stride
             rows[:-1] = [r for r in rows[:-1] if (r["step"] or 0) % (2 * stride) == 0]
 
 
@@ -356,7 +356,7 @@ def _bars(seen, now):
     start = seen.last.get("start")
     if start and len(known([start["session_s"], start["session_left_s"]])) == 2:
         left = max(0.0, start["session_left_s"] - (now - seen.at))
-        told = f"{spoken(left)} left of {spoken(start['session_s'])}"
+        told = f"{format_duration(left)} left of {format_duration(start['session_s'])}"
         rows.append(("this session", 1.0 - _share(left, start["session_s"]), told))
     cells = "<tr><td>{}</td><td><progress value='{:.4f}' max='1'></progress></td><td>{}</td></tr>"
     return f"<table>{''.join(cells.format(*row) for row in rows)}</table>"
@@ -369,7 +369,7 @@ def _share(part, whole):
 
 
 def _spoken(seconds):
-    return spoken(seconds) if known([seconds]) else "unknown time"
+    return format_duration(seconds) if known([seconds]) else "unknown time"
 
 
 def _alert(record):

@@ -15,13 +15,13 @@ TASKS = {"validation": "evaluate", "test": "test"}
 
 
 @dataclasses.dataclass
-class Leg:
+class Arm:
     """One student in training: which it is, how far it goes, and what it came to.
 
     `num_steps` is the plan its learning rate is fitted to, `last_step` where it stops, `compare_step` where it is set
     against the other leg; `step` where it is, `evaluated` the last step that was scored. `best_weights` are those of the
     best validation score so far, `best_averaged` says whether they are a running average. `at_compare` and `at_end` are
-    test scores of the best weights up to there. `recomputes`: whether `gradient_checkpointing auto` turned it on, None where
+    test scores of the best weights up to there. `gradient_checkpointing`: whether `gradient_checkpointing auto` turned it on, None where
     it was not asked yet.
     """
 
@@ -38,7 +38,7 @@ class Leg:
     best_weights: dict | None = None
     since_best: int = 0
     num_tokens: int = 0
-    recomputes: bool | None = None
+    gradient_checkpointing: bool | None = None
     predicted_bytes: int | None = None
     train_s: float = 0.0
     compare_s: float = 0.0
@@ -64,11 +64,11 @@ class Leg:
     def from_facts(cls, facts, best_weights, records):
         """The leg, its watch having seen all `records` again."""
         scores = {name: facts[name] and scoring.Score.from_dict(facts[name]) for name in ("at_compare", "at_end")}
-        leg = cls(**{**facts, **scores}, best_weights=best_weights)
+        arm = cls(**{**facts, **scores}, best_weights=best_weights)
         for record in records:
-            if leg.of(record) and record["kind"] in ("train", "eval") and not record.get("asked"):
-                list(leg.watch.see(record))
-        return leg
+            if arm.of(record) and record["kind"] in ("train", "eval") and not record.get("asked"):
+                list(arm.watch.see(record))
+        return arm
 
 
 class Scorer:
@@ -91,7 +91,7 @@ class Scorer:
         if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
             facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
         columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
-        chunk = facts.get("chunk") or chunked_head.rows_at_once(columns, device, config.loss_chunk_size)[0]
+        chunk = facts.get("chunk") or chunked_head.chunk_sizes(columns, device, config.loss_chunk_size)[0]
         return cls(loaded, chunk, budget, facts.get("halvings", 0), on_progress)
 
     def teacher(self, split):
@@ -108,28 +108,28 @@ class Scorer:
                 on_batch = functools.partial(self._next_batch, f"scoring the student on {split} text")
                 score = scoring.evaluate_student(model, head, text, self.chunk, on_batch)
                 ended = self.budget.clock.now()
-                self.budget.took("batch", ended - self.batch_at)
-                self.budget.took(TASKS[split], ended - started)
+                self.budget.record("batch", ended - self.batch_at)
+                self.budget.record(TASKS[split], ended - started)
                 return score
             except Exception as error:
-                if not memory.ran_out(error) or text.halved() is None:
+                if not memory.is_out_of_memory(error) or text.halved() is None:
                     raise
-            memory.let_go()
+            memory.release_memory()
             self._halve()
 
     def student_with(self, weights, split):
         """The score of the pair's student with other weights, which it has for this long only."""
-        now = loading.copy_of(self.pair.student)
+        now = loading.cpu_state_dict(self.pair.student)
         try:
-            loading.put_back(self.pair.student, weights)
+            loading.load_cpu_state_dict(self.pair.student, weights)
             return self.student(split)
         finally:
-            loading.put_back(self.pair.student, now)
+            loading.load_cpu_state_dict(self.pair.student, now)
 
     def _next_batch(self, phase, done, total):
         now = self.budget.clock.now()
         if self.batch_at is not None:
-            self.budget.took("batch", now - self.batch_at)
+            self.budget.record("batch", now - self.batch_at)
         self.batch_at = now
         self.on_progress(phase, done, total)
 

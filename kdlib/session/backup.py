@@ -28,7 +28,7 @@ CREDENTIALS = {"kaggle": (("KAGGLE_API_TOKEN",), ("KAGGLE_USERNAME", "KAGGLE_KEY
 
 
 def of_run(config, run):
-    """The `Copies` of a `run_folder.RunFolder`; None where the config wants none. ValueError, in one line, where the
+    """The `BackupUploader` of a `run_folder.RunFolder`; None where the config wants none. ValueError, in one line, where the
     client or the credentials are missing.
     """
     if not config.second_copy:
@@ -39,7 +39,7 @@ def of_run(config, run):
             f"second_copy {config.second_copy} needs what is not installed: pip install {' '.join(missing)}, or leave "
             "second_copy empty"
         )
-    return Copies(config.second_copy, config.second_copy_saves, run, credentials(kind))
+    return BackupUploader(config.second_copy, config.second_copy_saves, run, credentials(kind))
 
 
 def credentials(kind):
@@ -58,7 +58,7 @@ def credentials(kind):
     )
 
 
-class Copies:
+class BackupUploader:
     """Sends every so many checkpoints of a run. No method raises."""
 
     def __init__(self, where, every, run, secrets):
@@ -69,7 +69,7 @@ class Copies:
         self.problem, self.was_told = "", False
         self.waiting = self.thread = self.process = None
 
-    def take(self, path):
+    def offer(self, path):
         """A checkpoint is whole: every so many are taken, and the one after a failure. One that still waits for an upload
         to end is given up for it.
         """
@@ -93,14 +93,14 @@ class Copies:
         if former:
             shutil.rmtree(former, ignore_errors=True)
 
-    def give_up(self):
+    def cancel(self):
         """Let go of all that is set apart, as the disk is full; whether there was anything."""
         if not self.place.exists():
             return False
         self._stop("the disk is full, and checkpoints come first")
         return True
 
-    def told(self, place):
+    def pop_alerts(self, place):
         """The alert of the first failure, once; `place()`: where the run is."""
         if not self.problem or self.was_told:
             return []

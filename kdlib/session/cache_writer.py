@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kdlib import environment, files, memory
 from kdlib.align import vocab
-from kdlib.clock import Clock, seconds_of
+from kdlib.clock import Clock, parse_duration
 from kdlib.data import batching
-from kdlib.data.dataset import Windows
+from kdlib.data.dataset import WindowDataset
 from kdlib.evaluation import samples
 from kdlib.files import write_json
 from kdlib.losses import partial_tokens
@@ -33,28 +33,28 @@ def write(config, out, clock=None, others=(), writer=(0, 1), on_progress=lambda 
     started = clock.now() - environment.session_age_s()
     if config.cached:
         raise ValueError("a teacher cache is written by the teacher itself; give --teacher, not --teacher-cache")
-    seconds, out = seconds_of(config.time_budget), Path(out)
+    seconds, out = parse_duration(config.time_budget), Path(out)
     accelerator = devices.accelerator(config.amp_dtype)
     _refuse_folder(out)
     dtype = devices.teacher_dtype(accelerator)
     loaded = inputs.load(config, accelerator.device, dtype, on_progress=on_progress)
-    writing = Pass(config, loaded, out, clock, others, shares(accelerator, *writer), on_progress)
+    writing = CacheWriter(config, loaded, out, clock, others, worker_shard_ids(accelerator, *writer), on_progress)
     yield from writing.run(seconds, started)
 
 
-def shares(accelerator, index=0, count=1):
+def worker_shard_ids(accelerator, index=0, count=1):
     """`(which, of how many)` writers a process is, where a launch of several is the writer `index` of `count`."""
     return index * accelerator.num_processes + accelerator.process_index, count * accelerator.num_processes
 
 
-class Pass:
+class CacheWriter:
     """The state of `write`: the live teacher of `loaded` (`inputs.Inputs`) reads where it is."""
 
     def __init__(self, config, loaded, out, clock, others, writer, on_progress=lambda phase, done, total: None):
         self.on_progress, self.num_done, self.num_planned = on_progress, 0, 0
         self.batch_s, self.batch_at = 0.0, None
         self.config, self.out, self.clock, self.others = config, out, clock, [Path(folder) for folder in others]
-        self.mine, self.writers = writer
+        self.own_shards, self.writers = writer
         self.loaded, self.pair = loaded, loaded.pair
         self.device = self.pair.teacher.model.device
         held_out = [sorted((w for group in split.windows for w in group), key=lambda window: window.place)
@@ -64,7 +64,7 @@ class Pass:
         self.key = teacher_cache.key_of(self.facts)
         self.tries = trie.tries_of(self.pair) if config.kd_method == "inside_tokens" else None
         self.batch_size = config.batch_size
-        self.interrupts = time_budget.Interrupts()
+        self.stop_signals = time_budget.StopSignals()
 
     @property
     def num_shards(self):
@@ -88,11 +88,11 @@ class Pass:
         yield first
         self._open(first)
         lacking = set(teacher_cache.missing([self.out], self.facts))
-        own = [which for place, which in enumerate(self._every()) if place % self.writers == self.mine]
+        own = [which for place, which in enumerate(self._every()) if place % self.writers == self.own_shards]
         own = [which for which in own if which in lacking]
         positions = [self._num_positions(*which) for which in own]
         self.num_done, self.num_planned = 0, sum(positions)
-        self.interrupts.listen()
+        self.stop_signals.listen()
         try:
             begun = self.clock.now()
             for place, which in enumerate(own):
@@ -105,7 +105,7 @@ class Pass:
                 left = (self.clock.now() - begun) * (self.num_planned / max(1, self.num_done) - 1.0)
                 yield {"kind": "shard", "done": place + 1, "of": len(own), "shards": self.num_shards, "left_s": left}
         finally:
-            self.interrupts.ignore()
+            self.stop_signals.ignore()
         left = len(teacher_cache.missing([self.out], self.facts))
         yield {"kind": "complete", "missing": left}
 
@@ -117,8 +117,8 @@ class Pass:
         """Why no further batch may begin; empty if one as long as the longest before may."""
         now = self.clock.now()
         self.batch_s, self.batch_at = max(self.batch_s, now - (self.batch_at or now)), now
-        if self.interrupts.asked:
-            return self.interrupts.asked
+        if self.stop_signals.asked:
+            return self.stop_signals.asked
         return "the time budget is used up" if now + self.batch_s > self.ends else ""
 
     def _every(self):
@@ -133,13 +133,15 @@ class Pass:
         rows, width = self.pair.student_reader.vocabulary.num_rows, self.pair.teacher.head.width
         inside = self._inside_a_position() if self.tries else ()
         a_position = teacher_cache.bytes_a_position(self.facts["settings"], rows, width, inside)
-        positions = {split: Windows.of(windows).total("student_rows") for split, windows in self.windows.items()}
+        positions = {
+            split: WindowDataset.from_list(windows).total("student_rows") for split, windows in self.windows.items()
+        }
         size = a_position * sum(positions.values())
         there = [folder for folder in (self.out, *self.others) if (folder / INDEX).exists()]
         return {
             "kind": "plan",
             "windows": sum(map(len, self.windows.values())),
-            "tokens": Windows.of(self.windows["train"]).total("student_ids"),
+            "tokens": WindowDataset.from_list(self.windows["train"]).total("student_ids"),
             "positions": sum(positions.values()),
             "shards": len(self._every()),
             "missing": len(teacher_cache.missing(there, self.facts)),
@@ -150,7 +152,7 @@ class Pass:
     def _inside_a_position(self):
         """Positions inside tokens for each common one, of either kind, on the pair's sample."""
         walks = [
-            partial_tokens.Walk.of(self.tries, batching.collate([window], *self.pair.pads))
+            partial_tokens.PartialTokens.build(self.tries, batching.collate([window], *self.pair.pads))
             for window in self.pair.sample
         ]
         counts = [(len(each.positions), len(each.inner), len(each.more)) for each in walks]
@@ -168,10 +170,10 @@ class Pass:
             self._save_reader()
             if teacher_cache.needs_hidden(self.config) and not (self.out / HEAD).exists():
                 teacher_cache.write_head(
-                    self.out / HEAD, self.key, self.pair.teacher.shared_rows(self.pair.shared).cpu(), self.mine
+                    self.out / HEAD, self.key, self.pair.teacher.shared_rows(self.pair.shared).cpu(), self.own_shards
                 )
             if not (self.out / INDEX).exists():
-                write_json(self.out / INDEX, self.facts, self.mine)
+                write_json(self.out / INDEX, self.facts, self.own_shards)
             self._take_over()
         except OSError as error:
             raise ValueError(f"--out {self.out} can't be written: {error.strerror or error}") from None
@@ -192,7 +194,7 @@ class Pass:
         if (self.out / READER).exists():
             return
         try:
-            with files.atomic(self.out / READER, self.mine, replace=False) as beside:
+            with files.atomic(self.out / READER, self.own_shards, replace=False) as beside:
                 self.pair.teacher.reader.tokenizer.save_pretrained(beside)
                 self.pair.teacher.config.save_pretrained(beside)
         except OSError:
@@ -205,7 +207,7 @@ class Pass:
             for folder in self.others:
                 if (folder / path.name).exists():
                     teacher_cache.refuse_shard(folder / path.name, self.key)
-                    files.copy(folder / path.name, path, self.mine)
+                    files.copy(folder / path.name, path, self.own_shards)
                     break
 
     def _write(self, split, number):
@@ -222,7 +224,9 @@ class Pass:
             wanted = {**settings, "kd_temperature": 1.0}
         spec = teacher_cache.shortlist(self.pair, buckets, wanted)
         tries = self.tries if split == "train" else None
-        found, self.batch_size = memory.fitting(lambda size: self._ask(windows, spec, tries, size), self.batch_size)
+        found, self.batch_size = memory.retry_with_smaller_batch(
+            lambda size: self._ask(windows, spec, tries, size), self.batch_size
+        )
         if isinstance(found, str):
             return found
         more = None
@@ -230,7 +234,9 @@ class Pass:
             more = {} if number else self._judged(split)
         path = self.out / teacher_cache.shard_name(split, number)
         rows = self.pair.student_reader.vocabulary.num_rows
-        teacher_cache.write_shard(path, self.key, found, rows, settings["hidden"] and split == "train", more, self.mine)
+        teacher_cache.write_shard(
+            path, self.key, found, rows, settings["hidden"] and split == "train", more, self.own_shards
+        )
         return ""
 
     def _ask(self, windows, spec, tries, size):
@@ -249,7 +255,7 @@ class Pass:
             signal = self.pair.teacher(batch, spans=True, shortlist=spec, inner=tries is not None)
             parts = [(signal, batch.rows_by_window)]
             if tries:
-                walked = partial_tokens.Walk.of(tries, batch)
+                walked = partial_tokens.PartialTokens.build(tries, batch)
                 how = self.facts["settings"]["inside_k"], self.facts["settings"]["kd_temperature"]
                 said = walked.shortlists(tries, signal, head.decode, bucket_of, *how)
                 parts += zip(said, walked.by_window(batch.rows_by_window), strict=True)

@@ -19,7 +19,7 @@ import safetensors.torch
 from kdlib import environment, files, memory
 from kdlib.files import FULL, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when a checkpoint of before can no longer be gone on with."""
 MANIFEST, STATE = "manifest.json", "state.json"
 OVERHEAD_BYTES = 2**20
@@ -138,7 +138,7 @@ def set_aside(path):
     os.replace(path, aside)
 
 
-def bring(path, folder):
+def copy_checkpoint(path, folder):
     """Copy a checkpoint into another folder of checkpoints, whole or not at all."""
     files.copy(path, Path(folder) / path.name)
 
@@ -161,8 +161,8 @@ def size_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-class Writer:
-    """Writes checkpoints behind the training, one at a time. `copies` (`backup.Copies`) are given each that is whole, and
+class BackgroundWriter:
+    """Writes checkpoints behind the training, one at a time. `copies` (`backup.BackupUploader`) are given each that is whole, and
     give up what they keep where the disk is full.
     """
 
@@ -172,7 +172,7 @@ class Writer:
         self.pending = None
         self.write_s = 0.0
 
-    def begin(self, folder, step, groups, *more):
+    def start(self, folder, step, groups, *more):
         """Begin to `write`, once the one before is whole. Where the host's memory is short it is waited for: training goes
         on in the room that the copies take.
         """
@@ -190,9 +190,9 @@ class Writer:
         if pending:
             pending.result()
 
-    def told(self, place):
+    def pop_alerts(self, place):
         """Alerts of the copies, at `place()`."""
-        return self.copies.told(place) if self.copies else []
+        return self.copies.pop_alerts(place) if self.copies else []
 
     def close(self):
         self.pool.shutdown(wait=True)
@@ -204,11 +204,11 @@ class Writer:
         try:
             path = write(*arguments)
         except OSError as error:
-            if not (self.copies and error.errno in FULL and self.copies.give_up()):
+            if not (self.copies and error.errno in FULL and self.copies.cancel()):
                 raise
             path = write(*arguments)
         if self.copies:
-            self.copies.take(path)
+            self.copies.offer(path)
         self.write_s = self.clock.now() - started
 
 

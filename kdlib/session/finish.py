@@ -10,13 +10,13 @@ from kdlib.session import export
 from kdlib.session.arm import CONTROL
 
 
-def best_of(legs):
+def best_of(arms):
     """The distilled leg with the best weights so far, None where none has any."""
-    ready = [leg for leg in legs if leg.name != CONTROL and leg.best_weights is not None]
-    return min(ready, key=lambda leg: leg.best, default=None)
+    ready = [arm for arm in arms if arm.name != CONTROL and arm.best_weights is not None]
+    return min(ready, key=lambda arm: arm.best, default=None)
 
 
-def conclude(config, inputs, folder, scores, pairs, read_s=0.0):
+def finish_run(config, inputs, folder, scores, pairs, read_s=0.0):
     """Makes the content of `verdict.json`, from the test `scores` before training and `pairs` of finished legs `(distilled,
     control or None)`, and writes student and verdict into `folder` (a `run_folder.RunFolder`, or None for a process
     that does not write). `read_s`: seconds in which the teacher read first. `samples` and `recut` stay empty: `extras`
@@ -31,8 +31,8 @@ def conclude(config, inputs, folder, scores, pairs, read_s=0.0):
     }
     answer = verdict.make_verdict(config.control, scores, compared)
     answer |= {"alignment": inputs.alignment, "read_s": read_s}
-    answer["train_s"] = {leg.name: leg.compare_s for leg in pairs[0] if leg}
-    answer["steps"] = {leg.name: leg.compare_step for leg in pairs[0] if leg}
+    answer["train_s"] = {arm.name: arm.compare_s for arm in pairs[0] if arm}
+    answer["steps"] = {arm.name: arm.compare_step for arm in pairs[0] if arm}
     answer["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
     answer["samples"], answer["recut"] = {}, {}
     if folder:
@@ -50,7 +50,7 @@ def weights_of(pairs, start_weights):
 
 
 def extras(config, inputs, students, folder, answer, on_progress=lambda phase, done, total: None):
-    """`(name, work)` of what shows a finished run: any of it may fail without harm. `answer`: as from `conclude`, which gets
+    """`(name, work)` of what shows a finished run: any of it may fail without harm. `answer`: as from `finish_run`, which gets
     its `samples` and `recut`. `on_progress(phase, done, total)` is called before each sample.
     """
 
@@ -71,17 +71,17 @@ def draw(folder):
     html.write_report(folder.path)
 
 
-def export_so_far(config, course, folder):
+def export_best_so_far(config, experiment, folder):
     """Student and report of a run that is not over."""
-    best = best_of(course.legs)
+    best = best_of(experiment.arms)
     if best:
-        write_student(course.pair, best, folder, export.model_card(config, None))
+        write_student(experiment.pair, best, folder, export.model_card(config, None))
         html.write_report(folder.path)
 
 
-def write_student(pair, leg, folder, card):
+def write_student(pair, arm, folder, card):
     """Export the best weights of a leg as `student/`."""
-    loading.put_back(pair.student, leg.best_weights)
+    loading.load_cpu_state_dict(pair.student, arm.best_weights)
     export.save_student(pair.student, pair.student_reader.tokenizer, folder.path / "student", card)
 
 
@@ -94,7 +94,7 @@ def _samples(inputs, students, on_progress):
     texts = {"opening": openings[0], "teacher": samples.teacher_says(pair.teacher.of("test"), openings[0])}
     shares = {}
     for name, weights in students.items():
-        loading.put_back(pair.student, weights)
+        loading.load_cpu_state_dict(pair.student, weights)
         found = []
         for opening in openings:
             on_progress("the samples", next(done), len(students) * len(openings))

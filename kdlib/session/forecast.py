@@ -7,7 +7,7 @@ from kdlib.machine import gib
 from kdlib.models.teacher_cache import holds_all
 from kdlib.report.findings import Finding
 from kdlib.session import checkpoint, plan, time_budget
-from kdlib.session.arm import DISTILLED, Leg
+from kdlib.session.arm import DISTILLED, Arm
 from kdlib.session.checkpoint_schedule import SAVE_EVERY_S, SAVE_SHARE
 from kdlib.session.first_pass import READINGS
 
@@ -15,7 +15,7 @@ SESSION = "11h"
 """Length of a session where `time_budget` is empty: what Kaggle's 12 hours leave."""
 
 
-def peak_finding(predicted, there, total, recomputes, config, fits=None):
+def peak_finding(predicted, there, total, gradient_checkpointing, config, fits=None):
     """The peak that is `predicted` against the `total` memory and what of it other programs leave, `there`. `fits`: windows
     in one pass that are foretold to fit, if any are.
     """
@@ -31,7 +31,7 @@ def peak_finding(predicted, there, total, recomputes, config, fits=None):
             f"end what else runs there, or {remedies(fits, config)}",
         )
         return Finding("memory", "peak, foretold", said, "wrong", means, remedy, predicted)
-    if recomputes:
+    if gradient_checkpointing:
         why = "as set" if config.gradient_checkpointing == "on" else "it would not fit otherwise"
         means = f"layers are made anew in the backward pass ({why}): the same result, a step takes about a third longer"
         return Finding("memory", "peak, foretold", said, "note", means, number=predicted)
@@ -99,20 +99,24 @@ def plan_findings(config, step_s, per_step, known, read_s=0.0):
     """
     steps = config.max_steps
     every = plan.eval_steps(config)
-    leg = Leg(DISTILLED, 0, steps, steps, steps, train_s=step_s)
+    arm = Arm(DISTILLED, 0, steps, steps, steps, train_s=step_s)
     save = known.expected("save")
     between = config.save_steps * step_s or max(SAVE_EVERY_S, save / SAVE_SHARE)
     costs = {**known.costs, "step": step_s}
     # a session that has just been through its start
-    session = time_budget.Budget(
+    session = time_budget.TimeBudget(
         known.seconds, known.clock, known.clock.now() - known.expected("start"), costs, known.guesses
     )
-    left = read_s + plan.seconds_left(config, every, leg, session.expected, save / between)
+    left = read_s + plan.seconds_left(config, every, arm, session.expected, save / between)
     told = plan.outlook(left, session, 1, 1 / step_s, round(steps * per_step))
     control = {"full": "the control as long again", "short": "a tenth more for the control", "off": "no control"}
     more = f", {config.repeats} times" if config.repeats > 1 else ""
     means = f"{control[config.control]}{more}, an evaluation every {every} steps, checkpoints; loading not counted"
-    made = [Finding("sessions", "the whole plan", f"{steps:,} steps, {clock.spoken(left)}", "ok", means, number=left)]
+    made = [
+        Finding(
+            "sessions", "the whole plan", f"{steps:,} steps, {clock.format_duration(left)}", "ok", means, number=left
+        )
+    ]
     return made + [
         sessions_finding(told["sessions_needed"], config.time_budget, session.seconds, environment.on_kaggle())
     ]
@@ -128,7 +132,7 @@ def readings_finding(config, readings, read_s=0.0):
     if readings < READINGS or not holds_all(config):
         return Finding("sessions", "teacher reads a text", said, number=readings)
     if read_s:
-        said, means = f"once, for {said}", f"about {clock.spoken(read_s)} before training; then it is let go"
+        said, means = f"once, for {said}", f"about {clock.format_duration(read_s)} before training; then it is let go"
         return Finding("sessions", "teacher reads a text", said, "ok", means, number=readings)
     means = (
         "from a cache it does so once: 0.005 to 0.016 bits per byte better in the same time, the cache's own counted, where "
@@ -139,7 +143,7 @@ def readings_finding(config, readings, read_s=0.0):
 
 def sessions_finding(needed, given, seconds, on_kaggle):
     """The sessions `needed` of so many `seconds`; `given`: the time budget in the config."""
-    each = f"{clock.spoken(seconds)} each"
+    each = f"{clock.format_duration(seconds)} each"
     if needed is None:
         means = "loading, saving, an evaluation and the margin take a whole session: none would get anything done"
         remedy = "a longer time_budget, or fewer eval_tokens"

@@ -8,10 +8,10 @@ import torch
 from kdlib import memory
 from kdlib.config import BY_BUCKETS
 from kdlib.data import batching, corpus
-from kdlib.data.dataset import Windows, cut_all, lengths_of, spread
+from kdlib.data.dataset import WindowDataset, build_windows, spread, window_lengths
 from kdlib.evaluation import scoring
 from kdlib.models import devices, fingerprint, hooks, loading, trie
-from kdlib.models.pair import Pair, Unfit, load_pair, load_teacher
+from kdlib.models.pair import IncompatiblePairError, Pair, load_pair, load_teacher
 from kdlib.models.projector import FeatureMap, TeacherToStudentProjector
 from kdlib.models.router import LayerRouter
 from kdlib.training.objective import Objective
@@ -28,11 +28,11 @@ class Inputs:
     """What a run starts from: the pair, windows to train on, `scoring.HeldOut` text to choose and to judge by.
 
     `alignment` reports how the pair of tokenizers fits this text: fractions in [0, 1]. `identity` names what a run starts
-    from (`fingerprint.of_inputs`). `held_out_tokens`: the student's, of all validation and test text, by name.
+    from (`fingerprint.fingerprint_inputs`). `held_out_tokens`: the student's, of all validation and test text, by name.
     """
 
     pair: Pair
-    train: Windows
+    train: WindowDataset
     validation: scoring.HeldOut
     test: scoring.HeldOut
     alignment: dict
@@ -67,22 +67,22 @@ def load(
     _check_scored({"validation": validation, "test": test})
     alignment = _report(train, pair)
     if alignment["coverage"] < MIN_COVERAGE:
-        raise Unfit(
+        raise IncompatiblePairError(
             f"only {alignment['coverage']:.1%} of the student's tokens have a comparable teacher position; "
             "these two tokenizers can't be aligned on this text",
             "take a student or a teacher with another tokenizer",
         )
     on_progress("fingerprinting the models", 0, 0)
-    teacher = pair.teacher.identity if config.cached else fingerprint.of_teacher(pair.teacher.model)
+    teacher = pair.teacher.identity if config.cached else fingerprint.fingerprint_teacher(pair.teacher.model)
     readers = pair.teacher.reader, pair.student_reader
-    known = fingerprint.of_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
+    known = fingerprint.fingerprint_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
     if config.cached:
         pair.teacher.refuse_other(known)
     samples = list(spread(validation, config.eval_tokens)), list(spread(test, TEST_FACTOR * config.eval_tokens))
     held_out = _both_held_out([_numbered(part) for part in samples], pair, config, train, on_progress)
     if config.check_teacher:
         scoring.check_teacher(pair.teacher, train, held_out[0])
-    sizes = {name: int(lengths_of(part).sum()) for name, part in zip(HELD_OUT, (validation, test), strict=True)}
+    sizes = {name: int(window_lengths(part).sum()) for name, part in zip(HELD_OUT, (validation, test), strict=True)}
     return Inputs(pair, train, *held_out, alignment, known, sizes)
 
 
@@ -149,7 +149,7 @@ def make_objective(pair, config, student=None):
         beside["projector"] = TeacherToStudentProjector(theirs.shape[1], head.width)
         beside["projector"].start_from(head.rows(torch.from_numpy(pair.shared.student_ids)).cpu(), theirs)
     elif config.kd_method in BY_BUCKETS:
-        more = {"teacher_head": pair.teacher.near, "buckets": trie.buckets_of(pair, config.kd_method)}
+        more = {"teacher_head": pair.teacher.student_side_head, "buckets": trie.buckets_of(pair, config.kd_method)}
         if config.kd_method == "inside_tokens":
             more["tries"] = trie.tries_of(pair)
     layers, attention = _tapped(student.config, pair.teacher.config, config)
@@ -210,7 +210,7 @@ def _sampled_features(pair, config, student, layers):
     for i in range(0, len(pair.sample), config.batch_size):
         batch = batching.collate(pair.sample[i : i + config.batch_size], *pair.pads, pair.widest).to(student.device)
         at = batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window
-        ours = loading.read(student, *at, loading.Taps(layers[0]), batch.student_spots)
+        ours = loading.read(student, *at, loading.Taps(layers[0]), batch.student_positions)
         theirs = pair.teacher(batch, loading.Taps(layers[1]))
         state = ours.last.flatten(0, 1)[batch.student_rows]
         found.append([part.float().cpu() for part in (state, *ours.layers, theirs.hidden, *theirs.layers)])
@@ -228,7 +228,7 @@ def _documents(config):
 
 
 def _windows(documents, pair, config):
-    return cut_all(documents, pair.student_reader, pair.teacher.reader, config.max_length)
+    return build_windows(documents, pair.student_reader, pair.teacher.reader, config.max_length)
 
 
 def _numbered(windows):
@@ -239,8 +239,8 @@ def _hold_out(windows, pair, config, split, times, on_progress):
     """The `scoring.HeldOut` of some windows; `split`: what a teacher cache knows them as; `times`: its `times_seen`."""
     teacher = pair.teacher.of(split)
     on_batch = functools.partial(on_progress, f"the teacher reads {split} text")
-    made, _ = memory.fitting(
-        lambda size: scoring.hold_out(
+    made, _ = memory.retry_with_smaller_batch(
+        lambda size: scoring.prepare_held_out(
             windows,
             teacher,
             pair.head,
@@ -263,7 +263,7 @@ def _widest(pair, config, splits):
     """
     found = []
     for side, model in (("student", pair.student), ("teacher", pair.teacher.model)):
-        longest = max(int(lengths_of(windows, side).max(initial=0)) for windows in splits)
+        longest = max(int(window_lengths(windows, side).max(initial=0)) for windows in splits)
         fits = config.packing != "off" and model is not None and loading.packs(model, longest)
         if config.packing == "on" and model is not None and not fits:
             raise ValueError(
@@ -291,7 +291,7 @@ def _report(windows, pair):
 def _check_amount(windows, config):
     per_step = config.batch_size * config.grad_accumulation
     if len(windows) < per_step:
-        raise Unfit(
+        raise IncompatiblePairError(
             f"the training text makes {len(windows)} windows of {config.max_length} tokens, one optimizer step takes "
             f"{per_step}",
             "give more text, or lower --batch-size, --grad-accumulation or --max-length",
@@ -301,4 +301,4 @@ def _check_amount(windows, config):
 def _check_scored(parts):
     for name, windows in parts.items():
         if not windows.total("num_bytes"):
-            raise Unfit(f"the {name} text is too short to score", "give more text")
+            raise IncompatiblePairError(f"the {name} text is too short to score", "give more text")

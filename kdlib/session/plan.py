@@ -28,20 +28,20 @@ def guessed_costs(num_weights):
     return {task: seconds + times[task] * 4 * num_weights / GUESS_BYTES_PER_S for task, seconds in GUESSED_S.items()}
 
 
-def seconds_left(config, eval_steps, leg, expected, saving=0.0):
-    """Seconds to the end of the run, from the mean step of the `leg` in training: steps, evaluations, tests, the end.
+def seconds_left(config, eval_steps, arm, expected, saving=0.0):
+    """Seconds to the end of the run, from the mean step of the `arm` in training: steps, evaluations, tests, the end.
 
     `expected(task)` gives the seconds of `evaluate`, `test` and `conclude`; `saving` is the share of the training time that
     checkpoints take.
     """
     control = CONTROL_SHARE[config.control]
-    distilled = leg.train_s / max(1, leg.step) * leg.last_step
-    own = distilled * (1.0 - leg.step / leg.last_step)
-    if leg.name == "distilled":
+    distilled = arm.train_s / max(1, arm.step) * arm.last_step
+    own = distilled * (1.0 - arm.step / arm.last_step)
+    if arm.name == "distilled":
         own += control * distilled
     else:
         distilled /= control
-    training = own + (config.repeats - 1 - leg.repeat) * distilled * (1.0 + control)
+    training = own + (config.repeats - 1 - arm.repeat) * distilled * (1.0 + control)
     evaluations = math.ceil(config.max_steps / eval_steps) * training / max(distilled, 1e-9)
     tests = (2.0 if config.control == "short" else 1.0) * training / max(distilled, 1e-9)
     rest = evaluations * expected("evaluate") + tests * expected("test") + expected("conclude")
@@ -55,7 +55,7 @@ def outlook(left_s, session, num_sessions, steps_per_s, num_tokens):
     `session` is the `Budget` of this session, which is number `num_sessions`.
     """
     each = session.per_session()
-    now = max(0.0, session.left() - session.cost(*session.final_tasks()) - session.margin())
+    now = max(0.0, session.left() - session.cost(*session.final_tasks()) - session.reserve())
     later = math.ceil(max(0.0, left_s - now) / each) if each > 0 else None
     waiting = 0.0 if not later else later * session.cost("start")
     return {

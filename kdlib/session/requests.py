@@ -21,17 +21,17 @@ class Wishes:
         """Whether there is each wish of `KNOWN`, and at last whether there is an unknown one."""
         return *(wish in self.words for wish in KNOWN), bool(self._unknown())
 
-    def grant(self, course, saving, leg, save, look, in_vain):
+    def grant(self, experiment, saving, arm, save, look, in_vain):
         """Save and look, as is wished for, where nothing is half-done: yields `(records, wish, answer)`. `in_vain`: no time
         is left for a look.
         """
-        if save and course.settled(leg):
-            name = saving.whole()
+        if save and experiment.evaluations_done(arm):
+            name = saving.flush()
             yield [], SAVE, f"saved as {name}" if name else "not saved: the weights are no numbers"
-        if look and course.settled(leg):
-            told = "it was evaluated at this very step" if leg.evaluated == leg.step else ""
+        if look and experiment.evaluations_done(arm):
+            told = "it was evaluated at this very step" if arm.evaluated == arm.step else ""
             told = "no time is left for it in this session" if in_vain else told
-            yield [] if told else course.look(leg), EVALUATE, told or "evaluated for a look"
+            yield [] if told else experiment.look(arm), EVALUATE, told or "evaluated for a look"
 
     def fulfil(self, wish):
         self.words.discard(wish)

@@ -10,7 +10,7 @@ from kdlib.session import checkpoint, run_folder
 
 
 @dataclasses.dataclass
-class Found:
+class PreviousRun:
     """A run that was begun before. `path`, `groups` and `facts` are those of its newest whole checkpoint (None where it was
     cut off before its first), `broken` tells of newer ones that are not whole, `verdict` is there where it is complete.
     """
@@ -31,8 +31,8 @@ class Found:
             yield {"kind": "alert", **place, "sign": "checkpoint", "part": path.name, **told}
 
 
-def find(folder, wanted):
-    """The `Found` that `wanted` (`auto`, `never` or a folder) means for the `run_folder.RunFolder` of a session; None
+def find_previous_run(folder, wanted):
+    """The `PreviousRun` that `wanted` (`auto`, `never` or a folder) means for the `run_folder.RunFolder` of a session; None
     for a new run. ValueError where a run is there, but nothing whole of it.
     """
     named = wanted not in ("auto", "never")
@@ -43,7 +43,7 @@ def find(folder, wanted):
     source = run_folder.RunFolder(chosen.parent.parent if single else chosen)
     if named and not (single or source.holds_run()):
         raise ValueError(f"--resume {wanted} holds no run; give a run folder or one of its checkpoints, auto or never")
-    found = Found(source, source.last_status())
+    found = PreviousRun(source, source.last_status())
     if found.status.get("state") == "complete" and (source.path / "verdict.json").exists() and not single:
         found.verdict = read_json(source.path / "verdict.json")
         return found
@@ -60,19 +60,19 @@ def find(folder, wanted):
     return found
 
 
-def refuse_another_run(found, now):
-    """What is only to be told of the differences between a `Found` and this session (`fingerprint.differences`); ValueError
+def check_same_run(found, now):
+    """What is only to be told of the differences between a `PreviousRun` and this session (`fingerprint.diff_runs`); ValueError
     where they keep it from going on.
     """
     if found.verdict is not None:
         config = read_json(found.source.path / "config.json")
         config["max_steps"] = config["max_steps"] if now["config"]["max_steps"] else 0  # the plan as it was resolved
         nothing = {"identity": None, "windows_per_step": None, "versions": {}}
-        refused, told = fingerprint.differences({"config": config, **nothing}, {"config": now["config"], **nothing})
+        refused, told = fingerprint.diff_runs({"config": config, **nothing}, {"config": now["config"], **nothing})
     elif found.facts is None:
         refused, told = [], []  # nothing was learned: it begins anew
     else:
-        refused, told = fingerprint.differences(found.facts, now)
+        refused, told = fingerprint.diff_runs(found.facts, now)
     if refused:
         raise ValueError(
             f"{found.source.path} holds a run that differs in {'; '.join(refused)}. Start a new --out, or go on as it was"
@@ -80,7 +80,7 @@ def refuse_another_run(found, now):
     return told
 
 
-def take_over(found, folder):
+def adopt(found, folder):
     """Make `folder` hold the run up to its checkpoint: a copy where it came from elsewhere, without records of lost steps,
     broken checkpoints set aside.
     """
@@ -88,7 +88,7 @@ def take_over(found, folder):
         if found.source.records.path.exists():
             files.copy(found.source.records.path, folder.records.path)
         if found.path:
-            checkpoint.bring(found.path, folder.checkpoints)
+            checkpoint.copy_checkpoint(found.path, folder.checkpoints)
     else:
         for path in found.broken:
             checkpoint.set_aside(path)
@@ -96,7 +96,7 @@ def take_over(found, folder):
     folder.records.cut(found.facts["records_bytes"] if found.facts else 0)
 
 
-def bring_complete(found, folder, writes):
+def adopt_complete(found, folder, writes):
     """Releases `folder`, which holds the complete run: a copy if that came from elsewhere and this process writes. What a
     kill at the end left of its teacher cache, or half-written, goes.
     """

@@ -9,24 +9,24 @@ import weakref
 import torch
 
 from kdlib import environment, files
-from kdlib.clock import Clock, seconds_of, spoken
-from kdlib.models.devices import accelerator, agreed
+from kdlib.clock import Clock, format_duration, parse_duration
+from kdlib.models.devices import accelerator, any_process
 from kdlib.session import backup, checkpoint, checkpoint_schedule, finish, plan, resume, run_folder, time_budget
 from kdlib.session.arm import Scorer
-from kdlib.session.experiment import Course
-from kdlib.session.first_pass import Reading
+from kdlib.session.experiment import Experiment
+from kdlib.session.first_pass import CachedFirstPass
 from kdlib.session.requests import Unknown, Wishes
 
 PLAN_AFTER_S = 60.0
-LIVE = weakref.WeakValueDictionary()
+_ACTIVE = weakref.WeakValueDictionary()
 """Sessions of this process that are not over, by folder: one that nobody drives any more gives way to the next."""
 
 
 @atexit.register
-def leave_all():
+def stop_all():
     """As the process ends: save what nobody will drive any more."""
-    for session in list(LIVE.values()):
-        session.leave("its process ended")
+    for session in list(_ACTIVE.values()):
+        session.stop("its process ended")
 
 
 class Paused(Exception):
@@ -35,7 +35,7 @@ class Paused(Exception):
 
 def distill(config, out, clock=None, resume="auto", wishes=None, on_progress=lambda phase, done, total: None):
     """Run `config` in the folder `out`, or go on with the run that it holds: a generator of records (dicts, as in
-    `records.jsonl`; besides, of kind `reading` while the teacher reads first, as `cache_writer.write` has them by
+    `records.jsonl`; besides, of kind `first_pass` while the teacher reads first, as `cache_writer.write` has them by
     `phase`; one of kind `start` with what was loaded, `plan` after the first minute, and at the end `verdict` or `paused`).
 
     `resume`: `auto` goes on where `out` holds this run; `never` wants a new folder; a run folder or checkpoint elsewhere is
@@ -61,73 +61,79 @@ class Session:
     def __init__(self, config, out, clock, wanted="auto", wishes=None, on_progress=lambda phase, done, total: None):
         self.config, self.clock, self.wishes, self.on_progress = config, clock, Wishes(wishes), on_progress
         self.started = clock.now() - environment.session_age_s()
-        self.budget = time_budget.Budget(seconds_of(config.time_budget), clock, self.started)
-        self.interrupts = time_budget.Interrupts()
+        self.budget = time_budget.TimeBudget(parse_duration(config.time_budget), clock, self.started)
+        self.stop_signals = time_budget.StopSignals()
         self.folder = run_folder.RunFolder(out)
-        if former := LIVE.pop(str(self.folder.path.resolve()), None):
-            former.leave("given up for a new session")
+        if former := _ACTIVE.pop(str(self.folder.path.resolve()), None):
+            former.stop("given up for a new session")
         begun_again = wanted not in ("auto", "never") and not self.folder.has_begun()  # a kill as it was brought here
         self.folder.refuse_foreign(may_hold_run=wanted == "auto" or begun_again)
         self.accelerator = accelerator(config.amp_dtype)
         self.writes = self.accelerator.is_main_process
         self.own_folder = self.folder if self.writes else None
-        self.course, self.saving, self.ended, self.outlook = None, None, None, None
+        self.experiment, self.saving, self.ended, self.outlook = None, None, None, None
         self.trained_from, self.began_at = None, 0
         self.stopped_loading, self.phase = "", ("", 0.0)
         try:
             if self.writes and self.folder.holds_run():
                 self.folder.acquire()
-            self.found = resume.find(self.folder, wanted)
-            self.before = self.found.status if self.found else {}
-            self.num_sessions = (self.before.get("sessions") or 0) + 1
-            if self.found and self.found.verdict is not None:
-                resume.refuse_another_run(self.found, {"config": config.to_dict()})
+            self.previous_run = resume.find_previous_run(self.folder, wanted)
+            self.previous_status = self.previous_run.status if self.previous_run else {}
+            self.num_sessions = (self.previous_status.get("sessions") or 0) + 1
+            if self.previous_run and self.previous_run.verdict is not None:
+                resume.check_same_run(self.previous_run, {"config": config.to_dict()})
                 return
-            self.elapsed_before_s = self.before.get("elapsed_s") or 0.0
-            self.budget.costs = dict(self.before.get("costs") or {})
-            self.writer = checkpoint.Writer(self.clock, backup.of_run(config, self.folder) if self.writes else None)
-            self.reading = Reading(config, self.found, self.folder, self.accelerator, self.clock, self._progress)
-            self.interrupts.listen()
+            self.elapsed_before_s = self.previous_status.get("elapsed_s") or 0.0
+            self.budget.costs = dict(self.previous_status.get("costs") or {})
+            self.writer = checkpoint.BackgroundWriter(
+                self.clock, backup.of_run(config, self.folder) if self.writes else None
+            )
+            self.first_pass = CachedFirstPass(
+                config, self.previous_run, self.folder, self.accelerator, self.clock, self._progress
+            )
+            self.stop_signals.listen()
             self._load(config)
         except Paused as pause:
             self.stopped_loading = str(pause)
         except BaseException:
-            self.interrupts.ignore()
+            self.stop_signals.ignore()
             self.folder.release()
             raise
 
     def _load(self, config):
         """The inputs, and what an earlier session left."""
-        loaded, per_step = self.reading.inputs(config), config.effective_batch * self.accelerator.num_processes
+        loaded, per_step = self.first_pass.inputs(config), config.effective_batch * self.accelerator.num_processes
         self.config = config.replace(max_steps=plan.num_steps(config, len(loaded.train), per_step))
-        self.who = {
+        self.run_identity = {
             "config": self.config.to_dict(),
-            "identity": self.reading.plan(self.config, loaded, per_step),
+            "identity": self.first_pass.plan(self.config, loaded, per_step),
             "windows_per_step": per_step,
             "versions": environment.describe()["versions"],
         }
-        self.notes = resume.refuse_another_run(self.found, self.who) if self.found else []
+        self.notes = resume.check_same_run(self.previous_run, self.run_identity) if self.previous_run else []
         self.budget.guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
-        if not self.reading.work:
+        if not self.first_pass.writer:
             self._prepare(loaded)
         else:
             self.loaded = loaded
 
     def _prepare(self, loaded):
         """All that trains."""
-        facts = (self.found and self.found.facts) or {}
+        facts = (self.previous_run and self.previous_run.facts) or {}
         scorer = Scorer.of(loaded, self.config, self.accelerator.device, facts, self.budget, self._progress)
         machine = self.accelerator, self.clock, self.budget
-        self.course = Course(self.config, loaded, *machine, scorer, self.reading.seconds)
-        self.saving = checkpoint_schedule.Saving(self.course, self.who, self.own_folder, self.writer, bool(facts))
+        self.experiment = Experiment(self.config, loaded, *machine, scorer, self.first_pass.seconds)
+        self.saving = checkpoint_schedule.CheckpointSchedule(
+            self.experiment, self.run_identity, self.own_folder, self.writer, bool(facts)
+        )
 
     def run(self):
         """All that is left of the run, or of the session's time. Keeps `status.json` true whatever happens."""
-        if self.found and self.found.verdict is not None:
-            resume.bring_complete(self.found, self.folder, self.writes)
+        if self.previous_run and self.previous_run.verdict is not None:
+            resume.adopt_complete(self.previous_run, self.folder, self.writes)
             if self.writes and not (self.folder.path / "report.html").exists():  # the process died before it was drawn
                 yield from self._attempt("the report", lambda: finish.draw(self.folder), "report")
-            yield {"kind": "verdict", **self.found.verdict}
+            yield {"kind": "verdict", **self.previous_run.verdict}
             return
         self._open()
         try:
@@ -138,10 +144,10 @@ class Session:
         except Paused as pause:
             yield from self._pause(str(pause))
         except Unknown as wish:
-            self.leave(str(wish))
+            self.stop(str(wish))
             raise
         except GeneratorExit:
-            self.leave("broken off by its caller")
+            self.stop("broken off by its caller")
             raise
         except KeyboardInterrupt:
             self._end("paused", f"interrupted at once; {self._kept()}")
@@ -156,7 +162,7 @@ class Session:
         try:
             self._take_folder()
         except BaseException:
-            self.interrupts.ignore()
+            self.stop_signals.ignore()
             self.folder.release()
             raise
         self.accelerator.wait_for_everyone()
@@ -170,81 +176,87 @@ class Session:
                     self.folder.release()
                     self.folder.refuse_foreign()
             devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-            known = self.found.facts["config"] if self.stopped_loading and self.found and self.found.facts else None
+            known = (
+                self.previous_run.facts["config"]
+                if self.stopped_loading and self.previous_run and self.previous_run.facts
+                else None
+            )
             self.folder.open(known or self.config.to_dict(), environment.describe(devices))
-            if self.found:
-                resume.take_over(self.found, self.folder)
-            self.reading.bring(self.found.source.cache if self.stopped_loading and self.found else None)
-            LIVE[str(self.folder.path.resolve())] = self
+            if self.previous_run:
+                resume.adopt(self.previous_run, self.folder)
+            self.first_pass.copy_shards(
+                self.previous_run.source.cache if self.stopped_loading and self.previous_run else None
+            )
+            _ACTIVE[str(self.folder.path.resolve())] = self
 
     def _read(self):
         """Where it is due, the teacher reads all text and is let go; the run then learns from what it said."""
-        for record in self.reading.run(self.budget):
+        for record in self.first_pass.run(self.budget):
             self._status("running", "the teacher reads the text")
             if record["phase"] == "paused":
                 raise Paused(record["reason"])
             yield {**record, "session": self.num_sessions}
-            if "pause" in self.wishes:
-                self._pause_as_wished()
-        if not self.course:
+        if not self.experiment:
             loaded, self.loaded = self.loaded, None
-            self._prepare(self.reading.inputs(self.config, loaded))
+            self._prepare(self.first_pass.inputs(self.config, loaded))
 
     def _run(self):
-        course, facts = self.course, (self.found and self.found.facts) or None
+        experiment, facts = self.experiment, (self.previous_run and self.previous_run.facts) or None
         if facts:
             path = self.folder.records.path
-            course.restore(self.found.groups, facts["course"], files.read_records(path) if path.exists() else [])
-            self.found.groups, self.saving.step = None, course.step
-        resumed = self.found.path.name if facts else None
+            experiment.restore(
+                self.previous_run.groups, facts["course"], files.read_records(path) if path.exists() else []
+            )
+            self.previous_run.groups, self.saving.step = None, experiment.step
+        resumed = self.previous_run.path.name if facts else None
         told = {"session": self.num_sessions, "resumed": resumed, "notes": self.notes}
         time = {"session_s": self.budget.seconds, "session_left_s": self.budget.left()}
-        yield {"kind": "start", **course.summary(), **told, **time}
+        yield {"kind": "start", **experiment.summary(), **told, **time}
         if facts:
-            yield from self._written(self.found.alerts(course.place()))
-        for found in course.run():
-            yield from self._written([*found, *self.writer.told(course.place)])
+            yield from self._written(self.previous_run.alerts(experiment.place()))
+        for found in experiment.run():
+            yield from self._written([*found, *self.writer.pop_alerts(experiment.place)])
             yield from self._look_ahead()
-        self.saving.whole()
-        if not self.budget.allows("conclude") and self.trained_from is not None:
+        self.saving.flush()
+        if not self.budget.fits("conclude") and self.trained_from is not None:
             raise Paused("no time is left for the verdict in this session")
         yield from self._conclude()
 
     def _conclude(self):
         """The student and the verdict; then, as far as they succeed, what only shows them."""
-        course, started = self.course, self.clock.now()
+        experiment, started = self.experiment, self.clock.now()
         self._progress("writing the student and the verdict", 0, 0)
-        pairs = course.pairs()
-        answer = finish.conclude(
-            self.config, course.inputs, self.own_folder, course.scores, pairs, round(course.read_s, 3)
+        pairs = experiment.pairs()
+        answer = finish.finish_run(
+            self.config, experiment.inputs, self.own_folder, experiment.scores, pairs, round(experiment.read_s, 3)
         )
-        self.budget.took("conclude", self.clock.now() - started)
+        self.budget.record("conclude", self.clock.now() - started)
         self._end("complete", "")
         if self.writes:
-            students = finish.weights_of(pairs, course.start_weights)
-            shown = finish.extras(self.config, course.inputs, students, self.folder, answer, self._progress)
+            students = finish.weights_of(pairs, experiment.start_weights)
+            shown = finish.extras(self.config, experiment.inputs, students, self.folder, answer, self._progress)
             for name, work in shown:
                 yield from self._attempt(name, work, "report")
-        self.reading.clear()
+        self.first_pass.discard()
         yield {"kind": "verdict", **answer}
 
     def _attempt(self, name, work, task):
         """Records of `work()`, which the state on disk does not depend on: what it raises becomes an alert."""
         found = []
         try:
-            if not self.budget.allows(task):
+            if not self.budget.fits(task):
                 raise Paused("no time is left for it in this session")
             self._progress(name, 0, 0)
             started = self.clock.now()
             found = work() or []
-            self.budget.took(task, self.clock.now() - started)
+            self.budget.record(task, self.clock.now() - started)
         except Exception as error:  # noqa: BLE001 - student and verdict, or the checkpoint, are safe on the disk
             kind = "" if isinstance(error, Paused) else f"{type(error).__name__}: "
             meaning = f"{name} failed: {kind}{(str(error).strip().splitlines() or ['no reason given'])[0][:300]}"
             advice = "the results are saved; kdlib report draws the page again"
             place = (
-                self.course.place()
-                if self.course and self.course.legs
+                self.experiment.place()
+                if self.experiment and self.experiment.arms
                 else {"run": "distilled", "repeat": 0, "step": 0}
             )
             alert = {"kind": "alert", **place, "sign": "report", "part": name, "meaning": meaning, "advice": advice}
@@ -264,40 +276,40 @@ class Session:
 
     def _look_ahead(self):
         """Between two tasks of the course: save where it is time to, tell the plan, stop where the next won't fit."""
-        leg = self.course.legs[-1] if self.course.legs else None
-        if leg is None or self.course.training is None:
+        arm = self.experiment.arms[-1] if self.experiment.arms else None
+        if arm is None or self.experiment.training is None:
             return
         if self.trained_from is None:
-            self.budget.took("start", self.budget.used() - self.reading.now_s)
-            self.trained_from, self.began_at = self.clock.now(), self.course.step
-        ahead = ["step"] + ["evaluate"] * self.course.evaluation_due(leg, leg.step + 1)
-        last = self.budget.final_tasks() if self.course.step > self.began_at else ["save"]  # a step comes first
-        fits = leg.done or self.budget.allows(*ahead, *last)
-        in_vain = "evaluate" in self.wishes and not self.budget.allows(*ahead, "save", "evaluate", "evaluate", "export")
-        here = (self.saving.due(leg), bool(self.interrupts.asked), not fits, *self.wishes.all(), in_vain)
-        save, asked, late, *wanted = agreed(self.accelerator, here)
+            self.budget.record("start", self.budget.used() - self.first_pass.now_s)
+            self.trained_from, self.began_at = self.clock.now(), self.experiment.step
+        ahead = ["step"] + ["evaluate"] * self.experiment.evaluation_due(arm, arm.step + 1)
+        last = self.budget.final_tasks() if self.experiment.step > self.began_at else ["save"]  # a step comes first
+        fits = arm.done or self.budget.fits(*ahead, *last)
+        in_vain = "evaluate" in self.wishes and not self.budget.fits(*ahead, "save", "evaluate", "evaluate", "export")
+        here = (self.saving.is_due(arm), bool(self.stop_signals.asked), not fits, *self.wishes.all(), in_vain)
+        save, asked, late, *wanted = any_process(self.accelerator, here)
         if asked:
-            raise Paused(self.interrupts.asked or "another process was asked to stop")
+            raise Paused(self.stop_signals.asked or "another process was asked to stop")
         if late:
             raise Paused(self._time_is_up())
         if save:
-            self.saving.begin()
-        yield from self._grant(leg, *wanted)
-        if self.outlook is None and leg.step and self.clock.now() - self.trained_from >= PLAN_AFTER_S:
+            self.saving.start()
+        yield from self._grant(arm, *wanted)
+        if self.outlook is None and arm.step and self.clock.now() - self.trained_from >= PLAN_AFTER_S:
             self._make_plan()
             yield {"kind": "plan", "session": self.num_sessions, **self.outlook}
 
-    def _grant(self, leg, pause, save, look, unknown, in_vain):
+    def _grant(self, arm, pause, save, look, unknown, in_vain):
         """Fulfil wishes; tell what became of them."""
         if unknown:
             self.wishes.refuse_unknown()
             raise Unknown("another process was given an unknown wish")
         if pause:
             self._pause_as_wished()
-        for found, wish, answer in self.wishes.grant(self.course, self.saving, leg, save, look, in_vain):
+        for found, wish, answer in self.wishes.grant(self.experiment, self.saving, arm, save, look, in_vain):
             yield from self._written(found)
             self.wishes.fulfil(wish)
-            place = {**self.course.place(), "session": self.num_sessions}
+            place = {**self.experiment.place(), "session": self.num_sessions}
             yield {"kind": "wish", "wish": wish, "answer": answer, **place}
 
     def _pause_as_wished(self):
@@ -305,12 +317,12 @@ class Session:
         raise Paused("asked to pause")
 
     def _make_plan(self):
-        leg = self.course.legs[-1]
-        between = self.config.save_steps * leg.train_s / max(1, leg.step) or self.saving.every_s()
-        self.outlook = self.course.outlook(self.num_sessions, self.budget.expected("save") / max(between, 1e-9))
+        arm = self.experiment.arms[-1]
+        between = self.config.save_steps * arm.train_s / max(1, arm.step) or self.saving.every_s()
+        self.outlook = self.experiment.outlook(self.num_sessions, self.budget.expected("save") / max(between, 1e-9))
 
     def _time_is_up(self):
-        used, whole = map(spoken, (self.budget.used(), self.budget.seconds))
+        used, whole = map(format_duration, (self.budget.used(), self.budget.seconds))
         return f"{used} of the time budget of {whole} are used, and the rest is for saving"
 
     def _progress(self, phase, done, total):
@@ -319,16 +331,16 @@ class Session:
             self.on_progress(phase, done, total)
         if self.accelerator.num_processes > 1:
             return  # processes must stop together
-        if self.interrupts.asked:
-            raise Paused(self.interrupts.asked)
+        if self.stop_signals.asked:
+            raise Paused(self.stop_signals.asked)
         if "pause" in self.wishes:
             self._pause_as_wished()
         now, (former, at) = self.clock.now(), self.phase
-        if done and phase == former and not self.course:  # a `Scorer` measures its own batches
-            self.budget.took("batch", now - at)
+        if done and phase == former and not self.experiment:  # a `Scorer` measures its own batches
+            self.budget.record("batch", now - at)
         self.phase = phase, now
-        reserve = self.budget.cost("batch", *["save"] * bool(self.course))
-        if self.budget.left() < reserve + 0.5 * self.budget.margin():
+        reserve = self.budget.cost("batch", *["save"] * bool(self.experiment))
+        if self.budget.left() < reserve + 0.5 * self.budget.reserve():
             raise Paused(self._time_is_up())
 
     def _pause(self, reason):
@@ -337,13 +349,13 @@ class Session:
         """
         reason = self._save(reason)
         self._end("paused", f"{reason}; {self._kept()}")
-        if self.course and self.course.legs and not self.interrupts.asked:
-            leg = self.course.legs[-1] if self.course.training else None
-            if leg and leg.evaluated < leg.step and self.budget.allows("evaluate", "export"):
-                yield from self._attempt("the evaluation", lambda: self.course.evaluate(leg), "evaluate")
-            if self.writes and finish.best_of(self.course.legs):
+        if self.experiment and self.experiment.arms and not self.stop_signals.asked:
+            arm = self.experiment.arms[-1] if self.experiment.training else None
+            if arm and arm.evaluated < arm.step and self.budget.fits("evaluate", "export"):
+                yield from self._attempt("the evaluation", lambda: self.experiment.evaluate(arm), "evaluate")
+            if self.writes and finish.best_of(self.experiment.arms):
                 yield from self._attempt(
-                    "the export", lambda: finish.export_so_far(self.config, self.course, self.folder), "export"
+                    "the export", lambda: finish.export_best_so_far(self.config, self.experiment, self.folder), "export"
                 )
         yield self._paused(reason)
 
@@ -351,7 +363,7 @@ class Session:
         """The state on disk, and the last record of the session."""
         reason = f"{reason}; {self._kept()}"
         self._end("paused", reason)
-        step = self.course.step if self.course else self.before.get("step") or 0
+        step = self.experiment.step if self.experiment else self.previous_status.get("step") or 0
         known = {"step": step, "session": self.num_sessions, "plan": self.outlook}
         return {"kind": "paused", "reason": reason, **known}
 
@@ -367,7 +379,7 @@ class Session:
             raise RuntimeError(f"the run failed: {error}") from error
         raise error
 
-    def leave(self, reason):
+    def stop(self, reason):
         """End the session from outside, between two records: all is saved. Does nothing where it is over."""
         if self.ended or (self.folder.lock is None and self.writes):
             return
@@ -378,14 +390,16 @@ class Session:
         """Save what there is; the reason of an end, with why it could not be saved."""
         try:
             if self.saving:
-                self.saving.whole()
+                self.saving.flush()
         except Exception as error:  # noqa: BLE001 - the checkpoint of before stands, and the session ends well
             reason += f", and not saved ({getattr(error, 'strerror', None) or error})"
         return reason
 
     def _kept(self):
         path = checkpoint.newest_name(self.folder.checkpoints)
-        read = "what the teacher has read is kept" if self.reading.num_read else "nothing was saved yet, it begins anew"
+        read = (
+            "what the teacher has read is kept" if self.first_pass.num_read else "nothing was saved yet, it begins anew"
+        )
         return f"goes on from {path}" if path else read
 
     def _end(self, state, reason):
@@ -399,21 +413,24 @@ class Session:
         with contextlib.ExitStack() as stack:  # each is done whatever another raises
             stack.callback(self.folder.release)
             stack.callback(self.writer.close)
-            stack.callback(self.interrupts.ignore)
-        if LIVE.get(str(self.folder.path.resolve())) is self:
-            del LIVE[str(self.folder.path.resolve())]
+            stack.callback(self.stop_signals.ignore)
+        if _ACTIVE.get(str(self.folder.path.resolve())) is self:
+            del _ACTIVE[str(self.folder.path.resolve())]
 
     def _status(self, state, reason):
         if not self.writes:
             return
-        if self.outlook is not None and self.course.legs[-1].step:
+        if self.outlook is not None and self.experiment.arms[-1].step:
             self._make_plan()  # a student that has not begun yet can't tell
-        used, step = self.budget.used(), (self.course and self.course.num_distilled) or self.before.get("step", 0)
+        used, step = (
+            self.budget.used(),
+            (self.experiment and self.experiment.num_distilled) or self.previous_status.get("step", 0),
+        )
         self.folder.status(
             state, reason=reason, step=step,
-            max_steps=self.config.max_steps * self.config.repeats or self.before.get("max_steps", 0),
+            max_steps=self.config.max_steps * self.config.repeats or self.previous_status.get("max_steps", 0),
             sessions=self.num_sessions,
             elapsed_s=round(self.elapsed_before_s + used, 3), session_s=round(used, 3),
             saving_s=round(self.saving.took_s if self.saving else 0.0, 3), costs=self.budget.costs,
-            plan=None if state == "complete" else self.outlook, **self.reading.facts(),
+            plan=None if state == "complete" else self.outlook, **self.first_pass.facts(),
         )  # fmt: skip

@@ -14,7 +14,7 @@ FORGET = 0.97
 """A cost that was once high counts this much less with every cheaper one."""
 
 
-class Budget:
+class TimeBudget:
     """A session of so many seconds, counted from `started`, and what each kind of task was seen to cost; `guesses` stand in
     for what was not seen yet.
     """
@@ -23,7 +23,7 @@ class Budget:
         self.seconds, self.clock, self.started = seconds, clock, started
         self.costs, self.guesses = dict(costs), dict(guesses)
 
-    def took(self, task, seconds):
+    def record(self, task, seconds):
         """Note what a task took. A cost is the highest of late."""
         self.costs[task] = max(seconds, FORGET * self.costs.get(task, 0.0))
 
@@ -33,7 +33,7 @@ class Budget:
     def left(self):
         return self.seconds - self.used()
 
-    def margin(self):
+    def reserve(self):
         """Seconds that are planned for nothing: a share of the session, and two steps of the longest kind."""
         return 0.0 if math.isinf(self.seconds) else MARGIN * self.seconds + 2.0 * self.expected("step")
 
@@ -45,9 +45,9 @@ class Budget:
         """Seconds to set aside for these tasks."""
         return SAFETY * sum(map(self.expected, tasks))
 
-    def allows(self, *tasks):
+    def fits(self, *tasks):
         """Whether these tasks, one after the other, are done before the session ends, with the margin left over."""
-        return self.left() >= self.cost(*tasks) + self.margin()
+        return self.left() >= self.cost(*tasks) + self.reserve()
 
     def final_tasks(self):
         """Tasks for which the end of a session is kept free: a save, and an evaluation and export where they take at most
@@ -58,10 +58,10 @@ class Budget:
 
     def per_session(self):
         """Seconds of a session that go into training and its evaluations: not into the start, the end or the margin."""
-        return self.seconds - self.cost("start", *self.final_tasks()) - self.margin()
+        return self.seconds - self.cost("start", *self.final_tasks()) - self.reserve()
 
 
-class Interrupts:
+class StopSignals:
     """From `listen` to `ignore`, SIGTERM and SIGINT are a wish to stop, granted where it is safe; a second SIGINT raises
     KeyboardInterrupt at once. In a thread other than the main one nothing is changed.
     """

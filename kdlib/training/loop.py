@@ -55,15 +55,15 @@ def steps_of(windows, per_step, seed, start=0):
             yield [windows[i] for i in indices]
 
 
-class Training:
+class TrainLoop:
     """A student in training: iterate over it for a `StepRecord` after each of `num_steps` optimizer steps. It may be left
     after any of them, and gone on with by another object, elsewhere, that was given its `tensors` and `facts`.
 
     `objective` is an `Objective`; `teacher` maps a batch to a `TeacherSignal`, or is None where no part needs one; one that
-    works ahead (`prefetch.Ahead`) is asked for each batch while the student learns from the one before; `windows` are the
+    works ahead (`prefetch.PrefetchingTeacher`) is asked for each batch while the student learns from the one before; `windows` are the
     training windows, `pads` and `widest` as for `batching.collate`. A step's loss and gradient are means over its positions,
     however it is cut into micro-batches and processes; where memory runs out, it is taken again with half the micro-batch.
-    Where `recomputes` is set, layers are made anew in the backward pass.
+    Where `gradient_checkpointing` is set, layers are made anew in the backward pass.
 
     A step whose loss or gradient is no number changes no weight; FloatingPointError after `non_finite_steps` in a row.
     """
@@ -79,7 +79,7 @@ class Training:
         self.balance = schedule.Balance(targets) if targets else None
         self.step, self.in_a_row, self.micro_batch = 0, 0, config.batch_size
         self.collated = (None, None, None)
-        self.recomputes = config.gradient_checkpointing == "on"
+        self.gradient_checkpointing = config.gradient_checkpointing == "on"
 
     def __iter__(self):
         per_step = self.config.effective_batch * self.accelerator.num_processes
@@ -88,15 +88,15 @@ class Training:
             for taken, coming in itertools.pairwise(steps_of(self.windows, per_step, self.config.seed, self.step)):
                 if self.step >= self.num_steps:
                     return
-                record = self._one(taken, coming)
+                record = self._step(taken, coming)
                 yield record
                 if self.in_a_row >= self.config.non_finite_steps:
                     raise FloatingPointError(self._no_way_on(record))
         finally:
             if self.asks:
-                self.teacher.forget()
+                self.teacher.cancel()
 
-    def _one(self, taken, coming):
+    def _step(self, taken, coming):
         """One optimizer step on these windows; those of the next one are `coming`."""
         started = self.clock.now()
         weights = self._weights(self.step / self.num_steps)
@@ -133,10 +133,10 @@ class Training:
         """`_gradients`, in micro-batches that the memory has room for."""
         while True:
             try:
-                with memory.recomputed(self.objective.student, self.recomputes):
+                with memory.gradient_checkpointing_enabled(self.objective.student, self.gradient_checkpointing):
                     return self._gradients(*what)
             except Exception as error:
-                if not memory.ran_out(error) or self.accelerator.num_processes > 1:
+                if not memory.is_out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise
                 if self.micro_batch == 1:
                     raise MemoryError(
@@ -145,20 +145,20 @@ class Training:
                     ) from error
             self.micro_batch = (self.micro_batch + 1) // 2
             self.optimizer.zero_grad()
-            memory.let_go()
+            memory.release_memory()
 
     def _gradients(self, taken, weights, measure, coming):
         """`(counts, found)`: the gradients of a whole step are in place; what each micro-batch came to."""
-        accelerator, wants = self.accelerator, self.objective.wants(weights)
+        accelerator, teacher_request = self.accelerator, self.objective.teacher_request(weights)
         batches = self._batches(taken)
         counts = _counts(batches, accelerator)
-        later = [(batch, wants) for batch in batches[1:]] + (self._first_of(coming) if self.asks else [])
+        later = [(batch, teacher_request) for batch in batches[1:]] + (self._first_of(coming) if self.asks else [])
         found = []
         for i, batch in enumerate(batches):
             batch = batch.to(accelerator.device)
-            signal = self.teacher(batch, **wants) if self.teacher else None
+            signal = self.teacher(batch, **teacher_request) if self.teacher else None
             if self.asks and i < len(later):
-                self.teacher.ask(later[i][0], **later[i][1])
+                self.teacher.prefetch(later[i][0], **later[i][1])
             syncing = i == len(batches) - 1  # processes exchange gradients once a step
             with contextlib.nullcontext() if syncing else accelerator.no_sync(self.prepared):
                 loss, values, squares = self.prepared(batch, signal, counts, weights, measure)
@@ -178,7 +178,9 @@ class Training:
         """The next step's first micro-batch and what its teacher will be asked for, in a list; [] after the last step."""
         if self.step + 1 >= self.num_steps:
             return []
-        return [(self._batches(coming)[0], self.objective.wants(self._weights((self.step + 1) / self.num_steps)))]
+        return [
+            (self._batches(coming)[0], self.objective.teacher_request(self._weights((self.step + 1) / self.num_steps)))
+        ]
 
     def _update(self, skipped):
         """Let the optimizer, the schedule and the average take their step; a skipped one changes no weight."""
@@ -199,10 +201,10 @@ class Training:
         try:
             self.optimizer.step()
         except Exception as error:
-            if not memory.ran_out(error) or self._num_updates() != before:
+            if not memory.is_out_of_memory(error) or self._num_updates() != before:
                 raise  # some weights have had their step and some have not: only a checkpoint is whole
             error.__traceback__ = None
-            memory.let_go()
+            memory.release_memory()
             self.optimizer.step()
 
     def _num_updates(self):
@@ -226,13 +228,13 @@ class Training:
     def tensors(self):
         """`{group: {name: tensor}}`: copies on the CPU of all that another object needs to go on. Every process must ask."""
         kept = {
-            "student": loading.copy_of(self.objective.student),
-            "beside": loading.copy_of(self.objective.beside),
+            "student": loading.cpu_state_dict(self.objective.student),
+            "beside": loading.cpu_state_dict(self.objective.beside),
             "optimizer": optimizer.tensors_of(self.optimizer.optimizer),
-            "random": seeds.states(self.accelerator),
+            "random": seeds.rng_state(self.accelerator),
         }
         if self.average:
-            kept["average"] = loading.copy_of(self.average.module)
+            kept["average"] = loading.cpu_state_dict(self.average.module)
         return {group: tensors for group, tensors in kept.items() if tensors}
 
     def facts(self):
@@ -254,21 +256,21 @@ class Training:
 
     def restore(self, tensors, facts):
         """Go on from another's `tensors` and `facts`."""
-        loading.put_back(self.objective.student, tensors["student"])
-        loading.put_back(self.objective.beside, tensors.get("beside", {}))
+        loading.load_cpu_state_dict(self.objective.student, tensors["student"])
+        loading.load_cpu_state_dict(self.objective.beside, tensors.get("beside", {}))
         optimizer.put_back(self.optimizer.optimizer, tensors.get("optimizer", {}), facts["groups"])
         self.scheduler.load_state_dict(facts["scheduler"])
         if self.accelerator.scaler is not None and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         if self.average:
-            loading.put_back(self.average.module, tensors["average"])
+            loading.load_cpu_state_dict(self.average.module, tensors["average"])
             self.average.n_averaged.fill_(facts["num_averaged"])
         if self.balance:
             self.balance.values = dict(facts["balance"])
         self.step, self.in_a_row = facts["step"], facts["in_a_row"]
         self.micro_batch = min(facts["micro_batch"] or self.config.batch_size, self.config.batch_size)
         self.objective.rows_at_once = facts["rows_at_once"] and tuple(facts["rows_at_once"])
-        seeds.put_back(tensors["random"], self.accelerator)
+        seeds.set_rng_state(tensors["random"], self.accelerator)
 
 
 def _own_share(windows, batch_size, micro_batch, accelerator, layout):

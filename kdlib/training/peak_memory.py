@@ -10,7 +10,7 @@ import math
 
 from kdlib import memory
 from kdlib.data import batching
-from kdlib.data.dataset import longest_of
+from kdlib.data.dataset import longest_windows
 from kdlib.training import optimizer, seeds
 
 PHASE = "predicting peak memory, passes"
@@ -19,32 +19,36 @@ LIVELY = 1 / 3
 
 
 def fit(training, total_bytes, on_progress=lambda phase, done, total: None):
-    """The `predicted_bytes` of a `loop.Training`. Where they are more than there is, the student's layers are made anew in
-    the backward pass from now on (`Training.recomputes`), if its class can.
+    """The `predicted_bytes` of a `loop.TrainLoop`. Where they are more than there is, the student's layers are made anew in
+    the backward pass from now on (`TrainLoop.gradient_checkpointing`), if its class can.
     """
     predicted = predicted_bytes(training, on_progress)
-    if predicted > total_bytes and not training.recomputes and memory.can_recompute(training.objective.student):
-        training.recomputes = True
+    if (
+        predicted > total_bytes
+        and not training.gradient_checkpointing
+        and memory.can_recompute(training.objective.student)
+    ):
+        training.gradient_checkpointing = True
         predicted = predicted_bytes(training, on_progress)
     return predicted
 
 
 def predicted_bytes(training, on_progress=lambda phase, done, total: None):
-    """Bytes in use at the height of a `loop.Training`: what is in use now, the optimizer's state that is still to come,
+    """Bytes in use at the height of a `loop.TrainLoop`: what is in use now, the optimizer's state that is still to come,
     and the higher of an update and of the passes over the longest micro-batch, gradients included. Infinite where not even
     the passes that are watched find room. No random number is used up, and no gradient stays. `on_progress(phase, done,
     total)` is called before each of them.
     """
     if training.accelerator.device.type == "cuda":
-        memory.let_go()  # what its allocator keeps for later would count as used
+        memory.release_memory()  # what its allocator keeps for later would count as used
     now = memory.usage(training.accelerator.device)["used_bytes"] or 0
     try:
         return now + _more_bytes(training, now, on_progress)
     except Exception as error:
-        if not memory.ran_out(error):
+        if not memory.is_out_of_memory(error):
             raise
         error.__traceback__ = None
-        memory.let_go()
+        memory.release_memory()
         return math.inf
 
 
@@ -65,11 +69,13 @@ def _highest(training, before, accumulates, on_progress):
     """
     objective = training.objective
     objective.train()
-    longest = longest_of(training.windows, training.micro_batch)
-    with seeds.untouched(training.accelerator.device):
+    longest = longest_windows(training.windows, training.micro_batch)
+    with seeds.preserve_rng_state(training.accelerator.device):
         try:
             on_progress(PHASE, 0, 3)
-            found = {1: _points(training, longest[-1:])}  # the size of a chunk is known from here on, and gradients are there
+            found = {
+                1: _points(training, longest[-1:])
+            }  # the size of a chunk is known from here on, and gradients are there
             few = min(len(longest), -(-objective.rows_at_once[0] // len(longest[-1].student_ids)))
             more = min(len(longest), 2 * few)
             counts = {few, more} if more < len(longest) else {more}
@@ -111,10 +117,13 @@ def _points(training, windows):
     batch = batching.collate(windows, *training.layout).to(device)
     points = []
     trained = [p for p in objective.parameters() if p.requires_grad]
-    with memory.Tally(device) as tally, memory.recomputed(objective.student, training.recomputes):
+    with (
+        memory.AllocationTracker(device) as tally,
+        memory.gradient_checkpointing_enabled(objective.student, training.gradient_checkpointing),
+    ):
         hooks = [p.register_post_accumulate_grad_hook(lambda _: points.append(tally.mark())) for p in trained]
         try:
-            signal = training.teacher(batch, **objective.wants(weights)) if training.teacher else None
+            signal = training.teacher(batch, **objective.teacher_request(weights)) if training.teacher else None
             points.append(tally.mark())
             with training.accelerator.autocast():
                 loss, *_ = objective(batch, signal, counts, weights, measure)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-def states(accelerator):
+def rng_state(accelerator):
     """States of every random number generator in use, of every process: `{"kind.process": tensor}`."""
     version, numbers, gauss = random.getstate()
     _, keys, place, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - whatever libraries draw from
@@ -24,16 +24,16 @@ def states(accelerator):
     return {f"{kind}.{process}": state for process, one in enumerate(every) for kind, state in one.items()}
 
 
-def untouched(device):
+def preserve_rng_state(device):
     """A context in which random numbers for a CPU or this device are drawn, and afterwards were not."""
     device = torch.device(device)
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def put_back(states, accelerator):
+def set_rng_state(rng_state, accelerator):
     """Put back the states of this process; one that did not exist when they were taken keeps its own."""
     mark = f".{accelerator.process_index}"
-    own = {key.removesuffix(mark): state for key, state in states.items() if key.endswith(mark)}
+    own = {key.removesuffix(mark): state for key, state in rng_state.items() if key.endswith(mark)}
     if not own:
         return
     torch.set_rng_state(own["torch"])

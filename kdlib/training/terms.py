@@ -14,13 +14,13 @@ CONTRAST = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class LogitsBlock:
     """One block of rows as the parts on logits see it: n rows, the first m of which have a teacher signal.
 
     `logits` `[n, Vs]`; `labels` `[n]`: columns of the logits, IGNORE where nothing is learned; `other` `[m, U]`: the logits
     they are compared with (the teacher's in its own vocabulary, or projected into the student's), if any; `span_of` `[n]`:
     which of the m rows starts the span a row belongs to, -1 for none; `spans` `[m]`: the teacher's log-likelihoods; `top`:
-    the teacher's `TopTokens` at the m rows, where these are all that is known. `inside`: the block's `trie.Inside`, if
+    the teacher's `TopKLogProbs` at the m rows, where these are all that is known. `inside`: the block's `trie.PartialTokenBlock`, if
     any. `agrees` `[m]`: whether the text's own next tokens lie in one bucket, where buckets are compared. `figures` collects
     values worth a record, which are counted as in COUNTED.
     """
@@ -40,12 +40,12 @@ class Rows:
     def log_probs(self, temperature=1.0):
         """Of all n rows; made once a temperature."""
         if temperature not in self.made:
-            self.made[temperature] = divergences.log_probs(self.logits, temperature)
+            self.made[temperature] = divergences.log_softmax(self.logits, temperature)
         return self.made[temperature]
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
+class FeatureBatch:
     """One micro-batch as the parts on features see it: `student` (`loading.Features`) and `teacher` (`TeacherSignal`) at its
     N aligned positions, `state` `[N, Ds]` the student's last hidden states there, `by_window` how many lie in each window.
     """
@@ -58,9 +58,9 @@ class Match:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A part: its values per position, the positions it counts (`labels`, `aligned` or `spans`), and what it reads: `Rows`
-    of `logits`, or a `Match` (then `on` says where it touches the student: `state`, `layers` or `below`, as in
+class LossTerm:
+    """A part: its values per position, the positions it counts (`labels`, `aligned` or `spans`), and what it reads: `LogitsBlock`
+    of `logits`, or a `FeatureBatch` (then `on` says where it touches the student: `state`, `layers` or `below`, as in
     `loading.Features`). With the curriculum it begins at `phase`. Without `student` it trains only its own weights, at
     weight 1, and stays out of the student's total.
     """
@@ -102,7 +102,7 @@ def shared_tokens(objective, rows):
     if rows.top is not None:
         ours = _in_buckets(objective, rows.log_probs()[: rows.num_known], objective.student_buckets)
         return torch.where(rows.agrees, _divergence_from_top(objective, rows, ours), 0.0)
-    return _shared_tokens(objective, rows, divergences.log_probs(rows.other))
+    return _shared_tokens(objective, rows, divergences.log_softmax(rows.other))
 
 
 def inside_tokens(objective, rows):
@@ -128,7 +128,7 @@ def inside_tokens(objective, rows):
         values = shared_tokens(objective, rows)
         more = _inside_from_cache(objective, ours, inside)
     else:
-        theirs = divergences.log_probs(rows.other)
+        theirs = divergences.log_softmax(rows.other)
         values = _shared_tokens(objective, rows, theirs)
         more = _inside(objective, ours, theirs, inside)
     rows.figures["kd_positions"] = torch.cat([rows.agrees.to(values.dtype), values.new_ones(len(inside.at))])
@@ -147,13 +147,13 @@ def projected(objective, rows):
     cross-entropy.
     """
     temperature = objective.config.kd_temperature
-    theirs = divergences.log_probs(rows.other.detach(), temperature)
+    theirs = divergences.log_softmax(rows.other.detach(), temperature)
     return _divergence(objective, rows, rows.log_probs(temperature)[: rows.num_known], theirs)
 
 
 def projector_cross_entropy(objective, rows):
     """projector: next-token cross-entropy of the projected teacher, for the projector alone. No weight to choose."""
-    return divergences.cross_entropy(divergences.log_probs(rows.other), rows.labels[: rows.num_known])
+    return divergences.cross_entropy(divergences.log_softmax(rows.other), rows.labels[: rows.num_known])
 
 
 def chunk_likelihood(objective, rows):
@@ -260,7 +260,7 @@ def _inside(objective, ours, theirs, inside):
     how = objective.config.kd_divergence, objective.config.kd_temperature
     ours_in_pieces = _of_pieces(objective, ours, inside)
     theirs_in_pieces = divergences.bucket_log_probs(
-        divergences.log_probs(inside.logits), objective.teacher_buckets, objective.buckets.num
+        divergences.log_softmax(inside.logits), objective.teacher_buckets, objective.buckets.num
     )
     told = theirs_in_pieces, np.arange(len(inside.logits))
     sides = (
@@ -282,11 +282,11 @@ def _inside_from_cache(objective, ours, inside):
     in_pieces = _of_pieces(objective, ours, inside)
     sides = (
         (inside.said, *in_pieces, inside.nodes),
-        (inside.inner_said, ours, inside.inner_span_of, inside.inner_nodes),
+        (inside.inner_log_probs, ours, inside.inner_span_of, inside.inner_nodes),
     )
     values = []
     for trie, (said, log_probs, rows, nodes) in zip(objective.tries, sides, strict=True):
-        said = said.cut(config.kd_top_k) if config.kd_top_k else said
+        said = said.truncate(config.kd_top_k) if config.kd_top_k else said
         values.append(trie.divergence_from(said, log_probs, rows, nodes, config.kd_divergence, config.kd_temperature))
     return values
 
@@ -295,17 +295,17 @@ def _in_buckets(objective, log_probs, bucket_of):
     """Log-probabilities of the buckets at the config's temperature."""
     told = divergences.bucket_log_probs(log_probs, bucket_of, objective.buckets.num)
     temperature = objective.config.kd_temperature
-    return told if temperature == 1.0 else divergences.log_probs(told, temperature)
+    return told if temperature == 1.0 else divergences.log_softmax(told, temperature)
 
 
 def _divergence_from_top(objective, rows, student):
     """`T^2 D` over the teacher's top tokens and one tail, from the student's buckets and `rows.top`."""
     config = objective.config
-    top = rows.top.cut(config.kd_top_k) if config.kd_top_k else rows.top
+    top = rows.top.truncate(config.kd_top_k) if config.kd_top_k else rows.top
     kept = objective.student_buckets[objective.head.columns(top.ids)]
     rows.figures["kd_covered"] = 1.0 - top.log_probs[:, -1].exp()
-    ours = divergences.kept_and_tail(student, kept)
-    return divergences.distillation(ours, top.log_probs, config.kd_divergence, config.kd_temperature)
+    ours = divergences.gather_with_tail(student, kept)
+    return divergences.tempered_divergence(ours, top.log_probs, config.kd_divergence, config.kd_temperature)
 
 
 def _divergence(objective, rows, student, teacher):
@@ -313,7 +313,7 @@ def _divergence(objective, rows, student, teacher):
     config = objective.config
     if config.kd_top_k:
         student, teacher, rows.figures["kd_covered"] = divergences.top_k_with_tail(student, teacher, config.kd_top_k)
-    return divergences.distillation(student, teacher, config.kd_divergence, config.kd_temperature)
+    return divergences.tempered_divergence(student, teacher, config.kd_divergence, config.kd_temperature)
 
 
 def _relation_kl(ours, theirs, by_window):
@@ -326,28 +326,28 @@ def _relation_kl(ours, theirs, by_window):
 
 COUNTED = {"kd_covered": "aligned", "kd_positions": "labels"}
 """Figures of parts on logits, and the positions that each is a mean over."""
-LM = {"lm": Part(next_token, "labels")}
+LM = {"lm": LossTerm(next_token, "labels")}
 KD = {
     "none": {},
-    "shared_vocab": {"kd": Part(shared_tokens, "aligned")},
-    "shared_prefix": {"kd": Part(shared_tokens, "aligned")},
-    "inside_tokens": {"kd": Part(inside_tokens, "aligned")},
+    "shared_vocab": {"kd": LossTerm(shared_tokens, "aligned")},
+    "shared_prefix": {"kd": LossTerm(shared_tokens, "aligned")},
+    "inside_tokens": {"kd": LossTerm(inside_tokens, "aligned")},
     "projector": {
-        "kd": Part(projected, "aligned"),
-        "projector": Part(projector_cross_entropy, "aligned", student=False),
+        "kd": LossTerm(projected, "aligned"),
+        "projector": LossTerm(projector_cross_entropy, "aligned", student=False),
     },
-    "chunk_likelihood": {"kd": Part(chunk_likelihood, "spans")},
+    "chunk_likelihood": {"kd": LossTerm(chunk_likelihood, "spans")},
 }
 FEATURES = {
-    "layerwise": Part(layerwise, "aligned", on="layers", phase=0.3),
-    "attention": Part(attention_maps, "aligned", on="below", phase=0.3),
-    "attention_alignment": Part(attention_alignment, "aligned", on="below", phase=0.3),
-    "routing_feature": Part(routing_feature, "aligned", on="state", phase=0.3),
-    "contrastive": Part(contrastive, "aligned", on="state", phase=0.6),
+    "layerwise": LossTerm(layerwise, "aligned", on="layers", phase=0.3),
+    "attention": LossTerm(attention_maps, "aligned", on="below", phase=0.3),
+    "attention_alignment": LossTerm(attention_alignment, "aligned", on="below", phase=0.3),
+    "routing_feature": LossTerm(routing_feature, "aligned", on="state", phase=0.3),
+    "contrastive": LossTerm(contrastive, "aligned", on="state", phase=0.6),
 }
 
 
-def parts_of(config):
+def active_terms(config):
     """The parts that a config asks for, by name."""
     wanted = {**LM, **KD[config.kd_method], **FEATURES}
     return {name: part for name, part in wanted.items() if not part.student or getattr(config, f"{name}_weight") > 0}
