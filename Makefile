@@ -6,7 +6,7 @@ OUT ?= demo
 NEW := python_version >= '3.11'
 # what Kaggle's client wants; without it the tests of kaggle/ are skipped
 
-.PHONY: demo test test-slow lint notebooks bench-quality clean
+.PHONY: demo test test-slow lint notebooks docs bench-quality clean
 
 demo: $(VENV)/ready
 	rm -rf -- "$(OUT)"
@@ -26,12 +26,17 @@ notebooks: $(VENV)/ready
 	$(RUN) ruff format notebooks
 	$(VENV)/bin/python tests/refresh.py
 
+# the website, in site/
+docs: $(VENV)/docs/ready
+	$(VENV)/docs/bin/python -m docs.configuration
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
+
 # hours on one core; a run that is in benchmarks/results/quality.jsonl is not made again
 bench-quality: $(VENV)/ready
 	OMP_NUM_THREADS=1 nice -n 10 $(RUN) benchmarks.quality
 
 clean:
-	rm -rf -- $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf -- $(VENV) demo site build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: pyproject.toml requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +62,10 @@ $(VENV)/eval/ready: $(VENV)/ready
 	$(RUN) site | sed -n "s/^ *'\(.*site-packages\)',$$/\1/p" | head -1 > $(VENV)/first.pth
 	mv $(VENV)/first.pth $$($(VENV)/eval/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	$(VENV)/eval/bin/python -m pip install --quiet lm-eval==0.4.13
+	touch $@
+
+# For the website: an environment of its own, without torch. The page of keys needs nothing but the standard library.
+$(VENV)/docs/ready:
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet mkdocs-material==9.8.2
 	touch $@

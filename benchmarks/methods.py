@@ -7,9 +7,9 @@ from benchmarks.rivals.plug import RIVALS, RivalObjective, WholeTeacher
 from kdlib.models import hooks
 from kdlib.session import inputs
 
-PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "shared_prefix", "inside_tokens"
+PLAIN, EQUAL_STEPS, UNIT, DEFAULT = "CE only", "CE only, equal steps", "first_token", "byte_prefix"
 """Two controls, the method whose steps are the unit of time, and kdlib's default."""
-CACHED, AVERAGED = "inside_tokens from a cache", "CE only, averaged weights"
+CACHED, AVERAGED = "byte_prefix from a cache", "CE only, averaged weights"
 AVERAGED_CACHED, PART_CACHED = "from a cache, averaged weights", "+ contrastive, from a cache"
 CORE = (PLAIN, AVERAGED, EQUAL_STEPS, UNIT, DEFAULT, CACHED, AVERAGED_CACHED, "+ contrastive", PART_CACHED)
 """What is measured on every setting first."""
@@ -103,12 +103,12 @@ METHODS = {
     DEFAULT: Method("ours", {"kd_method": DEFAULT}),
     CACHED: Method("ours", {"kd_method": DEFAULT}, make=variants.from_cache),
     UNIT: Method("ours", {"kd_method": UNIT}),
-    "shared_prefix from a cache": Method("ours", {"kd_method": UNIT}, make=variants.from_cache),
+    "first_token from a cache": Method("ours", {"kd_method": UNIT}, make=variants.from_cache),
     "shared_vocab": Method("ours", {"kd_method": "shared_vocab"}),
     "projector": Method("ours", {"kd_method": "projector"}),
     "chunk_likelihood": Method("ours", {"kd_method": "chunk_likelihood"}),
-    "shared_prefix + chunk_likelihood": Method("mixed", {"kd_method": UNIT}, make=variants.with_chunks),
-    "shared_prefix + projector": Method("mixed", {"kd_method": UNIT}, make=variants.with_projector),
+    "first_token + chunk_likelihood": Method("mixed", {"kd_method": UNIT}, make=variants.with_chunks),
+    "first_token + projector": Method("mixed", {"kd_method": UNIT}, make=variants.with_projector),
     "ULD": Method("rivals", {}, make=rival(RIVALS["ULD"])),
     "GOLD hybrid": Method("rivals", {}, make=rival(RIVALS["GOLD hybrid"])),
     "DSKD-CMA": Method("rivals", {"kd_temperature": 2.0}, make=rival(RIVALS["DSKD-CMA"])),
@@ -140,7 +140,7 @@ METHODS = {
     ),
     "from a cache of 16": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=16),
     "from a cache of 256": changed(CACHED, variants.from_cache, kd_method=DEFAULT, kd_top_k=256),
-    "shared_prefix, half shared": changed(UNIT, variants.half_shared, kd_method=UNIT),
+    "first_token, half shared": changed(UNIT, variants.half_shared, kd_method=UNIT),
     "projector, its own rate": changed(
         "projector", ours, *({"projector_learning_rate": rate} for rate in (0.0, 1e-3, 2e-2)), kd_method="projector",
     ),

@@ -72,7 +72,7 @@ def training_of(shape, cuda=False):
     length = shape.get("length", 256)
     names = {field.name for field in dataclasses.fields(Config)} | {"preset"}
     config = Config.from_dict(
-        {"batch_size": 8, "kd_method": "shared_prefix", **{k: v for k, v in shape.items() if k in names}}
+        {"batch_size": 8, "kd_method": "first_token", **{k: v for k, v in shape.items() if k in names}}
     )
     machine = devices.accelerator("fp32", cpu=not cuda)
     student, larger = (model.to(machine.device) for model in models_of(shape))
@@ -97,7 +97,7 @@ def training_of(shape, cuda=False):
     windows = [window(number) for number in range(2 * config.effective_batch)]
     head = loading.Head(student, both[0])
     pair = Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
-    pair.buckets["shared_prefix"] = vocab.tail_buckets(*both, shared)
+    pair.buckets["first_token"] = vocab.tail_buckets(*both, shared)
     pair.sample = windows[:2]
     objective = inputs.make_objective(pair, config)
     needed = pair.teacher if config.needs_teacher else None

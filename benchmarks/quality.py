@@ -3,7 +3,7 @@
     make bench-quality     or     python -m benchmarks.quality [--data FOLDER] [--only WORD ...] [--table]
 
 Settings are in `benchmarks.settings`, methods with their grids in `benchmarks.methods`. A method's number of steps is what
-the time of STEPS steps of `shared_prefix` is worth to it, by processor seconds taken in turn with plain training, once a
+the time of STEPS steps of `first_token` is worth to it, by processor seconds taken in turn with plain training, once a
 setting; so another load on the machine favours nobody. The first cells of a method's grid, and then those around the best so
 far until it is better than all around it, are trained at a seed for tuning and judged on validation text, from scratch the
 best three at a second seed too. The best is then trained at SEEDS, and its best weights by validation text are judged on
@@ -33,7 +33,7 @@ from kdlib.session import run_folder
 from kdlib.training.loop import TrainLoop
 
 STEPS = {"pretrained": 300, "scratch": 600}
-"""Of `shared_prefix`, by how the student begins: from scratch it learns slowly at first."""
+"""Of `first_token`, by how the student begins: from scratch it learns slowly at first."""
 TUNING, SEEDS = (100, 101), (0, 1, 2)
 AGAIN = {"pretrained": 1, "scratch": 3}
 """How many of the best cells are compared at the second seed for tuning too, where there is more than one: from scratch a
@@ -238,7 +238,7 @@ def started(setting, kind, name, cell, seed, num_steps):
     torch.manual_seed(seed)
     objective, teacher = method.make(setting, config, student)
     windows = [variants.by_index(window) for window in loaded.train] if method.by_index else loaded.train
-    layout = loaded.pair.pads, loaded.pair.widest
+    layout = loaded.pair.pads, loaded.pair.max_row_width
     machine = devices.accelerator("fp32", cpu=True)
     return TrainLoop(objective, teacher, windows, num_steps, config, machine, clock.Clock(), *layout), objective
 

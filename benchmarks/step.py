@@ -58,7 +58,7 @@ GROWTH = {
     "student's vocabulary": {size: {"student": {"vocab_size": size}} for size in (16_384, 49_152, 131_072)},
     "teacher's shape": {name: {"teacher": shape} for name, shape in TEACHERS.items()},
 }
-GROWING = ["floor", "ours live, projector", "ours live, shared_prefix", "eager, projector", "TRL GOLD ULD"]
+GROWING = ["floor", "ours live, projector", "ours live, first_token", "eager, projector", "TRL GOLD ULD"]
 
 
 def main():

@@ -30,10 +30,11 @@ class Mixed(Objective):
     more = None
 
     def weights(self, progress=1.0):
-        names = [name for name, part in self.parts.items() if name not in self.more]
+        names = [name for name, part in self.terms.items() if name not in self.more]
         weights = {name: self.phase_factor(name, progress) for name in names}
         weights = {
-            n: f * (getattr(self.config, f"{n}_weight") if self.parts[n].student else 1.0) for n, f in weights.items()
+            n: f * (getattr(self.config, f"{n}_weight") if self.terms[n].trains_student else 1.0)
+            for n, f in weights.items()
         }
         weights |= {name: share * self.config.kd_weight for name, share in self.more.items()}
         return {**weights, "kd": weights["kd"] - sum(weights[name] for name in self.more)}
@@ -51,14 +52,14 @@ class WithProjector(Mixed):
     projected ones.
     """
 
-    def _compared(self, signal, taken=None):
-        buckets, projector, head = super()._compared(signal, taken), self.beside["projector"], self.head
+    def _teacher_logits(self, signal, row_order=None):
+        buckets, projector, head = super()._teacher_logits(signal, row_order), self.adapters["projector"], self.head
         return lambda known: torch.cat([buckets(known), head.decode(projector(signal.hidden[known]))], dim=1)
 
 
 def with_chunks(setting, config, student):
     objective = _mixed(WithChunks, setting.inputs.pair, config, student, {"chunks": 0.5})
-    objective.parts["chunks"] = terms.KD["chunk_likelihood"]["kd"]
+    objective.terms["chunks"] = terms.KD["chunk_likelihood"]["kd"]
     return objective, setting.inputs.pair.teacher
 
 
@@ -67,14 +68,14 @@ def weighted_by(weight):
 
     def make(setting, config, student):
         objective = inputs.make_objective(setting.inputs.pair, config, student)
-        part = objective.parts["kd"]
+        part = objective.terms["kd"]
 
         def values(objective, rows):
             with torch.no_grad():
                 factor = weight(objective, rows)
-            return factor * part.values(objective, rows)
+            return factor * part.fn(objective, rows)
 
-        objective.parts["kd"] = dataclasses.replace(part, values=values)
+        objective.terms["kd"] = dataclasses.replace(part, fn=values)
         return objective, setting.inputs.pair.teacher
 
     return make
@@ -82,21 +83,21 @@ def weighted_by(weight):
 
 def unsure_student(objective, rows):
     """`2 (1 - p(label))` of the student: more where it does not know the text yet."""
-    return 2.0 * (1.0 - _label_probabilities(rows.log_probs()[: rows.num_known], rows.labels[: rows.num_known]))
+    return 2.0 * (1.0 - _label_probabilities(rows.log_probs()[: rows.num_aligned], rows.labels[: rows.num_aligned]))
 
 
 def right_teacher(objective, rows):
     """`2 q` of the bucket of the label: more where the teacher agrees with the text."""
     buckets = divergences.bucket_log_probs(
-        divergences.log_softmax(rows.other), objective.teacher_buckets, objective.buckets.num
+        divergences.log_softmax(rows.teacher_logits), objective.teacher_buckets, objective.buckets.num
     )
-    labels = rows.labels[: rows.num_known]
+    labels = rows.labels[: rows.num_aligned]
     return 2.0 * _label_probabilities(buckets, objective.student_buckets[labels.clamp_min(0)])
 
 
 def sure_teacher(objective, rows):
     """`2 (1 - H / ln V)` of the teacher's distribution with entropy H over its V tokens: more where it is sure."""
-    log_probs = divergences.log_softmax(rows.other)
+    log_probs = divergences.log_softmax(rows.teacher_logits)
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     return 2.0 * (1.0 - entropy / math.log(log_probs.shape[-1]))
 
@@ -112,7 +113,7 @@ def from_cache(setting, config, student):
     pair, name = setting.inputs.pair, kept_as(config.to_dict())
     if name not in setting.kept:
         folder = Path(tempfile.mkdtemp(prefix="kdlib-cache-"))
-        passing = cache_writer.write(config, folder / "cache")
+        passing = cache_writer.cache_teacher(config, folder / "cache")
         next(passing)
         before = time.process_time()
         for _ in passing:
@@ -145,12 +146,12 @@ def with_projector(setting, config, student):
     pair = setting.inputs.pair
     objective = _mixed(WithProjector, pair, config, student, {"projected": 0.5})
     theirs = pair.teacher.shared_rows(pair.shared)
-    objective.beside["projector"] = TeacherToStudentProjector(theirs.shape[1], objective.head.width)
-    objective.beside["projector"].start_from(objective.head.rows(torch.from_numpy(pair.shared.student_ids)), theirs)
+    objective.adapters["projector"] = TeacherToStudentProjector(theirs.shape[1], objective.head.width)
+    objective.adapters["projector"].start_from(objective.head.rows(torch.from_numpy(pair.shared.student_ids)), theirs)
     width = pair.teacher.num_columns
     first, second = terms.KD["projector"].values()
-    objective.parts |= {
-        "kd": _on_columns(objective.parts["kd"], slice(None, width)),
+    objective.terms |= {
+        "kd": _on_columns(objective.terms["kd"], slice(None, width)),
         "projected": _on_columns(first, slice(width, None)),
         "projector": _on_columns(second, slice(width, None)),
     }
@@ -167,9 +168,9 @@ def _on_columns(part, columns):
     """The part as it is, fed with some columns of what the rows are compared with."""
 
     def values(objective, rows):
-        return part.values(objective, dataclasses.replace(rows, other=rows.other[:, columns]))
+        return part.fn(objective, dataclasses.replace(rows, teacher_logits=rows.teacher_logits[:, columns]))
 
-    return dataclasses.replace(part, values=values)
+    return dataclasses.replace(part, fn=values)
 
 
 class LowRank(torch.nn.Module):
@@ -191,7 +192,7 @@ def low_rank(rank):
     def make(setting, config, student):
         pair = setting.inputs.pair
         objective = inputs.make_objective(pair, config, student)
-        objective.beside["projector"] = LowRank(objective.beside["projector"], rank)
+        objective.adapters["projector"] = LowRank(objective.adapters["projector"], rank)
         return objective, pair.teacher
 
     return make

@@ -1,10 +1,10 @@
-"""What `inside_tokens` costs with real vocabularies, where the heads take most of a step.
+"""What `byte_prefix` costs with real vocabularies, where the heads take most of a step.
 
     OMP_NUM_THREADS=1 python -m benchmarks.vocabularies FOLDER [--rounds 8]     (a folder with tokenizers/ and texts/)
 
 Teacher and student have the widths of Qwen3-0.6B and SmolLM2-135M, new weights and two layers each; they read four windows
 of prose of 128 student tokens. Prints the table of RESULTS.md: how long the pair's tries take to make and their nodes; the
-processor seconds of loss and gradients by `shared_prefix` and by `inside_tokens`, in turn on the same windows; which share
+processor seconds of loss and gradients by `first_token` and by `byte_prefix`, in turn on the same windows; which share
 of the student's positions has a signal; and what a teacher cache takes of a student's token.
 """
 
@@ -29,7 +29,7 @@ from kdlib.session import inputs
 
 PAIRS = (("gpt2", "cl100k"), ("cl100k", "gpt2"), ("gpt2", "mistral-v1-32k"), ("mistral-v1-32k", "cl100k"))
 SHAPES = {"student": (576, 9), "teacher": (1024, 16)}
-WINDOWS, LENGTH, WAYS = 4, 128, ("shared_prefix", "inside_tokens")
+WINDOWS, LENGTH, WAYS = 4, 128, ("first_token", "byte_prefix")
 
 
 def main():
@@ -41,7 +41,7 @@ def main():
     torch.set_num_threads(1)
     text = Document((options.folder / "texts/standardebooks_emma.txt").read_text(encoding="utf-8")[:100_000])
     print(
-        "| student | teacher | tries | nodes | shared_prefix | inside_tokens | ratio | positions with a signal | cached |"
+        "| student | teacher | tries | nodes | first_token | byte_prefix | ratio | positions with a signal | cached |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for names in PAIRS:
@@ -61,7 +61,7 @@ def row(names, folder, text, rounds):
     ours, theirs, common, tokens = counted(tries, windows, pair)
     settings = {"kd_top_k": teacher_cache.TOP_K, "inside_k": teacher_cache.INSIDE_K, "hidden": False}
     size = (
-        teacher_cache.bytes_a_position(settings, pair.head.num_rows, 0, (ours / common, theirs / common))
+        teacher_cache.bytes_per_position(settings, pair.head.num_rows, 0, (ours / common, theirs / common))
         * common
         / tokens
     )
@@ -103,7 +103,8 @@ def seconds_of(objective, pair, batch):
 def counted(tries, windows, pair):
     """The student's positions inside a teacher's token, the teacher's inside the student's, common ones, and all."""
     walks = [partial_tokens.PartialTokens.build(tries, batching.collate([window], *pair.pads)) for window in windows]
-    sums = [sum(map(len, each)) for each in zip(*((w.positions, w.inner, w.more) for w in walks), strict=True)]
+    names = "positions", "inner_positions", "num_inner"
+    sums = [sum(len(getattr(walk, name)) for walk in walks) for name in names]
     return *sums, sum(window.num_positions for window in windows)
 
 

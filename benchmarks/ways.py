@@ -85,13 +85,13 @@ class World:
         lengths = [self.length] * self.num_windows if self.length else spread_lengths(self.num_windows)
         sizes = [config.vocab_size for config in self.configs]
         made = [_window(int(length), *sizes, self.answer, chance) for length in chance.permutation(lengths)]
-        return [dataclasses.replace(window, place=place) for place, window in enumerate(made)]
+        return [dataclasses.replace(window, window_id=place) for place, window in enumerate(made)]
 
     @functools.cached_property
     def brief(self):
         """As many windows of eight tokens: a first step on them does whatever is done only once."""
         short = dataclasses.replace(self, length=8).windows
-        return [dataclasses.replace(window, place=self.num_windows + window.place) for window in short]
+        return [dataclasses.replace(window, window_id=self.num_windows + window.window_id) for window in short]
 
 
 def _random(config):
@@ -133,12 +133,12 @@ def ours(world, teacher_of=None, kd_method="none", **changes):
     beside, more = {}, {}
     if kd_method == "projector":
         beside["projector"] = _projector(world)
-    elif kd_method == "shared_prefix":
+    elif kd_method == "first_token":
         more = {"teacher_head": told.student_side_head, "buckets": _buckets(world)}
     head = loading.Head(world.student_model, _vocabulary(world.student_model.config))
     objective = Objective(world.student_model, head, config, beside, **more).to(world.accelerator.device)
     training = loop.TrainLoop(
-        objective, told, [], 10**6, config, world.accelerator, clock.Clock(), widest=(2 * LONGEST,) * 2
+        objective, told, [], 10**6, config, world.accelerator, clock.Clock(), max_row_width=(2 * LONGEST,) * 2
     )
 
     def step(windows):
@@ -347,8 +347,8 @@ WAYS = {
     "floor": floor,
     "ce-only": ce_only,
     "ours live, projector": functools.partial(live, kd_method="projector"),
-    "ours live, shared_prefix": functools.partial(live, kd_method="shared_prefix"),
-    "ours cached": functools.partial(cached, kd_method="shared_prefix"),
+    "ours live, first_token": functools.partial(live, kd_method="first_token"),
+    "ours cached": functools.partial(cached, kd_method="first_token"),
     "ours cached, projector": functools.partial(cached, kd_method="projector"),
     "eager, projector": eager,
     "TRL GOLD ULD": gold,

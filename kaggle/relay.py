@@ -3,10 +3,10 @@
     python kaggle/relay.py --owner NAME --param teacher=... --param student=... --param dataset=... --out relay
         [--sessions 6] [--until 2026-12-24] [--budget-hours 30] [--follow]
 
-Each session mounts what the one before left and goes on from there. All that is known lies in `relay.json` in `--out`:
-killed and started again with the same options, the relay goes on and never pushes a session twice. A session that leaves
-nothing (an error, a cancel, Kaggle's own limit) is lost; the next one goes on from the last that ended well. Exit status: 0
-the run is complete, or paused with the relay's limits reached; 1 it failed, or Kaggle said no; 2 bad input.
+Each session mounts the outputs of the previous one and resumes from them. The state is saved to `relay.json` in
+`--out`: after a kill, the same options continue the relay, and no session is pushed twice. A session without outputs
+(an error, a cancellation, Kaggle's limit) is lost; the next one resumes from the last successful session. Exit status:
+0 the run is complete, or paused at a limit of the relay; 1 the run failed or Kaggle refused; 2 invalid input.
 """
 
 import contextlib
@@ -28,70 +28,67 @@ from push import checked, parser, prepared
 from kdlib import files
 from kdlib.clock import format_duration, parse_duration
 
-LOSSES = 3
-"""Sessions in a row that leave nothing, after which something is wrong."""
-SMALL = r"checkpoints/|student/|figures/|\.safetensors$"
-"""Outputs of a session that the relay can do without until the end."""
+MAX_FAILURES = 3
+"""Consecutive sessions without outputs or without progress after which the relay stops."""
+LARGE = r"checkpoints/|student/|figures/|\.safetensors$"
+"""Outputs that are not downloaded before the run is complete."""
 BUSY_S = {"sessions": 600.0, "quota": 3600.0}
-"""Seconds to the next try where Kaggle has no room."""
-LEAST_S = 600.0
-"""A session shorter than this is not worth its start."""
+"""Seconds until the next attempt if no session can start."""
+MIN_SESSION_S = 600.0
+"""Minimum length of a session."""
 LOG_TAIL = 30
 
 
 class Relay:
-    """One run over many sessions. `client` is a `Client`, `options` those of the command line."""
+    """A run over several sessions. `client`: a `Client`. `options`: parsed command-line options."""
 
     def __init__(self, client, options, clock=time, poll_s=(30.0, 300.0)):
         self.client, self.options, self.clock, self.poll_s = client, options, clock, poll_s
         self.out = Path(options.out)
         self.path = self.out / "relay.json"
         self.ref = checked(options)[1]["id"]
-        asked = {"kernel": self.ref, "notebook": Path(options.notebook).name, "parameters": sorted(options.param)}
-        self.state = self._found(asked) or {**asked, "sessions": []}
+        identity = {"kernel": self.ref, "notebook": Path(options.notebook).name, "parameters": sorted(options.param)}
+        self.state = self._load_state(identity) or {**identity, "sessions": []}
 
-    def _found(self, asked):
-        """What an earlier relay left in the folder; ValueError where that was about something else."""
+    def _load_state(self, identity):
+        """Returns the saved state, None in a new folder. Raises ValueError if it belongs to another run."""
         if not self.path.exists():
-            if self.out.exists() and any(each.name != ".lock" for each in self.out.iterdir()):
+            if self.out.exists() and any(path.name != ".lock" for path in self.out.iterdir()):
                 raise ValueError(f"--out {self.out} holds other files; give a new folder")
             return None
         state = files.read_json(self.path)
-        differing = [name for name, value in asked.items() if state.get(name) != value]
-        if differing:
-            was = "; ".join(f"{name} was {state.get(name)!r}" for name in differing)
-            raise ValueError(
-                f"--out {self.out} holds a relay of something else: {was}. Give a new folder, or the same options"
-            )
+        changes = "; ".join(f"{name} was {state.get(name)!r}" for name in identity if state.get(name) != identity[name])
+        if changes:
+            raise ValueError(f"--out {self.out} holds another relay: {changes}. Give a new folder, or the same options")
         return state
 
     def run(self):
-        """All sessions that are still needed; the exit status."""
-        answer = None
-        while answer is None:
+        """Runs all remaining sessions and returns the exit status."""
+        status = None
+        while status is None:
             try:
-                answer = self._go_on()
-            except Unreachable as problem:  # all that is known is on the disk: the next try begins there
-                self.client.say(f"{problem}. Next try in {format_duration(self.poll_s[1])}.")
+                status = self._advance()
+            except Unreachable as problem:  # the state is saved; continue from there
+                self.client.say(f"{problem}. Next attempt in {format_duration(self.poll_s[1])}.")
                 self.clock.sleep(self.poll_s[1])
-        return answer
+        return status
 
-    def _go_on(self):
-        """The next thing that is to be done; the exit status where that was the last."""
-        last = self.state["sessions"][-1] if self.state["sessions"] else None
-        if last is None or last["phase"] == "done":
-            answer = self._answer(last)
-            if answer is not None:
-                return answer
-            last = self._begin()
-        if last["phase"] == "pushing" and not self._push(last):
+    def _advance(self):
+        """Runs the next phase. Returns the exit status if the relay is finished, otherwise None."""
+        session = self.state["sessions"][-1] if self.state["sessions"] else None
+        if session is None or session["phase"] == "done":
+            status = self._exit_status(session)
+            if status is not None:
+                return status
+            session = self._add_session()
+        if session["phase"] == "pushing" and not self._push(session):
             return 0
-        if last["phase"] == "running":
-            self._wait_for(last)
+        if session["phase"] == "running":
+            self._wait_for(session)
         return None
 
-    def _answer(self, last):
-        """The exit status where nothing more is to be pushed; None where another session is."""
+    def _exit_status(self, last):
+        """Returns the exit status if no further session is needed or allowed, otherwise None."""
         sessions = self.state["sessions"]
         if last and last["state"] == "complete":
             return self._finish(last)
@@ -100,76 +97,79 @@ class Relay:
                 f"The run failed: {last['reason']}. Outputs of session {len(sessions)}: {self._folder(last)}"
             )
             return 1
-        lost = [each["state"] == "lost" for each in sessions[-LOSSES:]]
-        if len(lost) == LOSSES and all(lost):
-            self.client.say(f"{LOSSES} sessions in a row left nothing; the last: {last['reason']}. Look at its log.")
-            return 1
-        places = [(each.get("step"), each.get("read")) for each in sessions[-LOSSES:] if each["state"] == "paused"]
-        if len(places) == LOSSES and len(set(places)) == 1:
-            self.client.say(f"{LOSSES} sessions in a row did not get beyond step {places[0][0]}: {last['reason']}")
-            return 1
-        limit = self._limit()
-        if limit:
+        recent = sessions[-MAX_FAILURES:]
+        if [session["state"] for session in recent] == ["lost"] * MAX_FAILURES:
             self.client.say(
-                f"Paused after {len(sessions)} sessions: {limit}. The same command with a higher limit goes on."
+                f"{MAX_FAILURES} consecutive sessions have no outputs; the last: {last['reason']}. See its log."
+            )
+            return 1
+        progress = [(session.get("step"), session.get("read")) for session in recent if session["state"] == "paused"]
+        if len(progress) == MAX_FAILURES and len(set(progress)) == 1:
+            self.client.say(f"{MAX_FAILURES} consecutive sessions stayed at step {progress[0][0]}: {last['reason']}")
+            return 1
+        if limit := self._limit():
+            self.client.say(
+                f"Paused after {len(sessions)} sessions: {limit}. Run the same command with a higher limit to continue."
             )
             return 0
         return None
 
     def _limit(self):
-        """Which of the relay's limits is reached; empty where none is."""
+        """Returns the limit of the relay that is reached, or an empty string."""
         if self.options.sessions and len(self.state["sessions"]) >= self.options.sessions:
-            return f"--sessions {self.options.sessions} are used"
-        if self._until_s() < LEAST_S * self._scale():
-            return f"--until {self.options.until} is reached"
-        if self._hours_left_s() < LEAST_S * self._scale():
-            return f"--budget-hours {self.options.budget_hours} are used"
+            return f"--sessions {self.options.sessions} reached"
+        if self._until_s() < MIN_SESSION_S * self._scale():
+            return f"--until {self.options.until} reached"
+        if self._hours_left_s() < MIN_SESSION_S * self._scale():
+            return f"--budget-hours {self.options.budget_hours} reached"
         return ""
 
+    def _timeout_s(self):
+        return parse_duration(self.options.timeout) if self.options.timeout else kernel.SESSION_S
+
     def _scale(self):
-        """Below 1 where sessions are shorter than usual: what is worth a start is less, too."""
-        whole = parse_duration(self.options.timeout) if self.options.timeout else kernel.SESSION_S
-        return min(1.0, whole / kernel.SESSION_S)
+        """Returns the session length relative to Kaggle's limit, which scales the minimum length and waiting times."""
+        return min(1.0, self._timeout_s() / kernel.SESSION_S)
 
     def _until_s(self):
         if not self.options.until:
             return float("inf")
-        return _moment(self.options.until) - self.clock.time()
+        return _timestamp(self.options.until) - self.clock.time()
 
     def _hours_left_s(self):
         if not self.options.budget_hours:
             return float("inf")
-        return 3600.0 * self.options.budget_hours - sum(each.get("session_s", 0.0) for each in self.state["sessions"])
+        used_s = sum(session.get("session_s", 0.0) for session in self.state["sessions"])
+        return 3600.0 * self.options.budget_hours - used_s
 
-    def _begin(self):
-        """A session that is to be pushed, on the disk before anything of it leaves."""
-        last = {"token": secrets.token_hex(8), "phase": "pushing", "begun": self.clock.time()}
-        self.state["sessions"].append(last)
+    def _add_session(self):
+        """Adds the next session to the saved state, before it is pushed."""
+        session = {"token": secrets.token_hex(8), "phase": "pushing", "begun": self.clock.time()}
+        self.state["sessions"].append(session)
         self._save()
-        return last
+        return session
 
-    def _push(self, last):
-        """Have Kaggle run the session, waiting where it has no room. False where a limit is reached meanwhile."""
-        number, left = len(self.state["sessions"]), any(each.get("version_left") for each in self.state["sessions"])
-        whole = kernel.SESSION_S if not self.options.timeout else parse_duration(self.options.timeout)
-        usable = min(self._hours_left_s(), self._until_s())
-        within = usable if usable < whole else None
-        notebook, metadata, timeout_s = prepared(self.options, last["token"], [self.ref] if left else [], within)
+    def _push(self, session):
+        """Pushes a session, waiting while Kaggle is busy. Returns False if a limit is reached meanwhile."""
+        sessions, token = self.state["sessions"], session["token"]
+        has_outputs = any(earlier.get("version_left") for earlier in sessions)
+        usable_s = min(self._hours_left_s(), self._until_s())
+        budget_s = usable_s if usable_s < self._timeout_s() else None
+        notebook, metadata, timeout_s = prepared(self.options, token, [self.ref] if has_outputs else [], budget_s)
         folder = self.out / "kernel"
         kernel.write(folder, notebook, metadata)
         while True:
-            made = self.client.find(self.ref, last["token"])  # pushed before we were killed
-            try:
-                made = made or self.client.push(folder, last["token"], timeout_s)
+            try:  # an earlier process may have pushed it before it was killed
+                pushed = self.client.find(self.ref, token) or self.client.push(folder, token, timeout_s)
                 break
             except Busy as busy:
                 if not self._sleep_busy(busy):
-                    self.state["sessions"].pop()
+                    sessions.pop()
                     self._save()
                     return False
-        last.update(phase="running", version=made.version, pushed=self.clock.time())
+        session.update(phase="running", version=pushed.version, pushed=self.clock.time())
         self._save()
-        self.client.say(f"Session {number}: version {made.version} was pushed; {made.url}")
+        self.client.say(f"Session {len(sessions)}: version {pushed.version} was pushed; {pushed.url}")
         return True
 
     def _sleep_busy(self, busy):
@@ -177,105 +177,112 @@ class Relay:
         if busy.kind == "quota":
             wait_s = min(max(self.client.quota_refresh_s() or 0.0, wait_s), 6 * 3600.0)
         if wait_s > self._until_s():
-            self.client.say(f"Kaggle has no room ({busy}), and --until {self.options.until} comes before the next try.")
+            self.client.say(
+                f"No session can start ({busy}), and --until {self.options.until} is before the next attempt."
+            )
             return False
         at = datetime.datetime.fromtimestamp(self.clock.time() + wait_s).strftime("%Y-%m-%d %H:%M")
-        self.client.say(f"Kaggle has no room: {busy} Next try at {at}, in {format_duration(wait_s)}.")
+        self.client.say(f"No session can start: {busy} Next attempt at {at}, in {format_duration(wait_s)}.")
         self.clock.sleep(wait_s)
         return True
 
-    def _wait_for(self, last):
-        """Until the version has ended: politely, seldomer with time. A COMPLETE of another version is not believed."""
+    def _wait_for(self, session):
+        """Polls until the version has ended, less often over time. Ignores a COMPLETE status of another version."""
         follower = Follower(self.client, self.ref) if self.options.follow else None
-        wait_s, before, begun = self.poll_s[0], None, None
+        wait_s, previous, started = self.poll_s[0], None, None
         while True:
-            status, message = self.client.status(self.ref, last["version"])
-            if status != before:
-                self.client.say(f"Version {last['version']} is {status}" + (f": {message}" if message else ""))
-                before = status
+            status, message = self.client.status(self.ref, session["version"])
+            if status != previous:
+                self.client.say(f"Version {session['version']} is {status}" + (f": {message}" if message else ""))
+                previous = status
             if status == "RUNNING":
-                begun = begun or self.clock.time()
+                started = started or self.clock.time()
                 if follower:
                     follower.start()
-            if status not in RUNNING and self._ended(last, status, message, begun or last["pushed"]):
+            if status not in RUNNING and self._ended(session, status, message, started or session["pushed"]):
                 return
             self.clock.sleep(wait_s)
             wait_s = min(self.poll_s[1], 1.2 * wait_s)
 
-    def _ended(self, last, status, message, begun):
-        """Take in what an ended version left. False where its outputs are those of another version: ask again later."""
-        number = self.state["sessions"].index(last) + 1
-        ran_s = max(0.0, self.clock.time() - begun)
+    def _ended(self, session, status, message, started):
+        """Records the results of an ended version. Returns False if its outputs are not available yet."""
+        duration_s = max(0.0, self.clock.time() - started)
         if status == "COMPLETE":
-            folder = self._folder(last)
+            folder = self._folder(session)
             if not folder.exists():
                 try:
-                    pull(self.client, self.ref, last["version"], folder, SMALL)
+                    pull(self.client, self.ref, session["version"], folder, LARGE)
                 except ValueError as error:
-                    return self._lose(last, f"COMPLETE, and {error}", ran_s)
+                    return self._lose(session, f"COMPLETE, but {error}", duration_s)
             stamp = _read(folder / "kernel.json")
-            if stamp.get("token") != last["token"]:
-                self.client.say(f"What lies there is of another session; version {last['version']} is not ready yet")
-                _drop(folder)
+            if stamp.get("token") != session["token"]:
+                self.client.say(f"The outputs belong to another session; version {session['version']} is not ready yet")
+                _rename_stale(folder)
                 return False
-            told = self._told(folder)
-            if not told:
-                return self._lose(last, f"COMPLETE, and no status.json is among its outputs; see {folder}.log", ran_s)
-            last.update(
-                phase="done", state="paused" if told["state"] == "running" else told["state"], version_left=last["version"],
-                reason=told.get("reason", ""), step=told.get("step"), max_steps=told.get("max_steps"),
-                session_s=told.get("session_s") or ran_s, plan=told.get("plan"), read=told.get("shards_read"),
+            run = self._run_status(folder)
+            if not run:
+                return self._lose(
+                    session, f"COMPLETE, but its outputs have no status.json; see {folder}.log", duration_s
+                )
+            session.update(
+                phase="done", state="paused" if run["state"] == "running" else run["state"],
+                version_left=session["version"], reason=run.get("reason", ""), step=run.get("step"),
+                max_steps=run.get("max_steps"), session_s=run.get("session_s") or duration_s, plan=run.get("plan"),
+                read=run.get("shards_read"),
             )  # fmt: skip
             self._save()
-            self._say_session(number, last)
+            self._say_session(session)
             return True
         if kind := busy_kind(message):
-            self._lose(last, message, 0.0, state="refused")
+            self._lose(session, message, 0.0, state="refused")
             return self._sleep_busy(Busy(message, kind)) or True
-        with contextlib.suppress(Refused):  # an ended version need not have any
-            _, log = self.client.outputs(self.ref, last["version"])
+        with contextlib.suppress(Refused):  # an ended version may have no log
+            _, log = self.client.outputs(self.ref, session["version"])
             if tail := "\n".join(log.splitlines()[-LOG_TAIL:]):
-                self.client.say(f"The end of its log:\n{tail}")
-        return self._lose(last, f"{status} {message}".strip(), ran_s)
+                self.client.say(f"Last lines of its log:\n{tail}")
+        return self._lose(session, f"{status} {message}".strip(), duration_s)
 
-    def _lose(self, last, reason, ran_s, state="lost"):
-        last.update(phase="done", state=state, reason=reason, session_s=ran_s)
+    def _lose(self, session, reason, duration_s, state="lost"):
+        session.update(phase="done", state=state, reason=reason, session_s=duration_s)
         self._save()
-        self.client.say(f"This session left nothing ({reason}); the next goes on from the last that ended well.")
+        self.client.say(
+            f"This session has no outputs ({reason}); the next one resumes from the last successful session."
+        )
         return True
 
-    def _told(self, folder):
-        """`status.json` of the run folder among the outputs."""
-        found = list(folder.rglob("status.json"))
-        return _read(found[0]) if len(found) == 1 else {}
+    def _run_status(self, folder):
+        """Returns `status.json` of the run folder among the outputs, or an empty dict."""
+        paths = list(folder.rglob("status.json"))
+        return _read(paths[0]) if len(paths) == 1 else {}
 
-    def _say_session(self, number, last):
-        steps = f"step {last['step']} of {last['max_steps']}" if last["step"] is not None else "no step yet"
-        plan = last.get("plan") or {}
-        more = f"; {plan['sessions_needed']} sessions in all" if plan.get("sessions_needed") else ""
-        self.client.say(f"Session {number} is {last['state']}: {steps}{more}. {last['reason']}")
+    def _say_session(self, session):
+        number = self.state["sessions"].index(session) + 1
+        steps = f"step {session['step']} of {session['max_steps']}" if session["step"] is not None else "no step yet"
+        plan = session.get("plan") or {}
+        total = f"; {plan['sessions_needed']} sessions in total" if plan.get("sessions_needed") else ""
+        self.client.say(f"Session {number} is {session['state']}: {steps}{total}. {session['reason']}")
 
     def _finish(self, last):
-        """Fetch the student and the report, print the verdict."""
+        """Downloads the student and the report and prints the verdict."""
         folder = self.out / "outputs"
         if not folder.exists():
             pull(self.client, self.ref, last["version"], folder, r"checkpoints/")
-        found = [path.parent for path in folder.rglob("verdict.json")]
-        if len(found) != 1:
-            raise Refused(f"the run is complete, and {len(found)} verdicts lie in {folder}; expected one")
-        self.client.say(_read(found[0] / "verdict.json").get("sentence", ""))
-        self.client.say(f"Student and report: {found[0] / 'student'}, {found[0] / 'report.html'}")
+        runs = [path.parent for path in folder.rglob("verdict.json")]
+        if len(runs) != 1:
+            raise Refused(f"the run is complete, but {folder} has {len(runs)} files verdict.json; expected 1")
+        self.client.say(_read(runs[0] / "verdict.json").get("sentence", ""))
+        self.client.say(f"Student and report: {runs[0] / 'student'}, {runs[0] / 'report.html'}")
         return 0
 
-    def _folder(self, last):
-        return self.out / f"session-{self.state['sessions'].index(last) + 1:03d}"
+    def _folder(self, session):
+        return self.out / f"session-{self.state['sessions'].index(session) + 1:03d}"
 
     def _save(self):
         files.write_json(self.path, self.state)
 
 
 class Follower:
-    """Prints a session's log as it comes, from a thread of its own; what goes wrong there is nobody's loss."""
+    """Prints a session's log from a daemon thread; its errors do not affect the relay."""
 
     def __init__(self, client, ref):
         self.client, self.ref, self.thread = client, ref, None
@@ -291,19 +298,19 @@ class Follower:
 
 
 @contextlib.contextmanager
-def alone(out):
-    """Only one relay works on a folder; ValueError where another does."""
+def exclusive(out):
+    """Locks a folder for one relay. Raises ValueError if another one uses it."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another relay works on --out {out}") from None
+            raise ValueError(f"another relay uses --out {out}") from None
         yield
 
 
-def _moment(text):
-    """Seconds since 1970 of a local date, `2026-12-24` or `2026-12-24 18:00`."""
+def _timestamp(text):
+    """Returns the Unix time of a local date, `2026-12-24` or `2026-12-24 18:00`."""
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -317,25 +324,26 @@ def _read(path):
         return {}
 
 
-def _drop(folder):
-    """Set aside outputs that are not ours."""
+def _rename_stale(folder):
     os.replace(folder, folder.with_name(f"{folder.name}-stale-{secrets.token_hex(3)}"))
 
 
 def run(words=None):
     options = parser(__doc__)
-    options.add_argument("--out", required=True, help="a folder for what the relay knows and fetches")
-    options.add_argument("--sessions", type=int, default=0, help="push at most so many (default: as many as it takes)")
-    options.add_argument("--until", default="", metavar="DATE", help="push nothing that would not be over by then")
-    options.add_argument("--budget-hours", type=float, default=0.0, help="hours of sessions in all (default: no limit)")
+    options.add_argument("--out", required=True, help="folder for the relay's state and downloads")
+    options.add_argument("--sessions", type=int, default=0, help="maximum number of sessions (default: no limit)")
+    options.add_argument("--until", default="", metavar="DATE", help="end all sessions before this date")
+    options.add_argument(
+        "--budget-hours", type=float, default=0.0, help="total hours of all sessions (default: no limit)"
+    )
     options.add_argument("--follow", action="store_true", help="print the log while a session runs")
-    options.add_argument("--poll", type=float, default=30.0, metavar="SECONDS", help="between two questions, at first")
+    options.add_argument("--poll", type=float, default=30.0, metavar="SECONDS", help="initial polling interval")
     options = options.parse_args(words)
     if options.until:
-        _moment(options.until)
+        _timestamp(options.until)
     if options.sessions < 0 or options.budget_hours < 0 or options.poll <= 0:
         raise ValueError("--sessions, --budget-hours and --poll take numbers above 0")
-    with alone(Path(options.out)):
+    with exclusive(Path(options.out)):
         return Relay(Client(), options, poll_s=(options.poll, 10.0 * options.poll)).run()
 
 

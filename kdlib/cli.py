@@ -1,5 +1,8 @@
 """The command line: `kdlib demo | doctor | distill | cache | evaluate | report`."""
 
+import ast
+import inspect
+import itertools
 import json
 import os
 import sys
@@ -7,97 +10,109 @@ import traceback
 from pathlib import Path
 
 import kdlib.config
-from kdlib import keys
 from kdlib.clock import Clock, format_duration
 from kdlib.config import Config
 from kdlib.progress import Progress
 
-USAGE = """kdlib distils a large language model into a small one that has another tokenizer.
+USAGE = """kdlib distils a large language model into a small one with a different tokenizer.
 
-  kdlib demo --out DIR [--key value ...]                      the embedded default, from nothing, on a CPU
-  kdlib doctor [CONFIG.json] [--key value ...] [--json]       will it work here? machine, pair, memory, hours; 1 if not
-  kdlib doctor --self-test [--out DIR]                        run kdlib's own checks on this machine, with small models
-  kdlib distill [CONFIG.json] --out DIR [--key value ...]     one run: student, control, verdict; or the next session of it
-  kdlib cache [CONFIG.json] --out DIR [--key value ...]       the teacher's part of a run, once: the same keys, then
+  kdlib demo --out DIR [--key value ...]                      distil two built-in small models, offline, on a CPU
+  kdlib doctor [CONFIG.json] [--key value ...] [--json]       check machine, models, memory and run time; exit status 1
+                                                              if the run would fail
+  kdlib doctor --self-test [--out DIR]                        test kdlib on this machine with small models
+  kdlib distill [CONFIG.json] --out DIR [--key value ...]     start a run (student, control, verdict) or resume it
+  kdlib cache [CONFIG.json] --out DIR [--key value ...]       write a teacher cache for a run with the same keys; then
                                                               distill ... --teacher-cache DIR needs no teacher
   kdlib evaluate --teacher T --student S --dataset D [--json] compare any two models on a text
-  kdlib report DIR                                            draw the figures and report.html of a run again
+  kdlib report DIR                                            redraw the figures and report.html of a run
 
-T, S and D are Hugging Face ids or local paths. A run that was paused or cut off goes on when the same command is given
-again (--resume auto); --resume never wants a new folder, --resume DIR goes on with the run or checkpoint in DIR. So does a
-cache: --resume A,B takes over parts that others wrote, --writer 2/3 makes this the second of three that share the work.
-doctor looks at the machine alone where no models are named; --accelerator NvidiaTeslaT4 tells it what was asked for.
+T, S and D are Hugging Face ids or local paths. The same command resumes a paused or interrupted run (--resume auto).
+--resume never requires a new folder; --resume DIR resumes the run or checkpoint in DIR. An incomplete cache is resumed
+too: --resume A,B adopts shards of other writers, --writer 2/3 makes this the second of three writers. Without models,
+doctor checks the machine only; --accelerator NvidiaTeslaT4 names the accelerator that was requested from Kaggle.
 Keys of distill, demo, cache and doctor, with their defaults:
 """
-PLAIN = ("out", "json", "help", "resume", "writer", "accelerator", "self_test")
+OPTIONS = ("out", "json", "help", "resume", "writer", "accelerator", "self_test")
+"""Command-line options that are not config keys."""
 
 
 def main(arguments=None):
-    """Run one command; the exit status: 0 done, 1 the run failed, 2 bad input (one line on stderr)."""
-    words, command = list(sys.argv[1:] if arguments is None else arguments), ""
+    """Runs one command and returns its exit status: 0 success, 1 failure, 2 invalid input (one line on stderr)."""
+    arguments, command = list(sys.argv[1:] if arguments is None else arguments), ""
     try:
-        if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
-            print(USAGE + keys.told())
+        if not arguments or arguments[0] in ("-h", "--help", "help") or "--help" in arguments:
+            print(USAGE + config_help())
             return 0
-        command = words.pop(0)
+        command = arguments.pop(0)
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}{kdlib.config.nearest(command, COMMANDS)}")
-        positional, flags = _parse(words)
+        positional, flags = _parse(arguments)
         return COMMANDS[command](positional, flags)
     except ValueError as error:
         print(f"kdlib: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our lines has seen enough, as in `kdlib --help | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `kdlib --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("kdlib: stopped", file=sys.stderr)
+        print("kdlib: interrupted", file=sys.stderr)
         return 1
-    except Exception:  # noqa: BLE001 - it is over; the status.json of a run says so
+    except Exception:  # noqa: BLE001 - the command ends here; a run has written its status.json
         traceback.print_exc()
-        why = (
-            ", status.json says why"
-            if command in ("demo", "distill")
-            else "; it is a mistake of kdlib's, please report it"
-        )
-        print(f"kdlib: {command} failed; the lines above say where{why}", file=sys.stderr)
+        advice = "see status.json" if command in ("demo", "distill") else "this is a bug of kdlib, please report it"
+        print(f"kdlib: {command} failed with the error above; {advice}", file=sys.stderr)
         return 1
+
+
+def config_help():
+    """Returns help text for all config keys: default values, and the docstrings of `Config`'s fields."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    docs = {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+    presets = ", ".join(kdlib.config.PRESETS)
+    return "\n".join([
+        f"  --preset NAME\n      Named set of values ({presets}). Explicit keys override it.",
+        *(f"  --{name} {field.default!r}\n      {docs[name]}" for name, field in kdlib.config.flags()),
+    ])  # fmt: skip
 
 
 def demo(positional, flags):
-    out, wanted = _out(positional, flags)
+    out, resume = _out(positional, flags)
     with Progress("loading libraries") as progress:
         import torch
 
-        from kdlib import demo as tiny
+        from kdlib import demo as builtin
         from kdlib import environment
 
-        torch.set_num_threads(1)  # at this size more threads only wait for each other, badly where a core is busy
+        torch.set_num_threads(1)  # models of this size are slower with more threads
         cache = environment.cache_folder()
-        config = tiny.config(cache, **flags)
-        _check_out(out, wanted)
+        config = builtin.config(cache, **flags)
+        _check_out(out, resume)
         quiet()
         clock = Clock()
-        if not tiny.is_ready(cache):
-            progress.say("The first time, a small teacher is trained and kept in the cache folder (two minutes or so).")
-            for phase, done, total in tiny.prepare(cache, clock):
+        if not builtin.is_ready(cache):
+            progress.say("First run: training a small teacher, kept in the cache folder (about two minutes).")
+            for phase, done, total in builtin.prepare(cache, clock):
                 progress(phase, done, total)
-        return _drive(config, out, clock, wanted, progress)
+        return _run_session(config, out, clock, resume, progress)
 
 
 def doctor(positional, flags):
     if flags.pop("self_test", False):
         return _self_test(positional, flags)
-    as_json, asked = flags.pop("json", False), flags.pop("accelerator", "")
+    as_json, accelerator = flags.pop("json", False), flags.pop("accelerator", "")
     config = _config("doctor", positional, flags)
     with Progress("loading libraries") as progress:
         from kdlib import doctor
 
         quiet()
-        for coming, found in doctor.run_checks(config, asked, on_progress=progress):  # noqa: B007 - the last ones are all
-            progress(coming, 0, 0)
-    print(json.dumps(doctor.to_json(found), indent=2) if as_json else doctor.text(found))
-    return 1 if doctor.overall_state(found) == "wrong" else 0
+        for stage, findings in doctor.run_checks(config, accelerator, on_progress=progress):  # noqa: B007 - cumulative
+            progress(stage, 0, 0)
+    print(json.dumps(doctor.to_json(findings), indent=2) if as_json else doctor.text(findings))
+    return 1 if doctor.overall_state(findings) == "error" else 0
 
 
 def _self_test(positional, flags):
@@ -113,49 +128,49 @@ def _self_test(positional, flags):
 
 
 def distill(positional, flags):
-    out, wanted = _out([], flags)
+    out, resume = _out([], flags)
     config = _config("distill", positional, flags)
     config.require_inputs()
     with Progress("loading libraries") as progress:
-        _check_out(out, wanted)
+        _check_out(out, resume)
         quiet()
-        return _drive(config, out, Clock(), wanted, progress)
+        return _run_session(config, out, Clock(), resume, progress)
 
 
 def cache(positional, flags):
-    others = [part for part in flags.pop("resume", "auto").split(",") if part not in ("", "auto")]
+    other_caches = [path for path in flags.pop("resume", "auto").split(",") if path not in ("", "auto")]
     writer = _writer(flags.pop("writer", "1/1"))
     out, _ = _out([], flags)
     config = _config("cache", positional, flags)
     config.require_inputs()
     with Progress("loading libraries") as progress:
-        from kdlib.session.cache_writer import write
+        from kdlib.session.cache_writer import cache_teacher
 
         quiet()
-        for record in write(config, out, Clock(), others, writer, progress):
+        for record in cache_teacher(config, out, Clock(), other_caches, writer, progress):
             if record["kind"] == "plan":
                 progress.say(
-                    f"{record['positions']:,} positions of text, {record['bytes_a_position']:.0f} bytes each: "
-                    f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} of them to write."
+                    f"{record['positions']:,} token positions, {record['bytes_a_position']:.0f} bytes each: "
+                    f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} missing."
                 )
             elif record["kind"] != "shard":
-                progress.say(_cache_end(record, out))
+                progress.say(_cache_summary(record, out))
     return 0
 
 
-def _cache_end(record, out):
+def _cache_summary(record, out):
     if record["kind"] == "paused":
-        return f"Paused: {record['reason']}; {record['missing']} shards are missing. The same command goes on."
+        return f"Paused: {record['reason']}; {record['missing']} shards are missing. Run the same command to resume."
     if record["missing"]:
-        return f"This writer is done; {record['missing']} shards are for others to write."
-    return f"The cache is complete. Learn from it: kdlib distill ... --teacher-cache {out}"
+        return f"This writer is done; other writers still have to write {record['missing']} shards."
+    return f"The cache is complete. To train with it: kdlib distill ... --teacher-cache {out}"
 
 
 def _writer(text):
-    """`(0, 3)` of `1/3`."""
+    """Parses `1/3` to `(0, 3)`: index and number of writers."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"--writer takes which one this is of how many, as 1/3 to 3/3; got {text!r}")
+        raise ValueError(f"--writer takes INDEX/COUNT, such as 1/3, 2/3 or 3/3; got {text!r}")
     return int(index) - 1, int(count)
 
 
@@ -168,8 +183,8 @@ def evaluate(positional, flags):
         from kdlib import compare
 
         quiet()
-        found = compare.compare(config, progress)
-    print(json.dumps(found, indent=2) if as_json else "\n".join(compare.told(found)))
+        comparison = compare.compare(config, progress)
+    print(json.dumps(comparison, indent=2) if as_json else "\n".join(compare.text_lines(comparison)))
     return 0
 
 
@@ -182,24 +197,24 @@ def report(positional, flags):
     return 0
 
 
-COMMANDS = {each.__name__: each for each in (demo, doctor, distill, cache, evaluate, report)}
+COMMANDS = {command.__name__: command for command in (demo, doctor, distill, cache, evaluate, report)}
 
 
 def quiet():
-    """Keep transformers from drawing its own progress bars between ours."""
+    """Disables the progress bars and warnings of transformers."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
 
 
-def _drive(config, out, clock, wanted, progress):
-    """Run the session and show it: a bar for everything that takes long, then the verdict."""
+def _run_session(config, out, clock, resume, progress):
+    """Runs one session and shows its progress and verdict."""
     from kdlib.session.run_folder import RunFolder
     from kdlib.session.session import distill
 
     try:
-        for record in distill(config, out, clock, wanted, on_progress=progress):
+        for record in distill(config, out, clock, resume, on_progress=progress):
             _show(record, config, out, progress)
     except KeyboardInterrupt:
         status = RunFolder(out).last_status()
@@ -220,8 +235,8 @@ def _show(record, config, out, progress):
         progress.say(record["told"])
     elif record["kind"] == "train":
         name = "control" if record["run"] == "ce_only" else record["run"]
-        more = f"loss {record['loss']:.3f}, whole run {format_duration(record['left_s'])} left"
-        progress.train(f"{name} {record['repeat'] + 1}/{config.repeats}", record["step"], record["last_step"], more)
+        details = f"loss {record['loss']:.3f}, {format_duration(record['left_s'])} left for the run"
+        progress.train(f"{name} {record['repeat'] + 1}/{config.repeats}", record["step"], record["last_step"], details)
     elif record["kind"] == "alert":
         progress.say(f"{record['run']}, step {record['step']}: {record['meaning']}. Try: {record['advice']}.")
     elif record["kind"] == "plan":
@@ -233,30 +248,31 @@ def _show(record, config, out, progress):
 
 
 def _start_lines(start):
-    told = start["alignment"]
+    alignment = start["alignment"]
     if start["resumed"]:
-        yield f"Session {start['session']} goes on from {start['resumed']}."
+        yield f"Session {start['session']} resumes from {start['resumed']}."
     for note in start["notes"]:
-        yield f"Not as before: {note}. The run goes on, but not to the last bit as it would have."
+        yield f"Changed since the last session: {note}. Results will not be bit-identical to an unchanged run."
     yield (
-        f"{start['num_windows']} windows of text, {start['max_steps']} steps. {told['coverage']:.0%} of the student's "
-        f"tokens get signal from the teacher; {told['shared_student']:.0%} of its vocabulary is the teacher's too."
+        f"{start['num_windows']} windows, {start['max_steps']} steps. {alignment['coverage']:.0%} of the student's "
+        f"tokens have teacher signal; {alignment['shared_student']:.0%} of its vocabulary is shared with the teacher."
     )
     for side in ("student", "teacher"):
-        if told[f"faithful_{side}"] < 1.0:
+        faithful = alignment[f"faithful_{side}"]
+        if faithful < 1.0:
             yield (
-                f"The {side}'s tokenizer changes the text: {told[f'faithful_{side}']:.1%} of its tokens are the bytes that "
-                "stand there, and only those give and take signal."
+                f"The {side}'s tokenizer changes the text: only {faithful:.1%} of its tokens are the bytes of the text. "
+                "Only these are used for distillation."
             )
 
 
 def _plan_line(plan):
     sessions = plan["sessions_needed"]
-    over = "this session" if sessions == plan["session"] else f"{sessions} sessions in all"
-    over = "more sessions than can be told: one is over before anything is done" if sessions is None else over
+    total = "all in this session" if sessions == plan["session"] else f"{sessions} sessions in total"
+    total = "sessions too short to finish; increase time_budget" if sessions is None else total
     return (
-        f"Plan: {plan['steps_per_s']:.2f} steps a second, {plan['tokens_left']:,} tokens and "
-        f"{format_duration(plan['left_s'])} to go, {over}; done on {plan['finish']} at the earliest."
+        f"Plan: {plan['steps_per_s']:.2f} steps/s, {plan['tokens_left']:,} tokens and "
+        f"{format_duration(plan['left_s'])} remaining, {total}; earliest finish {plan['finish']}."
     )
 
 
@@ -271,32 +287,32 @@ def _verdict_lines(verdict, out):
     yield f"Student: {out / 'student'}   Report: {out / 'report.html'}"
 
 
-def _parse(words):
-    """`(positional, flags)`: flags by config key, hyphens and underscores alike, values by the key's type."""
-    names = [*(name for name, _ in kdlib.config.flags()), "preset"]
+def _parse(arguments):
+    """Returns `(positional, flags)`: values parsed by the type of their key; hyphens equal underscores."""
+    keys = [*(name for name, _ in kdlib.config.flags()), "preset"]
     positional, flags = [], {}
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            positional.append(word)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--"):
+            positional.append(argument)
             continue
-        name, given, value = word[2:].partition("=")
+        name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in names and name not in PLAIN:
-            raise ValueError(f"unknown key {word!r}{kdlib.config.nearest(name, [*names, *PLAIN], '--')}")
+        if name not in keys and name not in OPTIONS:
+            raise ValueError(f"unknown key {argument!r}{kdlib.config.nearest(name, [*keys, *OPTIONS], '--')}")
         if name in ("json", "self_test"):
             flags[name] = True
             continue
-        if not given:
-            if not words:
-                raise ValueError(f"{word} needs a value")
-            value = words.pop(0)
-        flags[name] = value if name in PLAIN else kdlib.config.parse_flag(name, value)
+        if not equals:
+            if not arguments:
+                raise ValueError(f"{argument} needs a value")
+            value = arguments.pop(0)
+        flags[name] = value if name in OPTIONS else kdlib.config.parse_flag(name, value)
     return positional, flags
 
 
 def _config(command, positional, flags):
-    """The `Config` of a file, if one is given, and of the keys beside it."""
+    """Returns the `Config` of an optional file, overridden by flags."""
     if len(positional) > 1:
         raise ValueError(f"{command} takes one CONFIG.json, got {' '.join(positional)}")
     base = Config.from_json(positional[0]).to_dict() if positional else {}
@@ -314,11 +330,11 @@ def _out(positional, flags):
     return Path(flags.pop("out")), flags.pop("resume", "auto")
 
 
-def _check_out(out, wanted):
+def _check_out(out, resume):
     from kdlib.session.run_folder import RunFolder
 
     folder = RunFolder(out)
-    folder.refuse_foreign(may_hold_run=wanted == "auto" or (wanted != "never" and not folder.has_begun()))
+    folder.check_usable(may_hold_run=resume == "auto" or (resume != "never" and not folder.can_resume()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A clock that tests replace, and durations for people."""
+"""A monotonic clock that tests can replace, and conversion of durations to and from text."""
 
 import math
 import re
@@ -6,19 +6,19 @@ import time
 
 
 class Clock:
-    """Seconds that never run backwards, whatever is done to the machine's date. Tests pass an object with the same `now`."""
+    """Monotonic clock in seconds. Tests pass an object with the same method."""
 
     def now(self):
         return time.monotonic()
 
 
 def date(seconds_from_now=0.0):
-    """The date and time of day in so many seconds, by the machine's own clock and zone: for people only."""
+    """Formats the local date and time that is `seconds_from_now` ahead."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds_from_now))
 
 
 def format_duration(seconds):
-    """A duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Formats a duration: `8 s`, `3 min 20 s`, `2 h 05 min`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -28,15 +28,13 @@ def format_duration(seconds):
 
 
 def parse_duration(duration):
-    """Seconds of `"11h"`, `"40m"`, `"90s"`, `"1h30m"` or a number of hours; infinity for an empty text. ValueError for
-    anything else.
-    """
+    """Parses `"11h"`, `"1h30m"`, `"90s"` or hours to seconds, `""` to infinity. Raises ValueError for other text."""
     if duration == "":
         return math.inf
-    units = re.fullmatch(r"\s*(?:([\d.]+)\s*h)?\s*(?:([\d.]+)\s*m(?:in)?)?\s*(?:([\d.]+)\s*s)?\s*", str(duration))
+    match = re.fullmatch(r"\s*(?:([\d.]+)\s*h)?\s*(?:([\d.]+)\s*m(?:in)?)?\s*(?:([\d.]+)\s*s)?\s*", str(duration))
     try:
-        if units and any(units.groups()):
-            hours, minutes, seconds = (float(part or 0.0) for part in units.groups())
+        if match and any(match.groups()):
+            hours, minutes, seconds = (float(number or 0.0) for number in match.groups())
         else:
             hours, minutes, seconds = float(duration), 0.0, 0.0
         total = 3600.0 * hours + 60.0 * minutes + seconds

@@ -1,4 +1,4 @@
-"""Any two models on a text: what each knows, and how much the one kept of the other."""
+"""Comparison of any two models on a text: quality of each, and agreement between them."""
 
 import itertools
 import math
@@ -11,31 +11,29 @@ from kdlib.session import inputs, time_budget
 from kdlib.session.arm import Scorer
 
 TITLES = {
-    "frequency": "times the next token stands in this text",
-    "position": "tokens read before it",
+    "frequency": "count of the next token in this text",
+    "position": "position in the document (tokens)",
     "entropy": "teacher's entropy (nats)",
 }
-WIDE = 12
+COLUMN_WIDTH = 12
 
 
 def compare(config, on_progress=lambda phase, done, total: None):
-    """What the config's teacher and student make of its data set, all of it held-out text, on the machine's card where it
-    has one: plain values. `on_progress(phase, done, total)` is called before every piece of work.
+    """Compares the config's teacher and student on its dataset, all of it held out. Returns JSON-compatible values.
 
-    `teacher`, `student`: the four figures of a score and the `calibration_error`; `retention` as from `Breakdown`, whose
-    `frequency` counts in this very text; `documents`: bits per byte of each, with its size; `samples`: what both write after
-    the same beginnings, with the shares of repeated 4-grams and of recut tokens, and distinct-2;
-    `alignment`. ValueError for a wrong input.
+    `teacher`, `student`: metrics of both models, with `calibration_error`. `retention`: results of `Breakdown`, with
+    token frequencies in this text. `documents`: sizes and bits per byte. `samples`: continuations of the same openings,
+    with repetition metrics. `alignment`: alignment of the tokenizers. Raises ValueError for invalid input.
+    `on_progress(phase, done, total)` is called before each piece of work.
     """
-    machine, clock = devices.accelerator(config.amp_dtype), Clock()
-    away = devices.teacher_device(config.teacher_device, machine)
-    dtype = devices.teacher_dtype(machine, away)
-    loaded = inputs.load_for_evaluation(config, machine.device, dtype, away, on_progress)
-    scorer = Scorer.of(
-        loaded, config, machine.device, {}, time_budget.TimeBudget(math.inf, clock, clock.now()), on_progress
-    )
-    scores = {"teacher": scorer.teacher("test"), "student": scorer.student("test")}
-    told = {
+    accelerator, clock = devices.accelerator(config.amp_dtype), Clock()
+    teacher_device = devices.teacher_device(config.teacher_device, accelerator)
+    dtype = devices.teacher_dtype(accelerator, teacher_device)
+    loaded = inputs.load_for_evaluation(config, accelerator.device, dtype, teacher_device, on_progress)
+    budget = time_budget.TimeBudget(math.inf, clock, clock.now())
+    scorer = Scorer.for_run(loaded, config, accelerator.device, {}, budget, on_progress)
+    scores = {"teacher": scorer.teacher_score("test"), "student": scorer.score_student("test")}
+    metrics = {
         name: {**score.summary(), "calibration_error": breakdown.calibration_error(score.retention)}
         for name, score in scores.items()
     }
@@ -43,82 +41,80 @@ def compare(config, on_progress=lambda phase, done, total: None):
     documents = [
         {"num_bytes": size, **{name: bits[name][i] / size for name in bits}} for i, size in enumerate(sizes) if size
     ]
-    kept = {name: score.retention for name, score in scores.items()}
-    written = _samples(loaded, on_progress)
     return {
-        **told,
-        "alignment": loaded.alignment,
-        "retention": kept,
-        "documents": documents,
-        "samples": written,
-    }
+        **metrics, "alignment": loaded.alignment, "retention": {name: scores[name].retention for name in scores},
+        "documents": documents, "samples": _samples(loaded, on_progress),
+    }  # fmt: skip
 
 
 def _samples(loaded, on_progress):
-    """What both models write after the same beginnings."""
-    pair, done = loaded.pair, itertools.count()
-    beginnings = samples.openings(loaded.test, pair.student_reader.tokenizer, samples.NUM_OPENINGS)
+    """Returns continuations by both models of the same openings, with repetition metrics."""
+    pair, count = loaded.pair, itertools.count()
+    openings = samples.openings(loaded.test, pair.student_reader.tokenizer, samples.NUM_OPENINGS)
     models = {
         "teacher": (pair.teacher.model, pair.teacher.reader),
         "student": (pair.student, pair.student_reader),
     }
-    written = {"openings": beginnings}
+    result = {"openings": openings}
     for name, (model, reader) in models.items():
-        found = []
-        for text in beginnings:
-            on_progress("both write samples", next(done), 2 * len(beginnings))
-            found.append(samples.continue_text(model, reader, text))
-        texts = [sample.text for sample in found]
-        written[name] = {
-            "texts": texts,
-            "repeated": samples.repeated(texts),
-            "distinct_2": samples.distinct(texts),
-            "recut": samples.recut_share(found),
-        }
-    return written
+        continuations = []
+        for text in openings:
+            on_progress("both write samples", next(count), 2 * len(openings))
+            continuations.append(samples.continue_text(model, reader, text))
+        texts = [sample.text for sample in continuations]
+        result[name] = {
+            "texts": texts, "repeated": samples.repeated(texts), "distinct_2": samples.distinct(texts),
+            "recut": samples.recut_share(continuations),
+        }  # fmt: skip
+    return result
 
 
-def told(found):
-    """The lines that a terminal shows of it."""
-    heads = (("bits per byte", 15), ("perplexity", 12), ("KL to teacher", 15), ("top-1 agreement", 17))
-    yield " " * 10 + "".join(f"{head:>{width}}" for head, width in heads) + "  calibration off by"
+def text_lines(comparison):
+    """Yields the lines of a `compare` result for a terminal."""
+    headers = (("bits per byte", 15), ("perplexity", 12), ("KL to teacher", 15), ("top-1 agreement", 17))
+    yield " " * 10 + "".join(f"{header:>{width}}" for header, width in headers) + "   calibration error"
     for name in ("teacher", "student"):
-        score = found[name]
+        score = comparison[name]
         yield (
             f"{name:10}{score['bits_per_byte']:15.4f}{score['perplexity']:12.2f}{score['kl_to_teacher']:15.4f}"
             f"{score['top1_agreement']:17.1%}{score['calibration_error']:20.1%}"
         )
-    yield f"{found['alignment']['coverage']:.1%} of the student's tokens have a comparable teacher position."
+    yield f"{comparison['alignment']['coverage']:.1%} of the student's tokens have an aligned teacher position."
     for kind in ("frequency", "position", "entropy"):
-        yield from _over_bins(TITLES[kind], found["retention"]["student"][kind])
-    values = [document["student"] for document in found["documents"]]
-    ceiling = [document["teacher"] for document in found["documents"]]
-    worse = sum(ours > theirs for ours, theirs in zip(values, ceiling, strict=True))
+        yield from _bin_table(TITLES[kind], comparison["retention"]["student"][kind])
+    student, teacher = ([document[name] for document in comparison["documents"]] for name in ("student", "teacher"))
+    teacher_better = sum(ours > theirs for ours, theirs in zip(student, teacher, strict=True))
     yield (
-        f"\n{len(values)} documents: student {min(values):.3f} to {max(values):.3f} bits per byte, median "
-        f"{statistics.median(values):.3f}; the teacher's {statistics.median(ceiling):.3f}; it knows {worse} of them better."
+        f"\n{len(student)} documents: student {min(student):.3f} to {max(student):.3f} bits per byte, "
+        f"median {statistics.median(student):.3f}; teacher median {statistics.median(teacher):.3f}, "
+        f"better on {teacher_better}."
     )
-    yield "\n".join(["", *_written(found["samples"])])
+    yield "\n".join(["", *_sample_lines(comparison["samples"])])
 
 
-def _over_bins(title, sums):
-    """Positions, agreement and divergence over the bins that hold anything."""
+def _bin_table(title, sums):
+    """Yields positions, agreement and divergence for all non-empty bins."""
     used = [i for i, num in enumerate(sums["num"]) if num]
-    yield f"\n{title + ', from':44}" + "".join(f"{sums['from'][i]:>{WIDE}g}" for i in used)
-    yield f"{'  positions':44}" + "".join(f"{sums['num'][i]:>{WIDE},.0f}" for i in used)
-    yield f"{'  top-1 agreement':44}" + "".join(f"{sums['agreed'][i] / sums['num'][i]:>{WIDE}.1%}" for i in used)
-    yield f"{'  KL to teacher (nats)':44}" + "".join(f"{sums['kl'][i] / sums['num'][i]:>{WIDE}.3f}" for i in used)
+    yield f"\n{title + ', from':44}" + "".join(f"{sums['from'][i]:>{COLUMN_WIDTH}g}" for i in used)
+    yield f"{'  positions':44}" + "".join(f"{sums['num'][i]:>{COLUMN_WIDTH},.0f}" for i in used)
+    yield f"{'  top-1 agreement':44}" + "".join(
+        f"{sums['agreed'][i] / sums['num'][i]:>{COLUMN_WIDTH}.1%}" for i in used
+    )
+    yield f"{'  KL to teacher (nats)':44}" + "".join(
+        f"{sums['kl'][i] / sums['num'][i]:>{COLUMN_WIDTH}.3f}" for i in used
+    )
 
 
-def _written(told):
+def _sample_lines(written):
+    openings = written["openings"]
     for name in ("teacher", "student"):
-        measures = {
-            "words in fours said before": told[name]["repeated"],
-            "distinct-2": told[name]["distinct_2"],
-            "tokens its tokenizer would cut otherwise": told[name]["recut"],
+        metrics = {
+            "repeated 4-grams": written[name]["repeated"],
+            "distinct-2": written[name]["distinct_2"],
+            "recut tokens": written[name]["recut"],
         }
-        said = ", ".join(f"{what} {'-' if value is None else f'{value:.0%}'}" for what, value in measures.items())
-        yield f"{name} writes: {said} ({len(told['openings'])} beginnings, greedily)"
-    if told["openings"]:
-        yield f"  ... {told['openings'][0]!r}"
-        yield from (f"  {name}: {told[name]['texts'][0]!r}" for name in ("teacher", "student"))
+        text = ", ".join(f"{metric} {'-' if value is None else f'{value:.0%}'}" for metric, value in metrics.items())
+        yield f"{name} samples: {text} ({len(openings)} openings, greedy decoding)"
+    if openings:
+        yield f"  ... {openings[0]!r}"
+        yield from (f"  {name}: {written[name]['texts'][0]!r}" for name in ("teacher", "student"))

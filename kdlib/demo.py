@@ -1,8 +1,7 @@
-"""The embedded default: a whole distillation from nothing but Python itself.
+"""The demo: a small teacher, a student and a text, built offline from Python's standard library.
 
-Real text that every Python has (the docstrings of its standard library, split by module so that nothing leaks), two
-tokenizers of different families trained on it, a teacher trained on all of it, and a fresh student whose own text is
-scarce. Made once and kept in the user's cache folder.
+The text is the docstrings of the standard library, split by module to prevent leaks. Two tokenizers of different
+families and the teacher are trained on it. The student has new weights and little text of its own. Results are cached.
 """
 
 import ast
@@ -30,9 +29,9 @@ from kdlib.training import loop
 from kdlib.training.objective import Objective
 
 RECIPE = 2
-"""Goes up when anything below changes what is made, so that an old cache is not taken for a new one."""
+"""Version of the demo's models and text; increase it when they change, to invalidate old caches."""
 
-LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 TEACHER = {"vocab": 2048, "width": 128, "layers": 4, "heads": 4, "steps": 1200}
 STUDENT = {"vocab": 1024, "width": 64, "layers": 2, "heads": 4}
 STUDENT_CHARS = 200_000
@@ -44,8 +43,9 @@ TEACHER_CONFIG = Config(
 
 
 def docstrings(chars=math.inf):
-    """Documents of the running Python's standard library: `{module: text}`, every docstring once. Of about `chars`
-    characters where that is less than all: then modules are taken in an order that mixes them.
+    """Returns the docstrings of Python's standard library, without duplicates: `{module path: text}`.
+
+    A finite `chars` stops after about that many characters, with modules in pseudo-random order.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     seen, texts, paths = set(), {}, sorted(root.rglob("*.py"))
@@ -55,34 +55,32 @@ def docstrings(chars=math.inf):
         if sum(map(len, texts.values())) >= chars:
             break
         module = path.relative_to(root)
-        if LEFT_OUT & set(module.parts):
+        if EXCLUDED & set(module.parts):
             continue
-        found = [text for text in _docstrings_of(path) if text not in seen]
-        seen.update(found)
-        if found:
-            texts[module.as_posix()] = "\n\n".join(found)
+        unique = [text for text in _docstrings_of(path) if text not in seen]
+        seen.update(unique)
+        if unique:
+            texts[module.as_posix()] = "\n\n".join(unique)
     return texts
 
 
 def split(texts, student_chars=STUDENT_CHARS):
-    """`(teacher's, student's, held-out)` lists of texts. A held-out module is seen by nobody, and the student's own text
-    is a small part of the teacher's.
-    """
-    known, held = [], []
+    """Splits texts into `(teacher's, student's, held-out)` lists. The student's are a small part of the teacher's."""
+    train, held_out = [], []
     for module, text in texts.items():
-        place = hashlib.sha256(module.encode()).digest()[0]
-        (held if place < 32 else known).append((module, text))
-    order = sorted(known, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
-    own, size = [], 0
-    for _, text in order:
+        first_byte = hashlib.sha256(module.encode()).digest()[0]
+        (held_out if first_byte < 32 else train).append((module, text))
+    shuffled = sorted(train, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+    student, size = [], 0
+    for _, text in shuffled:
         if size < student_chars:
-            own.append(text)
+            student.append(text)
             size += len(text)
-    return [text for _, text in known], own, [text for _, text in held]
+    return [text for _, text in train], student, [text for _, text in held_out]
 
 
 def folder(cache):
-    """Where the embedded default of this Python lies below a cache folder."""
+    """Returns the demo's folder for this Python version, below a cache folder."""
     return (
         Path(cache) / f"tiny-{RECIPE}-python{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     )
@@ -93,7 +91,7 @@ def is_ready(cache):
 
 
 def config(cache, **changes):
-    """The `Config` of the embedded default: what `kdlib demo` runs."""
+    """Returns the `Config` that `kdlib demo` runs."""
     home = folder(cache)
     values = {
         "teacher": str(home / "teacher"),
@@ -114,8 +112,9 @@ def config(cache, **changes):
 
 
 def demo_config(steps, student_chars, chars, **changes):
-    """The `Config` of the embedded default in a small form, as `prepare` makes it; made once and kept. For models of this
-    size one torch thread is fastest, and is set.
+    """Returns the `Config` of a smaller demo and builds it with `prepare` unless cached.
+
+    Sets torch to one thread, which is fastest for models of this size.
     """
     torch.set_num_threads(1)
     cache = environment.cache_folder() / f"small-{steps}-{student_chars}-{chars}"
@@ -126,11 +125,10 @@ def demo_config(steps, student_chars, chars, **changes):
 
 
 def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHARS, chars=math.inf):
-    """Make the embedded default below `cache`; a generator of `(what, done, total)` that says how far it is. `steps`:
-    how long its teacher is trained; `student_chars`: how much text of its own the student gets; `chars`: of how much text in
-    all.
+    """Builds the demo below `cache`; a generator of progress, `(phase, done, total)`.
 
-    Nothing half-made is ever taken for whole. If another process is making it, this one waits and takes what it made.
+    `steps`: training steps of the teacher. `student_chars`: characters of the student's text. `chars`: characters of
+    all text. The result is written atomically. If another process is building it, this one waits and uses its result.
     """
     home = folder(cache)
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -140,36 +138,36 @@ def prepare(cache, clock=None, steps=TEACHER["steps"], student_chars=STUDENT_CHA
             lock.acquire(timeout=WAIT_S)
             break
         waited = True
-        yield "another process makes the embedded default", 0, 0
+        yield "waiting for another process to build the demo", 0, 0
     try:
         if not (waited and is_ready(cache)):
-            yield from _make(home, clock or Clock(), steps, student_chars, chars)
+            yield from _build(home, clock or Clock(), steps, student_chars, chars)
     finally:
         lock.release()
 
 
-def _make(home, clock, steps, student_chars, chars):
-    with files.atomic(home) as beside:
-        beside.mkdir()
+def _build(home, clock, steps, student_chars, chars):
+    with files.atomic(home) as path:
+        path.mkdir()
         yield "reading the standard library's docstrings", 0, 0
-        teacher_texts, student_texts, held = split(docstrings(chars), student_chars)
-        write_jsonl(beside / "train.jsonl", student_texts)
-        write_jsonl(beside / "held_out.jsonl", held)
+        teacher_texts, student_texts, held_out = split(docstrings(chars), student_chars)
+        write_jsonl(path / "train.jsonl", student_texts)
+        write_jsonl(path / "held_out.jsonl", held_out)
         yield "training two tokenizers", 0, 0
         teacher_tokenizer = byte_level_bpe(teacher_texts, TEACHER["vocab"])
         student_tokenizer = unigram(teacher_texts, STUDENT["vocab"])
         torch.manual_seed(0)
         teacher = llama(teacher_tokenizer, **TEACHER)
         for record in train_teacher(teacher, teacher_tokenizer, teacher_texts, clock, steps):
-            yield "training the teacher, once", record.step, steps
-        save(teacher, teacher_tokenizer, beside / "teacher")
+            yield "training the teacher", record.step, steps
+        save(teacher, teacher_tokenizer, path / "teacher")
         torch.manual_seed(0)
-        save(llama(student_tokenizer, **STUDENT), student_tokenizer, beside / "student")
-        (beside / "complete.json").write_text(json.dumps({"recipe": RECIPE, "bytes": sum(map(len, teacher_texts))}))
+        save(llama(student_tokenizer, **STUDENT), student_tokenizer, path / "student")
+        (path / "complete.json").write_text(json.dumps({"recipe": RECIPE, "bytes": sum(map(len, teacher_texts))}))
 
 
 def train_teacher(model, tokenizer, texts, clock, steps):
-    """Plain next-token training through kdlib's own loop; a generator of its records."""
+    """Trains a model on next-token prediction with `TrainLoop`; a generator of its step records."""
     reader = tokenize.wrap_tokenizer(tokenizer, loading.vocab.read_vocabulary(tokenizer))
     windows = []
     for number, text in enumerate(texts):
@@ -178,69 +176,69 @@ def train_teacher(model, tokenizer, texts, clock, steps):
             Document(text), encoded, encoded, reader, reader, TEACHER_CONFIG.max_length, number
         )
     objective = Objective(model, loading.Head(model, reader.vocabulary), TEACHER_CONFIG)
-    with devices.temporary_accelerator("fp32", cpu=True) as machine:
-        yield from loop.TrainLoop(objective, None, windows, steps, TEACHER_CONFIG, machine, clock)
+    with devices.temporary_accelerator("fp32", cpu=True) as accelerator:
+        yield from loop.TrainLoop(objective, None, windows, steps, TEACHER_CONFIG, accelerator, clock)
 
 
 def byte_level_bpe(texts, size):
-    """GPT-2's kind: every byte has a token, a word keeps the space in front of it."""
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
+    """Trains a byte-level BPE tokenizer as in GPT-2; a word includes its preceding space."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
 
 
 def unigram(texts, size):
-    """SentencePiece's kind: a Unigram model with a leading-space mark, byte pieces for what it has no piece for, and
-    <s> in front of every text.
-    """
-    core = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    core.pre_tokenizer = _metaspace()
+    """Trains a Unigram tokenizer as in SentencePiece, with byte fallback and a BOS token `<s>`."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    tokenizer.pre_tokenizer = _metaspace()
     special = ["<unk>", "<s>", "</s>"]
     trainer = tokenizers.trainers.UnigramTrainer(
         vocab_size=size - 256, special_tokens=special, unk_token="<unk>", show_progress=False
     )
-    core.train_from_iterator(texts, trainer)
-    pieces = [(piece, round(score, 6)) for piece, score in json.loads(core.to_str())["model"]["vocab"]]
-    learned = _settled(pieces[len(special) :])
+    tokenizer.train_from_iterator(texts, trainer)
+    pieces = [(piece, round(score, 6)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    learned = _deterministic(pieces[len(special) :])
     byte_pieces = [(f"<0x{byte:02X}>", learned[-1][1] - 10.0) for byte in range(256)]
     vocabulary = pieces[: len(special)] + byte_pieces + learned
-    core = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
-    core.pre_tokenizer = _metaspace()
-    core.decoder = tokenizers.decoders.Sequence(
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = _metaspace()
+    tokenizer.decoder = tokenizers.decoders.Sequence(
         [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace(prepend_scheme="first")]
     )
-    core.add_special_tokens(special)
-    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
 
 
-def _settled(pieces, rung=1e-4):
-    """The same `(piece, score)`s from every run, likeliest first. The trainer adds up in any order, so that last digits and
-    the order of equals differ; and characters that it can do without it hangs in any order on a ladder above the lowest.
+def _deterministic(pieces, step=1e-4):
+    """Returns `(piece, score)` pairs sorted by score, the same for each training of the tokenizer.
+
+    Last digits and the order of ties depend on threads of the trainer, as do the scores of unused characters, which it
+    spaces by `step` above the lowest score. These characters get their scores in alphabetical order.
     """
     learned = sorted(pieces, key=lambda entry: (-entry[1], entry[0]))
     singles = [entry for entry in learned if len(entry[0]) == 1]
-    low = [entry for entry in singles if entry[1] <= learned[-1][1] + rung * len(singles)]
-    settled = dict(zip(sorted(piece for piece, _ in low), [score for _, score in low], strict=True))
+    unused = [entry for entry in singles if entry[1] <= learned[-1][1] + step * len(singles)]
+    scores = dict(zip(sorted(piece for piece, _ in unused), [score for _, score in unused], strict=True))
     return sorted(
-        ((piece, settled.get(piece, score)) for piece, score in learned), key=lambda entry: (-entry[1], entry[0])
+        ((piece, scores.get(piece, score)) for piece, score in learned), key=lambda entry: (-entry[1], entry[0])
     )
 
 
 def llama(tokenizer, width, layers, heads, vocab=None, steps=None):
-    """A small Llama-shaped model with new weights. A wide start (0.08) learns much faster at this size."""
+    """Returns a small Llama model with new weights. At this size, an initializer range of 0.08 trains much faster."""
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=len(tokenizer),
@@ -276,10 +274,10 @@ def _metaspace():
 def _docstrings_of(path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            warnings.simplefilter("ignore")  # invalid escape sequences in old modules
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
-        return []  # a template or a test of the parser, not a module
+        return []  # not valid Python, such as a template
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
 

@@ -1,6 +1,6 @@
-"""Will it work here? Machine, pair, memory and speed are looked at before a run, by what the run itself uses.
+"""Checks before a run: machine, model pair, memory and speed, measured with the code of the run itself.
 
-Nothing is written but the tokenized text, which `windows` keeps for the run to find.
+Nothing is written except the cached tokenized text, which the run reuses.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from kdlib.evaluation import pair_report
 from kdlib.models import devices, teacher_cache
 from kdlib.models.pair import IncompatiblePairError
 from kdlib.models.prefetch import PrefetchingTeacher
-from kdlib.report.findings import Finding, markdown, overall_state, sentence, text, to_json
-from kdlib.session import cache_writer, checkpoint, first_pass, forecast, inputs, plan, time_budget
+from kdlib.report.findings import Finding, Findings, markdown, overall_state, sentence, text, to_json
+from kdlib.session import cache_writer, checkpoint, first_pass, forecast, inputs, time_budget
 from kdlib.session.arm import Scorer
 from kdlib.training import peak_memory, seeds
 from kdlib.training.loop import TrainLoop
@@ -27,9 +27,9 @@ from kdlib.training.loop import TrainLoop
 __all__ = ["Finding", "diagnose", "markdown", "overall_state", "run_checks", "sentence", "text", "to_json"]
 
 NUM_STEPS, PATIENCE_S = 6, 60.0
-"""Optimizer steps that are timed after a first one, and seconds after which no further one is begun."""
+"""Optimizer steps to time after a warm-up step, and seconds after which no further step starts."""
 READ_TOKENS = 2048
-"""Held-out tokens that are read here, where a run may read many more in each evaluation."""
+"""Maximum number of held-out tokens to score. A run may score many more in each evaluation."""
 SENTENCES = (
     "The old lighthouse keeper wrote down the weather every evening, and nobody ever asked him to.",
     "In 1987 the city council spent 4,250,000 dollars on a bridge that was opened three years late.",
@@ -42,231 +42,231 @@ SENTENCES = (
 )
 
 
-def diagnose(config=None, asked="", clock=None):
-    """All `Finding`s of `run_checks`, at once."""
-    *_, (_, found) = run_checks(config, asked, clock)
-    return found
+def diagnose(config=None, requested="", clock=None):
+    """Runs all checks of `run_checks` and returns their `Findings`."""
+    *_, (_, findings) = run_checks(config, requested, clock)
+    return Findings(findings)
 
 
-def run_checks(config=None, asked="", clock=None, on_progress=lambda phase, done, total: None):
-    """Look at everything, one thing after the other: a generator of `(what comes next, findings so far)`; the last time
-    nothing comes next.
+def run_checks(config=None, requested="", clock=None, on_progress=lambda phase, done, total: None):
+    """Runs all checks in order. Yields `(next stage, findings so far)`; the last stage is an empty string.
 
-    Without models named in `config` the machine is all there is. Without a `dataset` a few sentences stand for it. `asked`:
-    the accelerator that was asked for, by Kaggle's name. It ends early where nothing further can be looked at. ValueError
-    for what `distill` would not begin with: something that is not there, or that is refused. `on_progress(phase, done,
-    total)` is called before every batch and every piece of work that takes long.
+    Without models in `config`, only the machine is checked. Without a `dataset`, built-in sentences replace it.
+    `requested` is Kaggle's name of the requested accelerator. Checks end early if the next ones cannot run.
+    `on_progress(phase, done, total)` is called before each batch. Raises ValueError for input that `distill` refuses.
     """
     config, clock = config or Config(), clock or Clock()
-    named = config.teacher or config.cached or config.student or config.dataset
-    if named:
+    has_models = config.teacher or config.cached or config.student or config.dataset
+    if has_models:
         config.replace(dataset=config.dataset or "sentences").require_inputs()
-    yield "looking at the machine", []
-    cards = machine.cards()
-    found = machine.findings_of(machine.describe(), cards, config, asked)
-    if named and not any(card.failed for card in cards):
-        yield "loading teacher, student and text", found
+    yield "checking the machine", []
+    gpus = machine.list_gpus()
+    findings = machine.check_machine(machine.describe(), gpus, config, requested)
+    if has_models and not any(gpu.failed for gpu in gpus):
+        yield "loading teacher, student and text", findings
         with devices.temporary_accelerator(config.amp_dtype) as accelerator:
-            look, refused = _look(config, accelerator, clock, on_progress)
-            found = found + refused
-            if look:
-                with look.rest:
-                    yield from _stages_of(look, found)
+            examination, errors = _load(config, accelerator, clock, on_progress)
+            findings = findings + errors
+            if examination:
+                with examination.resources:
+                    yield from _run_stages(examination, findings)
                 return
-    yield "", found
+    yield "", findings
 
 
-def _stages_of(look, found):
-    for coming, one in (
-        ("reading held-out text with both", look.pair),
-        ("watching passes to foretell the memory", look.memory),
-        ("taking optimizer steps, which are forgotten", look.sessions),
+def _run_stages(examination, findings):
+    for stage, check in (
+        ("scoring held-out text with both models", examination.check_pair),
+        ("predicting peak memory", examination.check_memory),
+        ("timing optimizer steps", examination.check_sessions),
     ):
-        if any(finding.group == "memory" and finding.state == "wrong" for finding in found):
-            break  # steps that do not fit may take the whole process with them
-        yield coming, found
+        if any(finding.group == "memory" and finding.state == "error" for finding in findings):
+            break  # steps that do not fit may crash the process
+        yield stage, findings
         try:
-            found = found + one()
+            findings = findings + check()
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-            found = found + [_no_room(coming, look.config)]
-    yield "", found
+            findings = findings + [_out_of_memory(stage, examination.config)]
+    yield "", findings
 
 
-def _look(config, accelerator, clock, on_progress):
-    """`(Examination, findings)`: of what was loaded, or None and why it can't be looked at."""
-    there = devices.teacher_device(config.teacher_device, accelerator)
-    dtype, started, phases = devices.teacher_dtype(accelerator, there), clock.now(), {}
+def _load(config, accelerator, clock, on_progress):
+    """Returns `(Examination, [])`, or `(None, findings)` if the models cannot be used."""
+    teacher_device = devices.teacher_device(config.teacher_device, accelerator)
+    dtype, started, phases = devices.teacher_dtype(accelerator, teacher_device), clock.now(), {}
     documents = None if config.dataset else _sentences(config)
-    few = config.eval_tokens if config.cached else min(config.eval_tokens, READ_TOKENS)  # a cache is for one text
+    tokens = config.eval_tokens if config.cached else min(config.eval_tokens, READ_TOKENS)  # a cache needs its own text
 
-    def timed(phase, done, total):
+    def record_phase(phase, done, total):
         phases.setdefault(phase, clock.now())
         on_progress(phase, done, total)
 
     try:
-        changed = config.replace(check_teacher=False, eval_tokens=few)
-        loaded = inputs.load(changed, accelerator.device, dtype, there, documents, timed)
+        changed = config.replace(check_teacher=False, eval_tokens=tokens)
+        loaded = inputs.load(changed, accelerator.device, dtype, teacher_device, documents, record_phase)
     except IncompatiblePairError as error:
-        return None, [Finding("pair", "teacher, student and text", "do not fit", "wrong", error.problem, error.remedy)]
+        return None, [
+            Finding("pair", "teacher, student and text", "incompatible", "error", error.problem, error.remedy)
+        ]
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
-        return None, [_no_room("loading teacher, student and text", config)]
+        return None, [_out_of_memory("loading teacher, student and text", config)]
     now = clock.now()
-    reading = min((at for phase, at in phases.items() if phase.startswith("the teacher reads")), default=now)
-    return Examination(config, loaded, accelerator, clock, now - started, now - reading, on_progress), []
+    scored_at = min((at for phase, at in phases.items() if phase.startswith("the teacher reads")), default=now)
+    return Examination(config, loaded, accelerator, clock, now - started, now - scored_at, on_progress), []
 
 
 def _sentences(config):
-    """Documents that fill whole windows, enough of them for a step and for held-out text."""
+    """Returns `(train, validation, test)` documents, long enough for full windows and for one optimizer step."""
 
     def document(number):
-        turn = number % len(SENTENCES)
-        said = f"{number}. " + " ".join(SENTENCES[turn:] + SENTENCES[:turn]) + "\n"
-        return Document(said * (1 + 8 * config.max_length // len(said)))
+        start = number % len(SENTENCES)
+        content = f"{number}. " + " ".join(SENTENCES[start:] + SENTENCES[:start]) + "\n"
+        return Document(content * (1 + 8 * config.max_length // len(content)))
 
     train = [document(number) for number in range(max(8, config.effective_batch))]
     return train, [document(len(train))], [document(len(train) + 1)]
 
 
 class Examination:
-    """What a run would start from, loaded in `load_s` seconds, of which the teacher read held-out text for `teacher_s`."""
+    """Checks of a loaded pair. Loading took `load_s` seconds, including `teacher_s` for scoring held-out text."""
 
     def __init__(self, config, loaded, accelerator, clock, load_s, teacher_s, on_progress):
         self.on_progress, self.teacher_s = on_progress, teacher_s
         self.loaded, self.accelerator, self.clock, self.load_s = loaded, accelerator, clock, load_s
-        self.windows, self.read_s, self.read_bytes, self.rest = loaded.train, 0.0, 0, contextlib.ExitStack()
+        self.windows, self.cache_s, self.cache_bytes, self.resources = loaded.train, 0.0, 0, contextlib.ExitStack()
         self.per_step = config.effective_batch * accelerator.num_processes
         self.sampled = not config.dataset
         self.planned = bool(config.dataset or config.max_steps)
-        steps = plan.num_steps(config, len(loaded.train), self.per_step)
+        steps = time_budget.num_steps(config, len(loaded.train), self.per_step)
         self.config = config.replace(max_steps=steps)
-        guesses = plan.guessed_costs(loaded.pair.student.num_parameters())
+        guesses = time_budget.guessed_costs(loaded.pair.student.num_parameters())
         self.budget = time_budget.TimeBudget(
             parse_duration(config.time_budget or forecast.SESSION), clock, clock.now(), (), guesses
         )
 
-    def pair(self):
-        """Both models read the validation text; what they and their tokenizers are to each other."""
+    def check_pair(self):
+        """Scores validation text with both models and returns the findings about the pair."""
         scorer = Scorer(self.loaded, self.config.loss_chunk_size, self.budget, on_progress=self.on_progress)
         started = self.clock.now()
-        scores = {"teacher": scorer.teacher("validation"), "student": scorer.student("validation")}
-        self._know_costs(self.clock.now() - started)
+        scores = {"teacher": scorer.teacher_score("validation"), "student": scorer.score_student("validation")}
+        self._estimate_costs(self.clock.now() - started)
         return pair_report.findings_of(self.config, self.loaded, scores, self.sampled)
 
-    def _know_costs(self, student_s):
-        """What evaluations and the start of a run take: it reads more held-out text than was read here, by the student in
-        `student_s`. Loading lets the teacher read all of it once; the student is scored on the test.
+    def _estimate_costs(self, student_s):
+        """Scales the measured times to the held-out text of a run, which is longer than the text scored here.
+
+        At its start, a run scores all held-out text with the teacher and the test text with the student.
         """
-        read = [_num_tokens(text) for text in (self.loaded.validation, self.loaded.test)]
-        wanted = wanted_tokens(self.config, self.loaded.held_out_tokens)
-        longer, test = (size / read[0] for size in wanted)
-        one = self.budget.expected("evaluate")
-        self.budget.costs |= {"evaluate": longer * one, "test": test * one}
-        loading = self.load_s + self.teacher_s * (sum(wanted) / sum(read) - 1.0)
+        scored = [_num_tokens(text) for text in (self.loaded.validation, self.loaded.test)]
+        planned = num_eval_tokens(self.config, self.loaded.held_out_tokens)
+        validation, test = (size / scored[0] for size in planned)
+        evaluation_s = self.budget.expected("evaluate")
+        self.budget.costs |= {"evaluate": validation * evaluation_s, "test": test * evaluation_s}
+        loading = self.load_s + self.teacher_s * (sum(planned) / sum(scored) - 1.0)
         self.budget.record("start", loading + test * student_s)
 
-    def memory(self):
-        """The height that training will reach, against what there is."""
+    def check_memory(self):
+        """Predicts the peak memory of training and compares it with the available memory."""
         if not self.sampled and first_pass.should_cache_first(self.config, len(self.loaded.train), self.per_step):
-            self._read_first()
+            self._cache_first_windows()
         with seeds.preserve_rng_state(self.accelerator.device):
-            self.training = self._training()
+            self.training = self._make_training()
         device = self.accelerator.device
         total, used = memory.usage(device)["total_bytes"], memory.usage(device)["used_bytes"] or 0
         if self.config.gradient_checkpointing == "auto":
             predicted = peak_memory.fit(self.training, total, self.on_progress)
         else:
             predicted = peak_memory.predicted_bytes(self.training, self.on_progress)
-        there, again = min(total, used + memory.free(device)), self.training.gradient_checkpointing
-        fits = self._that_fits(there) if predicted > there else None
-        made = [forecast.peak_finding(predicted, there, total, again, self.config, fits)]
+        available, recomputes = min(total, used + memory.free(device)), self.training.gradient_checkpointing
+        fitting = self._fitting_micro_batch(available) if predicted > available else None
+        findings = [forecast.peak_finding(predicted, available, total, recomputes, self.config, fitting)]
         teacher = self.loaded.pair.teacher
         if isinstance(teacher, PrefetchingTeacher) and teacher.model.device.type == "cuda":
-            made.append(forecast.apart_finding(teacher.model.device, **memory.usage(teacher.model.device)))
-        return made
+            findings.append(forecast.teacher_gpu_finding(teacher.model.device, **memory.usage(teacher.model.device)))
+        return findings
 
-    def _read_first(self):
-        """As a run does: the teacher reads, here the windows of the steps to come, and is let go."""
+    def _cache_first_windows(self):
+        """Replaces the teacher by a cache of the first windows, as a run does, and extrapolates time and size."""
         few, folder = self.loaded.train[: self.per_step * (NUM_STEPS + 2)], tempfile.TemporaryDirectory()
         part, started = dataclasses.replace(self.loaded, train=few), self.clock.now()
-        out = Path(self.rest.enter_context(folder))
-        passing = cache_writer.CacheWriter(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
-        running = passing.run(math.inf, started)
-        told, seconds = next(running), [self.clock.now() - started for _ in running]  # after each shard, and all
+        out = Path(self.resources.enter_context(folder))
+        writer = cache_writer.CacheWriter(self.config, part, out, self.clock, [], (0, 1), self.on_progress)
+        records = writer.run(math.inf, started)
+        plan, seconds = next(records), [self.clock.now() - started for _ in records]  # after each shard and at the end
         positions = WindowDataset.from_list(self.loaded.train).total("student_rows")
-        self.read_bytes = round(told["bytes_a_position"] * positions)
-        learned, more = seconds[len(passing.facts["shards"]["train"]) - 1], len(self.loaded.train) / len(few) - 1.0
-        self.read_s = seconds[-1] + more * learned
+        self.cache_bytes = round(plan["bytes_a_position"] * positions)
+        train_s = seconds[len(writer.facts["shards"]["train"]) - 1]
+        self.cache_s = seconds[-1] + (len(self.loaded.train) / len(few) - 1.0) * train_s
         self.windows, self.loaded.pair.teacher = few, teacher_cache.CachedTeacher([folder.name])
         self.loaded.pair.buckets.pop("tries", None)  # these hold the live teacher's head
         memory.release_memory()
 
-    def _training(self):
-        """The `TrainLoop` of the distilled student, with all its parts on from the first step."""
+    def _make_training(self):
+        """Returns the `TrainLoop` of the distilled student with all loss terms enabled."""
         config, pair = self.config.replace(use_curriculum=False), self.loaded.pair
         objective = inputs.make_objective(pair, config)
         teacher = pair.teacher if config.needs_teacher else None
         return TrainLoop(
             objective, teacher, self.windows, max(config.max_steps, NUM_STEPS + 2), config, self.accelerator,
-            self.clock, pair.pads, pair.widest,
+            self.clock, pair.pads, pair.max_row_width,
         )  # fmt: skip
 
-    def _that_fits(self, there):
-        """The largest micro-batch below the config's, by halves, that is foretold to fit; None where none does."""
+    def _fitting_micro_batch(self, available):
+        """Returns the first halved micro-batch whose predicted peak fits into `available` bytes, or None."""
         while self.training.micro_batch > 1:
             self.training.micro_batch //= 2
-            if peak_memory.predicted_bytes(self.training) <= there:
+            if peak_memory.predicted_bytes(self.training) <= available:
                 return self.training.micro_batch
         return None
 
-    def sessions(self):
-        """Steps taken and timed; what the whole plan then takes, and its checkpoints."""
+    def check_sessions(self):
+        """Times optimizer steps and forecasts the run time, the number of sessions and the size of checkpoints."""
         with seeds.preserve_rng_state(self.accelerator.device):
-            steps = self._timed()
+            steps = self._timed_steps()
         counted = steps[1:]
         seconds, tokens = sum(step.step_s for step in counted), sum(step.num_tokens for step in counted)
-        lengths = window_lengths(self.loaded.train)
-        per_step = float(lengths.mean()) * self.per_step
+        per_step = float(window_lengths(self.loaded.train).mean()) * self.per_step
         step_s = max(seconds, 1e-9) / max(1, tokens) * per_step
-        made = [
+        findings = [
             forecast.speed_finding(step_s, per_step, len(counted)),
             forecast.numbers_finding(steps, self.accelerator.scaler is not None),
         ]
         if steps[-1].micro_batch < self.config.batch_size:
-            made.append(forecast.halved_finding(steps[-1].micro_batch, self.config))
+            findings.append(forecast.halved_finding(steps[-1].micro_batch, self.config))
         if self.planned:
             readings = self.config.max_steps * self.per_step / len(self.loaded.train) * self.config.repeats
-            made += [found for found in (forecast.readings_finding(self.config, readings, self.read_s),) if found]
-            made += forecast.plan_findings(self.config, step_s, per_step, self.budget, self.read_s)
-        sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.tensors().items()}
-        room = environment.free_bytes("."), environment.disk_reserve_bytes()
-        return made + [forecast.disk_finding(sizes, self.config, *room, self.read_bytes)]
+            findings += filter(None, [forecast.teacher_passes_finding(self.config, readings, self.cache_s)])
+            findings += forecast.plan_findings(self.config, step_s, per_step, self.budget, self.cache_s)
+        sizes = {name: checkpoint.size_of(tensors) for name, tensors in self.training.state_tensors().items()}
+        disk = environment.free_bytes("."), environment.disk_reserve_bytes()
+        return [*findings, forecast.disk_finding(sizes, self.config, *disk, self.cache_bytes)]
 
-    def _timed(self):
+    def _timed_steps(self):
         steps, started = [], self.clock.now()
         for step in self.training:
             steps.append(step)
-            self.on_progress("taking optimizer steps", len(steps), NUM_STEPS + 1)
-            late = self.clock.now() - started > PATIENCE_S
-            if len(steps) > NUM_STEPS or (late and len(steps) > 1):
+            self.on_progress("timing optimizer steps", len(steps), NUM_STEPS + 1)
+            is_slow = self.clock.now() - started > PATIENCE_S
+            if len(steps) > NUM_STEPS or (is_slow and len(steps) > 1):
                 break
         return steps
 
 
-def wanted_tokens(config, there):
-    """Tokens of validation and test text that a run reads, of those that are `there`."""
-    return [
-        min(there[name], factor * config.eval_tokens)
-        for name, factor in (("validation", 1), ("test", inputs.TEST_FACTOR))
-    ]
+def num_eval_tokens(config, available):
+    """Returns how many of the `available` validation and test tokens a run scores."""
+    factors = {"validation": 1, "test": inputs.TEST_FACTOR}
+    return [min(available[split], factor * config.eval_tokens) for split, factor in factors.items()]
 
 
 def _num_tokens(held_out):
     return sum(batch.num_student_tokens for batch in held_out.batches)
 
 
-def _no_room(doing, config):
-    return Finding("memory", "room", f"ran out while {doing}", "wrong", "", forecast.remedies(None, config))
+def _out_of_memory(stage, config):
+    return Finding(
+        "memory", "available memory", f"exceeded while {stage}", "error", "", forecast.remedies(None, config)
+    )

@@ -1,5 +1,6 @@
-"""The machine and its folders: what is installed, where caches lie. No fact about the machine raises: one that the system
-does not give has a value that stands in nobody's way.
+"""Facts about the machine: environment variables, processors, disk space, installed versions, Kaggle.
+
+No function raises if the system does not provide a fact; each returns a harmless default instead.
 """
 
 import contextlib
@@ -17,25 +18,24 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "t
 
 
 def cache_folder():
-    """Where kdlib keeps what it can make again: `$KDLIB_CACHE`, else `kdlib` in the user's cache folder."""
-    named = os.environ.get("KDLIB_CACHE")
-    if named:
-        return Path(named)
+    """Returns the folder for reproducible files: `$KDLIB_CACHE`, or `kdlib` in the user's cache folder."""
+    if folder := os.environ.get("KDLIB_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlib"
 
 
 def variable(name):
-    """An environment variable, None where it is not set or empty."""
+    """Returns an environment variable, or None if it is unset or empty."""
     return os.environ.get(name) or None
 
 
-def of_a_process(**more):
-    """The environment of a process of ours: that of this one, its modules found where this one finds them."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **more}
+def child_environment(**variables):
+    """Returns the environment for a child process with this process's module search path, updated by `variables`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **variables}
 
 
 def is_main_process():
-    """Whether this process speaks for the run, under any launcher that sets RANK (accelerate, torchrun) or none."""
+    """Whether this is rank 0, under any launcher that sets RANK (accelerate, torchrun) or none."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -47,19 +47,17 @@ MOUNTS = Path("/kaggle/input")
 
 
 def in_batch_kernel():
-    """Whether this is a Kaggle kernel that nobody sits in front of."""
+    """Whether this is a Kaggle kernel in a non-interactive batch session."""
     return os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
 
 
 def mounts():
-    """Where Kaggle mounts a kernel's inputs; `$KDLIB_KAGGLE_INPUT` where the layout is rebuilt elsewhere."""
+    """Returns the folder of a kernel's inputs; `$KDLIB_KAGGLE_INPUT` overrides it."""
     return Path(os.environ.get("KDLIB_KAGGLE_INPUT") or MOUNTS)
 
 
 def session_age_s(processes=None):
-    """Seconds since the session began: on Kaggle since the machine's first process, elsewhere 0 (it begins with the run).
-    `$KDLIB_PROC` stands for `/proc` where a kernel's machine is rebuilt elsewhere.
-    """
+    """Returns the seconds since the machine started; 0 outside Kaggle. `$KDLIB_PROC` overrides `/proc`."""
     if not on_kaggle():
         return 0.0
     processes = processes or Path(os.environ.get("KDLIB_PROC") or "/proc")
@@ -70,26 +68,24 @@ def session_age_s(processes=None):
         return 0.0
 
 
-KEPT_BYTES = 20 * 10**9
-"""Of what lies in a kernel's working folder Kaggle keeps no more."""
+KAGGLE_OUTPUT_BYTES = 20 * 10**9
+"""Maximum size of a kernel's output; Kaggle discards more."""
 
 
 def free_bytes(folder):
-    """Bytes that a folder still takes: what its disk has free; on Kaggle no more than it keeps of the working folder.
-    Infinite where the system does not tell.
-    """
+    """Returns the bytes that can be written to a folder; infinite if unknown. Kaggle limits its working folder."""
     try:
         free = shutil.disk_usage(folder).free
     except (OSError, AttributeError):
         free = math.inf
     with contextlib.suppress(OSError):  # the working folder was removed
         if on_kaggle() and Path(folder).resolve().is_relative_to(Path.cwd()):
-            free = min(free, KEPT_BYTES - _size_of(Path.cwd()))
+            free = min(free, KAGGLE_OUTPUT_BYTES - _folder_bytes(Path.cwd()))
     return free
 
 
-def _size_of(folder):
-    """Bytes of all files below a folder. Others may write and remove files meanwhile: what has vanished counts nothing."""
+def _folder_bytes(folder):
+    """Returns the bytes of all files below a folder, skipping files that other processes remove meanwhile."""
     size, folders = 0, [folder]
     while folders:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
@@ -103,12 +99,12 @@ def _size_of(folder):
 
 
 def disk_reserve_bytes():
-    """What a checkpoint leaves free on the disk: on Kaggle room for the notebook and its report, which are written last."""
+    """Returns the disk space that checkpoints must leave free: on Kaggle, room for the notebook and its report."""
     return (1024 if on_kaggle() else 16) * 2**20
 
 
 def num_processors():
-    """Processors that this process may use; 1 where the system does not tell."""
+    """Returns the number of CPUs that this process may use; 1 if unknown."""
     try:
         return len(os.sched_getaffinity(0)) or 1
     except (OSError, AttributeError):
@@ -117,21 +113,21 @@ def num_processors():
 
 @contextlib.contextmanager
 def single_tokenizer_thread():
-    """For processes forked meanwhile: they would hang on the threads of the tokenizers library, which a fork loses."""
+    """Disables the threads of the tokenizers library inside the block: forked processes would deadlock on them."""
     environment, before = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
     environment["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:
-        os.environ = environment  # noqa: B003 - datasets puts a copy in its place
+        os.environ = environment  # noqa: B003 - datasets replaces it by a copy
         del environment["TOKENIZERS_PARALLELISM"]
         if before is not None:
             environment["TOKENIZERS_PARALLELISM"] = before
 
 
 def describe(devices=()):
-    """Versions and machine of this run, for `env.json`. `devices` are the names of the accelerators in use."""
-    versions = {"kdlib": __version__}  # a notebook may carry it, with nothing installed
+    """Returns versions and machine for `env.json`. `devices`: names of the accelerators in use."""
+    versions = {"kdlib": __version__}  # not from metadata: a notebook may carry kdlib without installing it
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole or not at all, whenever the process is killed."""
+"""Atomic replacement of files and folders that survives a kill of the process, and JSON files."""
 
 import contextlib
 import errno
@@ -8,40 +8,39 @@ import os
 import shutil
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors that say a disk is full."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
 
 
 @contextlib.contextmanager
 def atomic(path, writer=0, replace=True):
-    """Yields the path beside `path` to write a file or a folder to; on leaving the block it is flushed to the disk and takes
-    the place of `path`, whatever is there. If the block raises, `path` stays as it was.
+    """Yields a temporary path for a file or folder that replaces `path` at the end of the block, after a flush to disk.
 
-    What an earlier kill left is settled first. `writer` numbers concurrent writers of the same path. Without `replace` a
-    folder that another writer has finished meanwhile stays, with an OSError.
+    If the block raises, `path` stays unchanged. Leftovers of an earlier kill are recovered first. `writer` numbers
+    concurrent writers of the same path. With `replace=False`, raises OSError if another writer has finished the folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path, writer)
-    settle(path, writer) if replace else remove(beside)
+    temporary = _temporary_path(path, writer)
+    recover(path, writer) if replace else remove(temporary)
     try:
-        yield beside
-        _flush(beside)
-        _replace(beside, path) if replace else os.replace(beside, path)
+        yield temporary
+        _flush(temporary)
+        _replace(temporary, path) if replace else os.replace(temporary, path)
     except BaseException:
-        remove(beside)
+        remove(temporary)
         raise
     _flush_folder(path.parent)
 
 
 def write_text(path, text, writer=0):
-    """Writes a text file whole or not at all; `writer` as for `atomic`."""
-    with atomic(path, writer) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Writes a text file atomically; `writer` as for `atomic`."""
+    with atomic(path, writer) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path, value, writer=0):
-    """Writes one JSON value, whole or not at all, as `json_text` has it."""
+    """Writes `json_text` of a value atomically."""
     write_text(path, json_text(value, indent=2) + "\n", writer)
 
 
@@ -49,8 +48,8 @@ def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_known(path):
-    """The object in a JSON file of a run at any age; empty where the file is missing, half written or something else."""
+def read_json_or_empty(path):
+    """Loads a JSON object; returns an empty dict if the file is missing, truncated or holds another type."""
     try:
         value = read_json(path)
     except (OSError, ValueError):
@@ -59,13 +58,14 @@ def read_known(path):
 
 
 def json_text(value, indent=None):
-    """One JSON value as text. Numbers that JSON has no word for (nan, inf) become null."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False)
+    """Serializes a value as JSON. NaN and infinity become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False)
 
 
 def read_records(path):
-    """All whole records of a file, none where it is missing: a run that has just begun has none. A last line cut off by a
-    kill is left out. ValueError names any other bad line.
+    """Loads the records of a JSON Lines file; an empty list if it is missing.
+
+    A truncated last line is ignored. Raises ValueError for any other invalid line.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []
     records = []
@@ -77,20 +77,18 @@ def read_records(path):
     return records
 
 
-def settle(path, writer=0):
-    """Removes what a killed `atomic` left beside `path`, and brings the former folder back if the kill came between the two
-    renames that replace one folder by another.
-    """
+def recover(path, writer=0):
+    """Removes leftovers of a killed `atomic`. Restores the old folder if the kill came between the two renames."""
     path = Path(path)
-    remove(_beside(path, writer))
-    former = _former(path)
-    if former.exists() and not path.exists():
-        os.replace(former, path)
-    remove(former)
+    remove(_temporary_path(path, writer))
+    old = _old_path(path)
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    remove(old)
 
 
 def remove(path):
-    """Removes a file or folder; nothing happens if there is none."""
+    """Removes a file or folder if it exists."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -99,54 +97,54 @@ def remove(path):
 
 
 def copy(source, path, writer=0):
-    """Copies a file or a folder to `path`, replacing what is there."""
-    with atomic(path, writer) as beside:
-        _copy(Path(source), beside)
+    """Copies a file or folder to `path`, replacing it atomically."""
+    with atomic(path, writer) as temporary:
+        _copy(Path(source), temporary)
 
 
 def _copy(source, target):
-    """Copies contents alone: what is mounted read-only becomes writable."""
+    """Copies contents without permissions, so that copies of read-only files are writable."""
     if source.is_dir():
         target.mkdir()
-        for inner in source.iterdir():
-            _copy(inner, target / inner.name)
+        for entry in source.iterdir():
+            _copy(entry, target / entry.name)
     else:
         shutil.copyfile(source, target)
 
 
-def _beside(path, writer):
+def _temporary_path(path, writer):
     return path.with_name(f"{path.name}.{writer}.tmp" if writer else f"{path.name}.tmp")
 
 
-def _former(path):
+def _old_path(path):
     return path.with_name(f"{path.name}.old")
 
 
-def _replace(beside, path):
-    if not (path.is_dir() and beside.is_dir()):
-        os.replace(beside, path)
+def _replace(temporary, path):
+    if not (path.is_dir() and temporary.is_dir()):
+        os.replace(temporary, path)
         return
-    former = _former(path)  # no system renames a folder over one that is not empty
-    os.replace(path, former)
+    old = _old_path(path)  # a rename cannot replace a folder that is not empty
+    os.replace(path, old)
     try:
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError:
-        os.replace(former, path)
+        os.replace(old, path)
         raise
-    shutil.rmtree(former)
+    shutil.rmtree(old)
 
 
 def _flush(path):
     if path.is_dir():
-        for inner in path.iterdir():
-            _flush(inner)
+        for entry in path.iterdir():
+            _flush(entry)
         _flush_folder(path)
     else:
         _sync(path, os.O_RDWR)
 
 
 def _flush_folder(path):
-    if os.name != "nt":  # Windows opens no folders
+    if os.name != "nt":  # Windows cannot open folders
         _sync(path, os.O_RDONLY)
 
 
@@ -158,11 +156,11 @@ def _sync(path, flags):
         os.close(handle)
 
 
-def _plain(value):
+def _finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_finite(item) for item in value]
     return value

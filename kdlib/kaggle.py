@@ -1,8 +1,7 @@
-"""A run inside a Kaggle kernel: finds what is mounted, knows when the session ends, and ends so that its files are kept.
+"""Runs inside Kaggle kernels: mounted inputs, the session's time limit, and failures that keep the outputs.
 
-A version that ends with an error loses its outputs, so nothing may raise in a batch kernel: `guard` writes the failure into
-`status.json` and ends the notebook as if it were done. What is mounted lies in one of two layouts, so it is found by what it
-holds, never by its full path; two candidates are refused.
+Kaggle discards the outputs of a version that ends with an error. Therefore `guard` writes a failure to `status.json`
+and ends the notebook normally. Kaggle has two layouts of mounted inputs, so inputs are found by their contents.
 """
 
 import contextlib
@@ -17,119 +16,115 @@ from kdlib.data import corpus
 from kdlib.session import run_folder
 
 SESSION_S, MARGIN_S = 12 * 3600, 3600
-"""A session of Kaggle's, and what is left of it for packing up; the time budget of a run that was given none."""
+"""Kaggle's session limit, and the reserve for uploading the outputs. The default time budget is their difference."""
 KINDS = ("datasets", "notebooks", "models")
-"""First parts of the newer layout's paths; the owner follows."""
+"""First path components of the newer layout, before the owner."""
 MAX_CHECKPOINTS = 20
-"""Checkpoints kept in a kernel, at most: some eight files each, of some 500 that Kaggle keeps."""
-ENDS = ("paused", "complete", "failed")
-"""States of a session that is over."""
+"""Maximum number of checkpoints in a kernel: about 8 files each, and Kaggle keeps about 500 files."""
+FINAL_STATES = ("paused", "complete", "failed")
+"""States of a session that has ended."""
 MARKS = {"model": ("config.json", "tokenizer*", "*.model"), "cache": ("cache.json",)}
-"""Files by which a mounted folder is known: any model has a config, and a tokenizer beside it. `corpus` knows texts."""
+"""File patterns that identify a mounted folder: a model has a config and a tokenizer. See `corpus` for texts."""
 
 
-def time_budget(given):
-    """The `time_budget` of a session: as given, or what Kaggle's own limit leaves; empty elsewhere."""
-    return given or (f"{(SESSION_S - MARGIN_S) // 3600}h" if environment.on_kaggle() else "")
+def time_budget(value):
+    """Returns the given `time_budget`, or on Kaggle a default below the session limit, otherwise an empty string."""
+    return value or (f"{(SESSION_S - MARGIN_S) // 3600}h" if environment.on_kaggle() else "")
 
 
-def config(teacher, student, dataset, settings, given_budget=""):
-    """The `Config` of a kernel's parameters: inputs found where they are mounted, the session's end known."""
-    named = {"teacher": teacher, "student": student, "dataset": dataset, **settings}
+def config(teacher, student, dataset, settings, session_budget=""):
+    """Returns the `Config` of a kernel's parameters, with paths of mounted inputs and a time budget."""
+    values = {"teacher": teacher, "student": student, "dataset": dataset, **settings}
     kinds = {
-        "teacher": "model",
-        "student": "model",
-        "dataset": "text",
-        "eval_dataset": "text",
-        "teacher_cache": "cache",
-    }
-    walked = functools.cache(_mounted)
-    found = {name: find_input(named[name], kind, walked) for name, kind in kinds.items() if named.get(name)}
-    made = Config.from_dict({"time_budget": time_budget(given_budget), **named, **found})
-    return (
-        made.replace(keep_checkpoints=min(made.keep_checkpoints, MAX_CHECKPOINTS)) if environment.on_kaggle() else made
-    )
+        "teacher": "model", "student": "model", "dataset": "text", "eval_dataset": "text", "teacher_cache": "cache",
+    }  # fmt: skip
+    list_mounted = functools.cache(_list_mounted)
+    paths = {key: find_input(values[key], kind, list_mounted) for key, kind in kinds.items() if values.get(key)}
+    result = Config.from_dict({"time_budget": time_budget(session_budget), **values, **paths})
+    if not environment.on_kaggle():
+        return result
+    return result.replace(keep_checkpoints=min(result.keep_checkpoints, MAX_CHECKPOINTS))
 
 
-def find_input(name, kind, walked=None):
-    """The path that `name` means: itself where it exists or where nothing mounted fits (a Hugging Face id, say); else the
-    one mounted folder that holds a `kind` (`model`, `text`, `cache`) and whose path has the parts of `name` in a row.
-    Several names may be separated by commas. ValueError for two candidates. `walked()`: all that is mounted.
+def find_input(name, kind, list_mounted=None):
+    """Returns the mounted path that matches `name`: a folder of this `kind` (`model`, `text`, `cache`), or a file.
+
+    The path must contain the components of `name` consecutively. Existing paths and names without a match (such as a
+    Hugging Face id) are returned unchanged. `name` may list several inputs, separated by commas. Raises ValueError if
+    two inputs match. `list_mounted()` returns all mounted paths.
     """
-    walked = walked or functools.cache(_mounted)
-    return ",".join(_located(each.strip(), kind, walked) for each in name.split(","))
+    list_mounted = list_mounted or functools.cache(_list_mounted)
+    return ",".join(_find_one(entry.strip(), kind, list_mounted) for entry in name.split(","))
 
 
-def _mounted():
-    """Every mounted file and folder, and its path below the root between slashes."""
+def _list_mounted():
+    """Returns all mounted files and folders, each with its path below the root between slashes."""
     root = environment.mounts()
     return [(path, f"/{path.relative_to(root).as_posix()}/") for path in root.rglob("*")]
 
 
-def _located(name, kind, walked):
+def _find_one(name, kind, list_mounted):
     if not name or Path(name).exists() or not environment.mounts().is_dir():
         return name
-    parts = (
-        Path(name).relative_to(environment.MOUNTS).parts
-        if Path(name).is_relative_to(environment.MOUNTS)
-        else Path(name).parts
-    )
-    found = _below(walked(), parts)
-    if not found and parts[:1] and parts[0] in KINDS:
-        found = _below(walked(), parts[2:])  # the newer layout's path, in the older one
-    if len(found) == 1 and found[0].is_file():
-        return str(found[0])
-    folders = {folder for folder in {path if path.is_dir() else path.parent for path in found} if _is(folder, kind)}
+    is_mount = Path(name).is_relative_to(environment.MOUNTS)
+    parts = (Path(name).relative_to(environment.MOUNTS) if is_mount else Path(name)).parts
+    matches = _containing(list_mounted(), parts)
+    if not matches and parts[:1] and parts[0] in KINDS:
+        matches = _containing(list_mounted(), parts[2:])  # a path of the newer layout, mounted in the older one
+    if len(matches) == 1 and matches[0].is_file():
+        return str(matches[0])
+    folders = {folder for folder in {path if path.is_dir() else path.parent for path in matches} if _is(folder, kind)}
     top = sorted(path for path in folders if not any(other in path.parents for other in folders))
     if len(top) > 1:
         listed = ", ".join(str(path) for path in top)
-        raise ValueError(f"{name!r} fits {len(top)} inputs: {listed}; give the full path of one")
+        raise ValueError(f"{name!r} matches {len(top)} inputs: {listed}; give the full path of one")
     return str(top[0]) if top else name
 
 
-def _below(paths, parts):
-    """Those of the mounted `paths` in which `parts` stand in a row."""
-    row = "/" + "/".join(parts) + "/"
-    return [path for path, below in paths if len(row) > 2 and row in below]
+def _containing(mounted, parts):
+    """Returns the mounted paths that contain `parts` consecutively."""
+    sequence = "/" + "/".join(parts) + "/"
+    return [path for path, components in mounted if len(sequence) > 2 and sequence in components]
 
 
 def _is(folder, kind):
-    """Whether a folder is of that kind. The JSON files of a model or of a cache are no text."""
+    """Whether a folder is of a kind. JSON files of a model or cache do not count as text."""
     if kind == "text":
         return not (_is(folder, "model") or _is(folder, "cache")) and any(map(corpus.is_text, folder.iterdir()))
     if kind == "model":
         config, *tokenizers = MARKS["model"]
-        return (folder / config).exists() and any(list(folder.glob(mark)) for mark in tokenizers)
-    return any(list(folder.glob(mark)) for mark in MARKS[kind])
+        return (folder / config).exists() and any(list(folder.glob(pattern)) for pattern in tokenizers)
+    return any(list(folder.glob(pattern)) for pattern in MARKS[kind])
 
 
-def find_previous_output(out, wanted="auto"):
-    """What a session goes on with (`distill`'s third argument): `wanted` if that is said or `out` holds a run; else the one
-    mounted run that has a checkpoint or a verdict. ValueError for two of them.
+def find_previous_output(out, resume="auto"):
+    """Returns the `resume` argument of `distill`: the mounted run with a checkpoint or verdict, if there is one.
+
+    `resume` is returned unchanged unless it is `auto` and `out` holds no run. Raises ValueError for two mounted runs.
     """
     root = environment.mounts()
-    if wanted != "auto" or run_folder.RunFolder(out).holds_run() or not root.is_dir():
-        return wanted
+    if resume != "auto" or run_folder.RunFolder(out).holds_run() or not root.is_dir():
+        return resume
     runs = [run_folder.RunFolder(path.parent) for path in root.rglob("status.json")]
-    found = sorted(str(run.path) for run in runs if run.has_begun())
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} runs are mounted: {', '.join(found)}; set resume to one of them, or to never")
-    return found[0] if found else wanted
+    paths = sorted(str(run.path) for run in runs if run.can_resume())
+    if len(paths) > 1:
+        raise ValueError(f"{len(paths)} runs are mounted: {', '.join(paths)}; set resume to one of them, or to never")
+    return paths[0] if paths else resume
 
 
 @contextlib.contextmanager
 def guard(out):
-    """A cell whose failure must not end a batch kernel with an error. There it is written into `status.json` of the run
-    folder `out` and to the log, and the notebook's other cells are skipped. Elsewhere it is raised as ever.
+    """Prevents an exception from ending a batch kernel with an error, which would discard its outputs.
 
-    What a session said of its own end (paused, complete, failed) stays: what fails later spoils nothing that is saved.
+    Writes the failure to the log and to `status.json` in the run folder `out`, unless a session has already ended there.
+    Skips the remaining cells. Outside batch kernels, the exception propagates.
     """
     try:
         yield
     except Exception as error:
         if not environment.in_batch_kernel():
             raise
-        with contextlib.suppress(OSError):  # a full disk: the log still says it
+        with contextlib.suppress(OSError):  # a full disk; the log still has the error
             _write_failure(run_folder.RunFolder(out), f"{type(error).__name__}: {error}".splitlines()[0])
         if isinstance(error, ValueError):
             sys.stderr.write(f"kdlib: {error}\n")
@@ -139,10 +134,9 @@ def guard(out):
 
 
 def _write_failure(folder, reason):
-    """Write `failed` into `status.json` where no session has ended, with all else that a running one has written there."""
-    known = folder.last_status()
-    if known.get("state") in ENDS:
+    """Writes the state `failed` to `status.json` and keeps its other values, unless the session has ended."""
+    status = folder.last_status()
+    if status.get("state") in FINAL_STATES:
         return
     folder.path.mkdir(parents=True, exist_ok=True)
-    kept = {"step": 0, "max_steps": 0, **known, "state": "failed", "reason": reason}
-    folder.status(**kept)
+    folder.status(**{"step": 0, "max_steps": 0, **status, "state": "failed", "reason": reason})

@@ -1,6 +1,6 @@
-"""The machine: processors, memory, disk, versions, and what its cards really can.
+"""Checks of the machine: CPUs, memory, disk, versions, and what its GPUs can really compute.
 
-What was looked up (`describe`, `cards`) is plain data, and what it means (`findings_of`) is told from that alone.
+`describe` and `list_gpus` collect plain data; `check_machine` derives its findings from that data alone.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ from kdlib.report.findings import Finding
 PYTHONS = (3, 10), (3, 13)
 AT_LEAST = {"torch": (2, 6), "transformers": (5, 0)}
 LITTLE_BYTES = 2 * 2**30
-"""Free memory of the host below which hardly a model loads."""
+"""Free CPU memory below which most models fail to load."""
 TRITON = (7, 0)
-"""Compute capability from which Triton works."""
-CARDS_OF = {"T4": 2}
-"""Cards in one of Kaggle's accelerators, where these are several."""
-RETIRED = {"P100": "Kaggle retired the P100 on 2026-09-15 and gives two T4s in its place"}
+"""Lowest compute capability that Triton supports."""
+GPUS_OF = {"T4": 2}
+"""Number of GPUs in Kaggle's accelerators with more than one."""
+RETIRED = {"P100": "Kaggle retired the P100 on 2026-09-15 and provides two T4s instead"}
 OLD_BUILDS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
-"""Builds that still have kernels for sm_60; torch 2.15 is the first without them."""
+"""Builds that still include kernels for sm_60; torch 2.15 is the first release without them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """What torch says of a card, and what came of trying it.
+class Gpu:
+    """A GPU as torch reports it, and the result of `probe`.
 
-    `capability` as `(7, 5)`; `kernels` as `torch.cuda.get_arch_list()` gives them; `bf16`: it computes in bfloat16 by
-    itself, not by emulation; `failed`: what it could not do (`probe`), or empty.
+    `capability`: compute capability, such as `(7, 5)`. `kernels`: value of `torch.cuda.get_arch_list()`. `bf16`: native
+    bfloat16, not emulated. `failed`: the operation that failed, or an empty string.
     """
 
     name: str
@@ -45,29 +45,30 @@ class Card:
         return "sm_{}{}".format(*self.capability)
 
 
-def cards():
-    """The `Card`s of this machine, each tried out."""
-    found = []
+def list_gpus():
+    """Returns the `Gpu`s of this machine, each tested by `probe`."""
+    gpus = []
     for index in range(torch.cuda.device_count()):
-        told = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        kernels, capability = tuple(torch.cuda.get_arch_list()), (told.major, told.minor)
-        found.append(Card(told.name, told.total_memory, capability, kernels, bf16, probe(f"cuda:{index}")))
-    return found
+        kernels, capability = tuple(torch.cuda.get_arch_list()), (properties.major, properties.minor)
+        gpus.append(Gpu(properties.name, properties.total_memory, capability, kernels, bf16, probe(f"cuda:{index}")))
+    return gpus
 
 
 def probe(device):
-    """Run on a device what training runs; what failed and how, or empty. A product alone would not tell: it comes from a
-    library that knows more cards than torch has kernels for.
+    """Runs operations of training on a device. Returns the failed operation and its error, or an empty string.
+
+    A matrix product alone is no proof: cuBLAS supports more GPUs than torch has kernels for.
     """
-    for what, run in OPERATIONS.items():
+    for name, run in OPERATIONS.items():
         try:
             value = run(device)
         except RuntimeError as error:
-            return f"{what} ended in: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+            return f"{name} failed: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
         if value != OPERATIONS_GIVE:
-            return f"{what} gave {value}, not {OPERATIONS_GIVE}"
+            return f"{name} returned {value}, expected {OPERATIONS_GIVE}"
     return ""
 
 
@@ -80,14 +81,14 @@ def _reduction(device):
 
 
 def _backward(device):
-    given = torch.full((2, 4), 2.0, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(given.square().mean(dim=1).sum(), given)
+    values = torch.full((2, 4), 2.0, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(values.square().mean(dim=1).sum(), values)
     return gradient.sum().div(2).item()
 
 
 def _half(device):
-    given = torch.ones(4, 4, device=device, dtype=torch.float16, requires_grad=True)
-    (gradient,) = torch.autograd.grad((given @ given).float().sum(), given)
+    values = torch.ones(4, 4, device=device, dtype=torch.float16, requires_grad=True)
+    (gradient,) = torch.autograd.grad((values @ values).float().sum(), values)
     return gradient.float().mean().div(2).item()
 
 
@@ -101,22 +102,24 @@ OPERATIONS_GIVE = 4.0
 
 
 def has_kernels(capability, kernels):
-    """Whether one of torch's `kernels` (`sm_75`, `sm_90a`, `compute_90`) runs on a card: binaries on the same major version
-    from their minor one on (with an `a` on theirs alone), `compute` on all later cards.
+    """Whether one of torch's `kernels` (`sm_75`, `sm_90a`, `compute_90`) runs on a GPU of this compute capability.
+
+    An `sm` binary runs on the same major version with an equal or higher minor one, with suffix `a` on exactly its own
+    version. `compute` (PTX) runs on all later GPUs.
     """
     for kernel in kernels:
-        told = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", kernel)
-        if not told:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", kernel)
+        if not match:
             continue
-        version, exact = (int(told[2]), int(told[3])), told[4] == "a"
+        version, exact = (int(match[2]), int(match[3])), match[4] == "a"
         same = version == tuple(capability) if exact else version[0] == capability[0] and version[1] <= capability[1]
-        if same or (told[1] == "compute" and not exact and version <= tuple(capability)):
+        if same or (match[1] == "compute" and not exact and version <= tuple(capability)):
             return True
     return False
 
 
 def describe():
-    """What `findings_of` asks of the machine besides its cards."""
+    """Returns the facts that `check_machine` needs, except the GPUs."""
     return {
         **environment.describe(),
         "python": sys.version_info[:3],
@@ -128,151 +131,146 @@ def describe():
     }
 
 
-def findings_of(told, found, config, asked=""):
-    """The `Finding`s of a machine: `told` by `describe`, with the `Card`s that were `found`. `asked`: the accelerator that
-    was asked for by Kaggle's name, or empty.
+def check_machine(facts, gpus, config, requested=""):
+    """Returns the `Finding`s of a machine, from the `facts` of `describe` and the `gpus` of `list_gpus`.
+
+    `requested`: Kaggle's name of the requested accelerator, or an empty string.
     """
-    made = [_python(told["python"]), *_versions(told["versions"]), *_host(told)]
-    if asked:
-        made.append(_asked(asked, found))
-    if not found:
-        made.append(_no_card(told["on_kaggle"]))
-    for card in dict.fromkeys(found):
-        made += _card(card, [i for i, other in enumerate(found) if other == card], config)
-    if len(found) > 1:
-        made.append(_teachers_card(len(found), config))
-    return made
+    findings = [_check_python(facts["python"]), _check_versions(facts["versions"]), *_check_host(facts)]
+    if requested:
+        findings.append(_check_accelerator(requested, gpus))
+    if not gpus:
+        findings.append(_no_gpu(facts["on_kaggle"]))
+    for gpu in dict.fromkeys(gpus):
+        findings += _check_gpu(gpu, [i for i, other in enumerate(gpus) if other == gpu], config)
+    if len(gpus) > 1:
+        findings.append(_check_teacher_device(len(gpus), config))
+    return findings
 
 
-def _found(*given, **more):
-    return Finding("machine", *given, **more)
+def _finding(*args, **kwargs):
+    return Finding("machine", *args, **kwargs)
 
 
-def _python(version):
-    said = ".".join(map(str, version))
-    low, high = (".".join(map(str, end)) for end in PYTHONS)
+def _check_python(version):
+    value = ".".join(map(str, version))
+    low, high = (".".join(map(str, limit)) for limit in PYTHONS)
     if version[:2] < PYTHONS[0]:
-        return _found("Python", said, "wrong", "kdlib does not run on it", f"take Python {low} to {high}")
+        return _finding("Python", value, "error", "kdlib does not support this version", f"use Python {low} to {high}")
     if version[:2] > PYTHONS[1]:
-        return _found("Python", said, "note", f"kdlib is tested on Python {low} to {high}")
-    return _found("Python", said)
+        return _finding("Python", value, "warning", f"kdlib is tested on Python {low} to {high}")
+    return _finding("Python", value)
 
 
-def _versions(versions):
+def _check_versions(versions):
     old = [
         name
-        for name, least in AT_LEAST.items()
-        if not versions[name] or tuple(map(int, re.findall(r"\d+", versions[name])[:2])) < least
+        for name, minimum in AT_LEAST.items()
+        if not versions[name] or tuple(map(int, re.findall(r"\d+", versions[name])[:2])) < minimum
     ]
-    said = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    value = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     if not old:
-        return [_found("packages", said)]
-    wanted = " ".join(f'"{name}>={AT_LEAST[name][0]}.{AT_LEAST[name][1]}"' for name in old)
-    return [_found("packages", said, "wrong", f"{' and '.join(old)} too old for kdlib", f"pip install -U {wanted}")]
+        return _finding("packages", value)
+    required = " ".join(f'"{name}>={AT_LEAST[name][0]}.{AT_LEAST[name][1]}"' for name in old)
+    return _finding("packages", value, "error", f"{' and '.join(old)} too old for kdlib", f"pip install -U {required}")
 
 
-def _host(told):
-    free, total, disk = (told[name] for name in ("memory_free", "memory_total", "disk_free"))
-    yield _found("processors", str(told["processors"]), number=told["processors"])
-    said = f"{gib(free)} free of {gib(total)}"
+def _check_host(facts):
+    free, total, disk = (facts[name] for name in ("memory_free", "memory_total", "disk_free"))
+    yield _finding("CPUs", str(facts["processors"]), number=facts["processors"])
+    value, problem = f"{gib(free)} free of {gib(total)}", ()
     if free < LITTLE_BYTES:
-        less = "little is free: models are loaded through this memory", "end what else runs here"
-        yield _found("memory", said, "note", *less, number=free)
-    else:
-        yield _found("memory", said, number=free)
-    said = f"{gib(disk)} free in this folder"
-    if disk <= told["disk_reserve"]:
-        less = f"less than the {gib(told['disk_reserve'])} that are kept in reserve: no checkpoint would be written"
-        yield _found("disk", said, "wrong", less, "free some room, or run in another folder", number=disk)
-    else:
-        yield _found("disk", said, number=disk)
-    if told["image"]:
-        yield _found("image", told["image"])
+        problem = "warning", "little CPU memory is free, but models are loaded through it", "end other programs"
+    yield _finding("memory", value, *problem, number=free)
+    value, problem = f"{gib(disk)} free in this folder", ()
+    if disk <= facts["disk_reserve"]:
+        meaning = f"less than the reserve of {gib(facts['disk_reserve'])}: no checkpoint would be written"
+        problem = "error", meaning, "free disk space, or run in another folder"
+    yield _finding("disk", value, *problem, number=disk)
+    if facts["image"]:
+        yield _finding("image", facts["image"])
 
 
-def _asked(asked, found):
-    """Whether the cards are the ones that were asked for."""
-    model = re.sub(r"^Nvidia(Tesla)?", "", asked)
-    wanted = (re.match(r"[A-Za-z]+\d+", model) or [model])[0]  # T4 of T4Highmem
-    there = ", ".join(f"{found.count(card)} x {card.name}" for card in dict.fromkeys(found))
-    if not found:
-        return _found(
-            "accelerator", f"asked for {asked}, no card is there", "wrong", "everything would run on the processor",
+def _check_accelerator(requested, gpus):
+    """Checks whether the GPUs are those of the requested accelerator."""
+    name = re.sub(r"^Nvidia(Tesla)?", "", requested)
+    model = (re.match(r"[A-Za-z]+\d+", name) or [name])[0]  # T4 of T4Highmem
+    if not gpus:
+        return _finding(
+            "accelerator", f"requested {requested}, found no GPU", "error", "everything would run on the CPU",
             "choose the accelerator in the notebook's settings, or set enable_gpu and machine_shape in "
-            "kernel-metadata.json; outside Kaggle, install a torch that is built for CUDA",
+            "kernel-metadata.json; outside Kaggle, install a torch build with CUDA",
         )  # fmt: skip
-    said = f"asked for {asked}, got {there}"
-    if all(wanted.lower() in re.sub(r"\W", "", card.name).lower() for card in found):
-        less = CARDS_OF.get(wanted, 1) - len(found)
-        if less > 0:
-            return _found("accelerator", said, "note", f"on Kaggle {asked} means {CARDS_OF[wanted]} cards")
-        return _found("accelerator", said)
-    why = f"{RETIRED[wanted]}. " if wanted in RETIRED else ""
-    lost = [] if any(card.bf16 for card in found) else ["trains in fp16 (amp_dtype auto)"]
-    lost += ["puts the teacher on the second card (teacher_device auto)"] if len(found) > 1 else []
-    does = f" kdlib {' and '.join(lost)}." if lost else ""
-    return _found("accelerator", said, "note", f"{why}This is another card than the one asked for.{does}")
-
-
-def _no_card(on_kaggle):
-    means = (
-        "everything runs on the processor, in fp32. That is right for the demo and for small models; how long it takes "
-        "with these is measured under steps a second"
+    value = f"requested {requested}, found " + ", ".join(
+        f"{gpus.count(gpu)} x {gpu.name}" for gpu in dict.fromkeys(gpus)
     )
+    if all(model.lower() in re.sub(r"\W", "", gpu.name).lower() for gpu in gpus):
+        if len(gpus) < GPUS_OF.get(model, 1):
+            return _finding("accelerator", value, "warning", f"on Kaggle {requested} has {GPUS_OF[model]} GPUs")
+        return _finding("accelerator", value)
+    reason = f"{RETIRED[model]}. " if model in RETIRED else ""
+    effects = [] if any(gpu.bf16 for gpu in gpus) else ["trains in fp16 (amp_dtype auto)"]
+    effects += ["puts the teacher on the second GPU (teacher_device auto)"] if len(gpus) > 1 else []
+    effect = f" kdlib {' and '.join(effects)}." if effects else ""
+    return _finding("accelerator", value, "warning", f"{reason}This is not the requested GPU.{effect}")
+
+
+def _no_gpu(on_kaggle):
+    meaning = "training runs on the CPU in fp32, which suits the demo and small models; the doctor measures its speed"
     remedy = "choose GPU T4 x2 under Settings, Accelerator" if on_kaggle else ""
-    return _found("card", "none that torch can use", "note", means, remedy, number=0)
+    return _finding("GPU", "none visible to torch", "warning", meaning, remedy, number=0)
 
 
-def _card(card, places, config):
-    named = f"card{'s' * (len(places) > 1)} {', '.join(map(str, places))}"
-    each = " each" * (len(places) > 1)
-    yield _found(named, f"{card.name}, {gib(card.memory_bytes)}{each}, {card.sm}", number=card.memory_bytes)
-    yield _kernels(card, f"kernels, {named}")
-    yield _arithmetic(card, f"arithmetic, {named}", config.amp_dtype)
-    possible = card.capability >= TRITON
-    told = "kdlib never needs it" if possible else f"it needs sm_{TRITON[0]}{TRITON[1]}; kdlib never needs it"
-    yield _found(f"Triton, {named}", "possible" if possible else "not possible", "ok", told)
+def _check_gpu(gpu, indices, config):
+    label = f"GPU{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
+    each = " each" * (len(indices) > 1)
+    yield _finding(label, f"{gpu.name}, {gib(gpu.memory_bytes)}{each}, {gpu.sm}", number=gpu.memory_bytes)
+    yield _check_kernels(gpu, f"kernels, {label}")
+    yield _check_precision(gpu, f"precision, {label}", config.amp_dtype)
+    supported = gpu.capability >= TRITON
+    meaning = "kdlib never needs it" if supported else f"requires sm_{TRITON[0]}{TRITON[1]}; kdlib never needs it"
+    yield _finding(f"Triton, {label}", "supported" if supported else "not supported", "ok", meaning)
 
 
-def _kernels(card, name):
-    known = has_kernels(card.capability, card.kernels)
-    built = f"this torch is built for {' '.join(card.kernels) or 'no card'}"
-    old = card.capability < TRITON
-    mend = f"{OLD_BUILDS} (a build that still has sm_60, before torch 2.15)" if old else "install a torch built for it"
-    mend += ", or choose another accelerator"
-    if card.failed:
-        why = f"; {built}, which leaves {card.sm} out" if not known else ""
-        return _found(name, "do not work", "wrong", f"{card.failed}{why}", mend if not known else (
-            "restart the session; where it stays, reinstall torch for the machine's driver (nvidia-smi names it)"
+def _check_kernels(gpu, name):
+    listed = has_kernels(gpu.capability, gpu.kernels)
+    build = f"this torch is built for {' '.join(gpu.kernels) or 'no GPU'}"
+    is_old = gpu.capability < TRITON
+    remedy = f"{OLD_BUILDS} (a build with sm_60, before torch 2.15)" if is_old else "install a torch build for this GPU"
+    remedy += ", or choose another accelerator"
+    if gpu.failed:
+        reason = f"; {build}, without {gpu.sm}" if not listed else ""
+        return _finding(name, "do not work", "error", f"{gpu.failed}{reason}", remedy if not listed else (
+            "restart the session; if the error persists, reinstall torch for the GPU driver (see nvidia-smi)"
         ))  # fmt: skip
-    if not known:
-        return _found(name, "work so far", "note", f"{built}, and {card.sm} is not among them", mend)
-    return _found(name, f"a reduction and a backward pass run, {card.sm} is served")
+    if not listed:
+        return _finding(name, "work in a short test", "warning", f"{build}, and {gpu.sm} is not among them", remedy)
+    return _finding(name, f"a reduction and a backward pass work on {gpu.sm}")
 
 
-def _arithmetic(card, name, amp_dtype):
-    if amp_dtype == "bf16" and not card.bf16:
-        means = "the card has no units for it: torch says yes and emulates it"
-        return _found(name, "bf16, as set", "note", means, "set amp_dtype to auto")
+def _check_precision(gpu, name, amp_dtype):
+    if amp_dtype == "bf16" and not gpu.bf16:
+        meaning = "the GPU has no native bf16; torch emulates it slowly"
+        return _finding(name, "bf16 (configured)", "warning", meaning, "set amp_dtype to auto")
     if amp_dtype != "auto":
-        return _found(name, f"{amp_dtype}, as set")
-    if card.bf16:
-        return _found(name, "bf16")
-    means = (
-        "the card has no bf16 units (torch may say otherwise: it emulates them). Weights stay in fp32 and a loss scaler "
-        "watches; the first steps may be skipped until it has found its scale"
+        return _finding(name, f"{amp_dtype} (configured)")
+    if gpu.bf16:
+        return _finding(name, "bf16")
+    meaning = (
+        "the GPU has no native bf16 (torch may report emulated support). Weights stay in fp32 with a loss scaler; the "
+        "first steps may be skipped until its scale fits"
     )
-    return _found(name, "fp16", "note", means)
+    return _finding(name, "fp16", "warning", meaning)
 
 
-def _teachers_card(count, config):
+def _check_teacher_device(count, config):
     if config.teacher_device != "auto":
-        return _found("teacher's place", f"{config.teacher_device}, as set")
-    idle = f"; the other {count - 2} cards stay idle" if count > 2 else ""
-    means = f"it works a batch ahead there while the student learns on the first{idle}"
-    return _found("teacher's place", "second card", "note" if idle else "ok", means)
+        return _finding("teacher device", f"{config.teacher_device} (configured)")
+    idle = f"; {count - 2} other GPUs stay idle" if count > 2 else ""
+    meaning = f"the teacher prefetches a batch there while the student trains on the first GPU{idle}"
+    return _finding("teacher device", "second GPU", "warning" if idle else "ok", meaning)
 
 
 def gib(size):
-    """Bytes for people."""
+    """Formats a number of bytes."""
     return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

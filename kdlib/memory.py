@@ -1,4 +1,4 @@
-"""How much memory is in use, how much there is, and what to do when there was too little. No question about it raises."""
+"""Memory of CPU and GPU: usage, allocation tracking, gradient checkpointing and recovery from out-of-memory errors."""
 
 import contextlib
 import functools
@@ -12,80 +12,77 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GUESSED_BYTES = 2**30
-"""Free memory of a device that does not tell."""
+"""Free memory assumed for a device that does not report it."""
 
 
 def usage(device):
-    """`{"used_bytes", "total_bytes"}` of a device: all of the card's for CUDA, this process's and the host's for a CPU. None
-    in use and an infinite total where the system does not tell.
-    """
+    """Returns `{"used_bytes", "total_bytes"}`; None and infinity if unknown. CPU usage is that of this process."""
     if torch.device(device).type == "cuda":
-        free, total = _told(lambda: torch.cuda.mem_get_info(device), (None, math.inf))
+        free, total = _query(lambda: torch.cuda.mem_get_info(device), (None, math.inf))
         return {"used_bytes": None if free is None else total - free, "total_bytes": total}
-    used = _told(lambda: psutil.Process().memory_info().rss, None)
-    return {"used_bytes": used, "total_bytes": _told(lambda: psutil.virtual_memory().total, math.inf)}
+    used = _query(lambda: psutil.Process().memory_info().rss, None)
+    return {"used_bytes": used, "total_bytes": _query(lambda: psutil.virtual_memory().total, math.inf)}
 
 
 def free(device):
-    """Bytes that can still be allocated on a device."""
+    """Returns the bytes that can still be allocated on a device."""
     if torch.device(device).type == "cuda":
-        kept = _told(lambda: torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), 0)
-        return _told(lambda: torch.cuda.mem_get_info(device)[0], GUESSED_BYTES) + kept
-    return _told(lambda: psutil.virtual_memory().available, GUESSED_BYTES)
+        cached = _query(lambda: torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), 0)
+        return _query(lambda: torch.cuda.mem_get_info(device)[0], GUESSED_BYTES) + cached
+    return _query(lambda: psutil.virtual_memory().available, GUESSED_BYTES)
 
 
-def _told(ask, otherwise):
-    """What a question about the machine gives, or a value where it fails, however that is."""
+def _query(function, default):
     try:
-        return ask()
-    except Exception:  # noqa: BLE001 - a run must not end with a file of the system that can't be read
-        return otherwise
+        return function()
+    except Exception:  # noqa: BLE001 - a run must not fail because the system reports no memory
+        return default
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made on `device` while it is on and are still there: `now`, and `most`, the
-    most since `mark`; `beside`: what is in use of the device besides, near that point. Tensors that were there before count
-    nothing; a storage counts once.
+    """Tracks the bytes of live tensors that are allocated on `device` inside the context; each storage counts once.
+
+    `current`: live bytes. `peak`: maximum since `mark`. `other`: other bytes in use on the device near that peak.
     """
 
     def __init__(self, device):
         super().__init__()
         self.device = torch.device(device)
-        self.now = self.most = self.asked = self.beside = 0
-        self.known = {}
+        self.current = self.peak = self.other = 0
+        self.queried_at = 0  # live bytes at the last query of the device
+        self.storages = {}
 
     def mark(self):
-        """`(most, beside)` since the last mark; from here on it is counted anew."""
-        found = self.most, self.beside
-        self.most, self.asked = self.now, 0
-        return found
+        """Returns `(peak, other)` since the last mark and resets the peak."""
+        peak, self.peak, self.queried_at = self.peak, self.current, 0
+        return peak, self.other
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # there an operation comes whole: what it is made of counts, too
+        if torch.is_inference_mode_enabled():  # operations are not decomposed there; count their intermediates too
             with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         for tensor in _tensors((args, kwargs.values())):
-            self._see(tensor, 0)
-        made = func(*args, **kwargs)
-        for tensor in _tensors((made,)):
-            self._see(tensor, tensor.untyped_storage().nbytes())
-        self.most = max(self.most, self.now)
-        if self.now > 1.05 * self.asked:
-            self.asked, self.beside = self.now, (usage(self.device)["used_bytes"] or 0) - self.now
-        return made
+            self._register(tensor, 0)
+        output = func(*args, **kwargs)
+        for tensor in _tensors((output,)):
+            self._register(tensor, tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.current)
+        if self.current > 1.05 * self.queried_at:
+            self.queried_at, self.other = self.current, (usage(self.device)["used_bytes"] or 0) - self.current
+        return output
 
-    def _see(self, tensor, size):
+    def _register(self, tensor, size):
         storage = tensor.untyped_storage()
-        if id(storage) not in self.known and tensor.device.type == self.device.type:
-            self.known[id(storage)] = weakref.ref(storage, functools.partial(self._gone, id(storage), size))
-            self.now += size
+        if id(storage) not in self.storages and tensor.device.type == self.device.type:
+            self.storages[id(storage)] = weakref.ref(storage, functools.partial(self._release, id(storage), size))
+            self.current += size
 
-    def _gone(self, key, size, _):
-        del self.known[key]
-        self.now -= size
+    def _release(self, key, size, _):
+        del self.storages[key]
+        self.current -= size
 
 
 def _tensors(nested):
@@ -97,7 +94,7 @@ def _tensors(nested):
 
 
 def can_recompute(model):
-    """Whether transformers can make a model's layers a second time (`gradient_checkpointing_enabled`)."""
+    """Whether a model supports gradient checkpointing."""
     try:
         with gradient_checkpointing_enabled(model):
             return True
@@ -107,17 +104,18 @@ def can_recompute(model):
 
 @contextlib.contextmanager
 def gradient_checkpointing_enabled(model, on=True):
-    """Inside, a model in training keeps only what each layer is given, and makes the rest anew in the backward pass
-    (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174): the same loss and gradients from less memory, at the cost
-    of one more forward pass. Afterwards nothing of it is left on the model. ValueError where it has no support for it.
+    """Enables gradient checkpointing of a model inside the block (Chen et al. 2016, arXiv 1604.06174).
+
+    Loss and gradients stay the same; memory shrinks at the cost of one more forward pass. Raises ValueError if the
+    model does not support it.
     """
     if not on:
         yield
         return
-    newer = hasattr(model, "activation_checkpointing_enable")  # where it is, the older name warns
+    newer = hasattr(model, "activation_checkpointing_enable")  # the older name warns if the newer one exists
     name = "activation_checkpointing" if newer else "gradient_checkpointing"
     getattr(model, f"{name}_enable")({"use_reentrant": False})
-    model.disable_input_require_grads()  # only frozen embeddings would need it
+    model.disable_input_require_grads()  # needed for frozen embeddings only
     try:
         yield
     finally:
@@ -125,13 +123,13 @@ def gradient_checkpointing_enabled(model, on=True):
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that there was no memory left, on a card or in the host."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or accelerate.utils.memory.should_reduce_batch_size(error)
+    """Whether an exception reports that a GPU or the host ran out of memory."""
+    is_memory_error = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_memory_error or accelerate.utils.memory.should_reduce_batch_size(error)
 
 
 def retry_with_smaller_batch(work, size):
-    """`(work(size), size)`, where memory runs out with a half of `size`, and so on down to 1."""
+    """Returns `(work(size), size)`, halving `size` down to 1 while memory runs out."""
     while True:
         try:
             return work(size), size
@@ -143,7 +141,7 @@ def retry_with_smaller_batch(work, size):
 
 
 def release_memory():
-    """Give back what nothing refers to any more."""
+    """Frees unreferenced memory and the GPU allocator's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

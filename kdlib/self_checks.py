@@ -1,4 +1,4 @@
-"""What the self-test checks: real runs of small models, and what must agree between them."""
+"""Checks of the self-test: runs of small models whose results must agree."""
 
 import dataclasses
 import functools
@@ -15,36 +15,37 @@ import torch
 import kdlib
 from kdlib import demo, doctor, files, machine, memory
 from kdlib.config import Config
-from kdlib.environment import describe, num_processors, of_a_process
+from kdlib.environment import child_environment, describe, num_processors
 from kdlib.models import devices, loading
 from kdlib.session import cache_writer, session
 
-CARD, PROCESSOR = (
+GPU_DEMO, CPU_DEMO = (
     {"steps": 200, "student_chars": 30_000, "chars": 700_000},
     {"steps": 25, "student_chars": 30_000, "chars": 120_000},
 )
-"""The embedded default on a machine with a card and on one without: steps of its teacher, characters of text."""
+"""Sizes of the demo on a machine with and without a GPU: training steps of the teacher, characters of text."""
 DEMO = {"max_length": 96, "eval_tokens": 2000, "check_teacher": False, "control": "full"}
 SHORT = {
     "max_length": 64, "batch_size": 8, "max_steps": 6, "eval_steps": 6, "eval_tokens": 300, "control": "off",
-    "check_teacher": False, "kd_method": "shared_prefix", "kd_top_k": 1024, "teacher_cache": "live", "amp_dtype": "fp32",
+    "check_teacher": False, "kd_method": "first_token", "kd_top_k": 1024, "teacher_cache": "live",
+    "amp_dtype": "fp32",
 }  # fmt: skip
-"""The run that most checks repeat with one change. A teacher cache holds all tokens that both vocabularies have."""
-CUT_AT, RUNS_OUT_AT = 3, 5
-"""The step behind which a run is cut off; the forward pass in training that runs out of memory."""
+"""Settings of the reference run, which most checks repeat with one change."""
+CUT_AT, OOM_AT = 3, 5
+"""The step after which a run is interrupted; the training forward pass that runs out of memory."""
 EXACT, HALF, CACHED, PEAK, STEP = 1e-4, 0.05, 1e-3, 0.15, 2.0
-"""Tolerances: of losses in fp32, of losses in fp16 and bf16, of losses from a teacher cache (it keeps fp16), of the
-predicted peak, all relative; and of a live step to the floor, as a ratio.
+"""Relative tolerances of losses (fp32, fp16 or bf16, teacher cache in fp16) and of the predicted peak; and the maximum
+ratio of a step's time to its matrix products alone ("floor").
 """
 WEIGHTS = {"cuda": 1e-2, "cpu": 0.0}
-"""Tolerance of a resumed run's weights, of each tensor's norm: a card may add in another order, a processor may not."""
+"""Relative tolerance of a resumed run's weights. GPUs may sum in another order; CPUs must agree exactly."""
 SHARES = (0.9, 0.75, 0.6, 0.45, 0.3)
-"""Caps on a card's memory, as shares of what the reference reserved."""
+"""Limits of GPU memory, as fractions of the memory reserved by the reference run."""
 MIN_S, MAX_S = 30.0, {"cuda": 240.0, "cpu": 900.0}
-"""A process of a check may take what is left of the time, within these limits."""
+"""Minimum and maximum timeout of a subprocess."""
 STEP_GFLOP = 1515
-"""A whole step of TRUE: both bodies, the student's head and the projector's; counted, not measured."""
-TRUE = {"num_windows": 2, "length": 384, "answer": 1.0, "teacher": {}, "student": {}}
+"""Floating-point operations of one step of FULL_SIZE (transformers, student head, projector), counted by hand."""
+FULL_SIZE = {"num_windows": 2, "length": 384, "answer": 1.0, "teacher": {}, "student": {}}
 REDUCED = {
     "num_windows": 2, "length": 64, "answer": 1.0, "teacher": {"num_hidden_layers": 2, "vocab_size": 8192},
     "student": {"num_hidden_layers": 2, "vocab_size": 4096},
@@ -53,112 +54,114 @@ PRODUCT = {"cuda": (768, 576, 49_152), "cpu": (256, 576, 4096)}
 
 
 class Failed(Exception):
-    """The check found what must not be; the text says what."""
+    """Raised if a check fails; the message gives the reason."""
 
 
 class Skipped(Exception):
-    """The check cannot be made here; the text says why."""
+    """Raised if a check cannot run on this machine; the message gives the reason."""
 
 
 class Bench:
-    """What checks share: a folder, the device, the embedded default and the run that others are compared with."""
+    """Shared state of the checks: folder, device, demo models and the reference run."""
 
     def __init__(self, folder, cuda, clock):
         self.folder, self.cuda, self.clock, self.left_s = folder, cuda, clock, math.inf
         self.device = "cuda" if cuda else "cpu"
 
     def config(self, **changes):
-        """The `Config` of SHORT with changes. The embedded default is made by the check of the demo."""
+        """Returns the `Config` of SHORT with changes. Requires that the demo check has built the models."""
         if not demo.is_ready(self.folder / "cache"):
-            raise Skipped("the embedded default is missing: the demo failed")
+            raise Skipped("the demo models are missing because the demo check failed")
         return demo.config(self.folder / "cache", **{**SHORT, **changes})
 
     def distil(self, name, **changes):
-        """Records of a run of SHORT with changes, in a folder of its own."""
+        """Runs SHORT with changes in the folder `name` and returns the records."""
         return list(session.distill(self.config(**changes), self.folder / name, self.clock))
 
     @functools.cached_property
     def reference(self):
-        """Records of the run of SHORT."""
+        """Records of the reference run."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        found = self.distil("reference")
+        records = self.distil("reference")
         self.reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
-        return found
+        return records
 
-    def compared(self, found, tolerance):
-        """The largest relative difference of losses from the reference's; Failed over the tolerance."""
-        ours, theirs = losses(found), losses(self.reference)
-        if len(ours) != len(theirs) or not all(map(math.isfinite, ours)):
-            raise Failed(f"losses {_listed(ours)}, expected {_listed(theirs)}")
-        apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-        if apart > tolerance:
-            raise Failed(f"losses {_listed(ours)} are {apart:.2g} from {_listed(theirs)}, more than {tolerance:g}")
-        return apart
+    def compare_losses(self, records, tolerance):
+        """Returns the largest relative difference from the reference losses. Raises Failed above `tolerance`."""
+        values, expected = losses(records), losses(self.reference)
+        if len(values) != len(expected) or not all(map(math.isfinite, values)):
+            raise Failed(f"losses {_format(values)}, expected {_format(expected)}")
+        error = max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
+        if error > tolerance:
+            raise Failed(
+                f"losses {_format(values)} differ by {error:.2g} from {_format(expected)}, more than {tolerance:g}"
+            )
+        return error
 
-    def process(self, *words):
-        """The last line of what a module of the checkout prints, as JSON. It runs in a process of its own."""
+    def process(self, *arguments):
+        """Runs a module of the checkout in a process and returns its last output line, parsed as JSON."""
         if not (checkout() / "benchmarks" / "peak.py").exists():
-            raise Skipped("benchmarks are in a checkout of kdlib only")
-        one_thread = {} if self.cuda else {"OMP_NUM_THREADS": "1"}  # as benchmarks are run: more would wait busily
-        out = self._run([sys.executable, "-W", "ignore", "-m", *words], checkout(), of_a_process(**one_thread))
+            raise Skipped("benchmarks require a checkout of kdlib")
+        one_thread = {} if self.cuda else {"OMP_NUM_THREADS": "1"}  # small models are slower with more threads
+        out = self._run([sys.executable, "-W", "ignore", "-m", *arguments], checkout(), child_environment(**one_thread))
         return json.loads(out.splitlines()[-1])
 
     def notebook(self, name, parameters):
-        """Run a notebook by papermill from an empty cache; the folder that it ran in."""
+        """Runs a notebook with papermill and an empty cache, and returns its working folder."""
         path = checkout() / "notebooks" / f"{name}.ipynb"
         missing = [package for package in ("papermill", "ipykernel") if not importlib.util.find_spec(package)]
         if missing or not path.exists():
-            raise Skipped(f"{' and '.join(missing) or 'a checkout of kdlib'} is not here")
-        room = self.folder / name
-        room.mkdir()
-        values = {"KDLIB_CACHE": str(room / "cache"), "PYTHONWARNINGS": "ignore"}
-        words = [str(path), "out.ipynb", "--no-progress-bar", "-y", json.dumps(parameters)]
-        self._run([sys.executable, "-m", "papermill", *words], room, of_a_process(**values))
-        return room
+            raise Skipped(f"requires {' and '.join(missing) or 'a checkout of kdlib'}")
+        folder = self.folder / name
+        folder.mkdir()
+        variables = {"KDLIB_CACHE": str(folder / "cache"), "PYTHONWARNINGS": "ignore"}
+        arguments = [str(path), "out.ipynb", "--no-progress-bar", "-y", json.dumps(parameters)]
+        self._run([sys.executable, "-m", "papermill", *arguments], folder, child_environment(**variables))
+        return folder
 
-    def _run(self, command, room, environment):
+    def _run(self, command, folder, environment):
         limit = max(MIN_S, min(self.left_s, MAX_S[self.device]))
         try:
-            ran = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=limit)
+            result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            raise Failed(f"not done after {limit:.0f} s") from None
-        if ran.returncode:
-            raise Failed(f"exit status {ran.returncode}: {(ran.stderr.strip().splitlines() or [''])[-1][:300]}")
-        return ran.stdout
+            raise Failed(f"timed out after {limit:.0f} s") from None
+        if result.returncode:
+            raise Failed(f"exit status {result.returncode}: {(result.stderr.strip().splitlines() or [''])[-1][:300]}")
+        return result.stdout
 
 
 def checkout():
-    """The folder that holds `kdlib`: with benchmarks and notebooks, where it is a checkout."""
+    """Returns the parent folder of `kdlib`; in a checkout it also contains benchmarks and notebooks."""
     return Path(kdlib.__file__).resolve().parent.parent
 
 
-def losses(found):
-    """The losses of a run's optimizer steps."""
-    return [record["loss"] for record in found if record["kind"] == "train"]
+def losses(records):
+    """Returns the losses of all training records."""
+    return [record["loss"] for record in records if record["kind"] == "train"]
 
 
-def _listed(values):
+def _format(values):
     return " ".join(f"{value:.4f}" for value in values)
 
 
 def check_machine(bench):
-    findings = doctor.diagnose(Config())
-    wrong = [finding for finding in findings if finding.state == "wrong"]
-    if wrong:
-        raise Failed("; ".join(f"{finding.name}: {finding.value}" for finding in wrong))
-    cards = [dataclasses.asdict(card) for card in machine.cards()]
-    told = [
-        f"{c['name']} sm_{c['capability'][0]}{c['capability'][1]} bf16 {'yes' if c['bf16'] else 'no'}" for c in cards
+    errors = [finding for finding in doctor.diagnose(Config()) if finding.state == "error"]
+    if errors:
+        raise Failed("; ".join(f"{finding.name}: {finding.value}" for finding in errors))
+    gpus = [dataclasses.asdict(gpu) for gpu in machine.list_gpus()]
+    names = [
+        f"{g['name']} sm_{g['capability'][0]}{g['capability'][1]} bf16 {'yes' if g['bf16'] else 'no'}" for g in gpus
     ]
     versions = {name: version for name, version in describe()["versions"].items() if version}
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    where = ", ".join(told) or f"no card, {num_processors()} processors"
-    return f"{where}; {named}", {"cards": cards, "versions": versions, "processors": num_processors()}
+    devices_text = ", ".join(names) or f"no GPU, {num_processors()} CPUs"
+    return f"{devices_text}; {', '.join(f'{name} {version}' for name, version in versions.items())}", {
+        "cards": gpus, "versions": versions, "processors": num_processors(),
+    }  # fmt: skip
 
 
 def check_demo(bench):
-    plan, started = CARD if bench.cuda else PROCESSOR, bench.clock.now()
+    plan, started = GPU_DEMO if bench.cuda else CPU_DEMO, bench.clock.now()
     for _progress in demo.prepare(bench.folder / "cache", bench.clock, **plan):
         pass
     prepared_s = bench.clock.now() - started
@@ -166,28 +169,28 @@ def check_demo(bench):
         torch.cuda.reset_peak_memory_stats()
     steps = {"max_steps": 120, "eval_steps": 20} if bench.cuda else {"max_steps": 12, "eval_steps": 6}
     config = demo.config(bench.folder / "cache", **DEMO, **steps)
-    *found, verdict = session.distill(config, bench.folder / "demo", bench.clock)
+    *records, verdict = session.distill(config, bench.folder / "demo", bench.clock)
     bits = verdict.get("bits_per_byte", {})
     if verdict["kind"] != "verdict" or not all(map(math.isfinite, bits.values())):
         raise Failed(f"the run ended with {verdict['kind']}, bits per byte {bits}")
     used = torch.cuda.max_memory_allocated() if bench.cuda else 0
     if bench.cuda and not used:
-        raise Failed("the run did not use the card")
-    times = [record["step_s"] for record in found if record["kind"] == "train" and "step_s" in record]
+        raise Failed("the run did not use the GPU")
+    times = [record["step_s"] for record in records if record["kind"] == "train" and "step_s" in record]
     numbers = {"bits_per_byte": bits, "gain": verdict["gain"], "prepared_s": prepared_s, "allocated_bytes": used}
     return (
-        f"{len(losses(found))} steps to the verdict; {bits['distilled']:.3f} bits per byte, control {bits['ce_only']:.3f}; "
-        f"preparation {prepared_s:.0f} s", {**numbers, "step_s": times},
+        f"{len(losses(records))} steps to the verdict; {bits['distilled']:.3f} bits per byte, "
+        f"control {bits['ce_only']:.3f}; preparation {prepared_s:.0f} s", {**numbers, "step_s": times},
     )  # fmt: skip
 
 
 def check_notebook(bench):
     reduced = {
-        "small": {**DEMO, "max_steps": 12, "eval_steps": 6, "share_steps": 6}, "teacher_steps": PROCESSOR["steps"],
-        "text_chars": PROCESSOR["chars"],
+        "small": {**DEMO, "max_steps": 12, "eval_steps": 6, "share_steps": 6}, "teacher_steps": CPU_DEMO["steps"],
+        "text_chars": CPU_DEMO["chars"],
     }  # fmt: skip
-    room = bench.notebook("distill", {} if bench.cuda else reduced)
-    status = files.read_json(room / "run" / "status.json")
+    folder = bench.notebook("distill", {} if bench.cuda else reduced)
+    status = files.read_json(folder / "run" / "status.json")
     if status["state"] != "complete":
         raise Failed(f"the run is {status['state']}: {status['reason']}")
     return f"complete, {status['step']} steps", {"step": status["step"], "session_s": status["session_s"]}
@@ -195,142 +198,144 @@ def check_notebook(bench):
 
 def check_fp16(bench):
     if not bench.cuda:
-        raise Skipped("a loss scaler needs a CUDA card")
-    return _half(bench, "fp16")
+        raise Skipped("a loss scaler requires a CUDA GPU")
+    return _check_half_precision(bench, "fp16")
 
 
 def check_bf16(bench):
     if bench.cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise Skipped("the card has no bf16 units")
-    return _half(bench, "bf16")
+        raise Skipped("the GPU has no native bf16")
+    return _check_half_precision(bench, "bf16")
 
 
-def _half(bench, amp_dtype):
-    found = bench.distil(amp_dtype, amp_dtype=amp_dtype)
-    apart = bench.compared(found, HALF)
-    skipped = sum(bool(record["skipped"]) for record in found if record["kind"] == "train")
-    return f"losses within {apart:.2g} of fp32 (allowed {HALF:g}), {skipped} steps skipped", {
-        "apart": apart, "skipped": skipped, "losses": losses(found),
+def _check_half_precision(bench, amp_dtype):
+    records = bench.distil(amp_dtype, amp_dtype=amp_dtype)
+    error = bench.compare_losses(records, HALF)
+    skipped = sum(bool(record["skipped"]) for record in records if record["kind"] == "train")
+    return f"losses within {error:.2g} of fp32 (allowed {HALF:g}), {skipped} steps skipped", {
+        "apart": error, "skipped": skipped, "losses": losses(records),
     }  # fmt: skip
 
 
 def check_cache(bench):
     config = bench.config()
-    for _record in cache_writer.write(config, bench.folder / "teacher-cache", bench.clock):
+    for _record in cache_writer.cache_teacher(config, bench.folder / "teacher-cache", bench.clock):
         pass
-    found = bench.distil("cached", teacher_cache=str(bench.folder / "teacher-cache"))
-    apart = bench.compared(found, CACHED)
-    return f"losses within {apart:.2g} of the live teacher's (allowed {CACHED:g})", {"apart": apart}
+    error = bench.compare_losses(bench.distil("cached", teacher_cache=str(bench.folder / "teacher-cache")), CACHED)
+    return f"losses within {error:.2g} of the live teacher's (allowed {CACHED:g})", {"apart": error}
 
 
-def check_teacher_elsewhere(bench):
+def check_teacher_device(bench):
     if not bench.cuda:
-        raise Skipped("needs a CUDA card")
-    there = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
-    apart = bench.compared(bench.distil("elsewhere", teacher_device=there), EXACT)
-    return f"teacher on {there}: losses within {apart:.2g} (allowed {EXACT:g})", {"apart": apart, "device": there}
+        raise Skipped("requires a CUDA GPU")
+    device = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
+    error = bench.compare_losses(bench.distil("elsewhere", teacher_device=device), EXACT)
+    return f"teacher on {device}: losses within {error:.2g} (allowed {EXACT:g})", {"apart": error, "device": device}
 
 
 def check_out_of_memory(bench):
-    wanted, real, count = bench.reference, loading.read, itertools.count(1)
+    expected, original, count = bench.reference, loading.read, itertools.count(1)
 
-    def read(model, *given, **options):
-        if model.training and next(count) == RUNS_OUT_AT:
+    def read(model, *args, **kwargs):
+        if model.training and next(count) == OOM_AT:
             raise torch.OutOfMemoryError("injected by the self-test")
-        return real(model, *given, **options)
+        return original(model, *args, **kwargs)
 
     loading.read = read
     try:
-        found = bench.distil("out-of-memory")
+        records = bench.distil("out-of-memory")
     finally:
-        loading.read = real
-    apart = bench.compared(found, EXACT)
-    before, after = (_micro_batch(run) for run in (wanted, found))
+        loading.read = original
+    error = bench.compare_losses(records, EXACT)
+    before, after = (_micro_batch(run) for run in (expected, records))
     if after >= before:
-        raise Failed(f"the micro-batch stayed at {after}: no lack of memory was seen")
-    return f"micro-batch {before} to {after}, losses within {apart:.2g} (allowed {EXACT:g})", {"apart": apart}
+        raise Failed(f"the micro-batch stayed at {after}: the error was not handled")
+    return f"micro-batch {before} to {after}, losses within {error:.2g} (allowed {EXACT:g})", {"apart": error}
 
 
 def check_real_out_of_memory(bench):
-    """The card's memory is capped below what the reference reserved, lower until it runs out."""
+    """Limits GPU memory below that of the reference run until it runs out."""
     if not bench.cuda:
-        raise Skipped("needs a CUDA card")
-    wanted, total = bench.reference, torch.cuda.get_device_properties(0).total_memory
+        raise Skipped("requires a CUDA GPU")
+    expected, total = bench.reference, torch.cuda.get_device_properties(0).total_memory
     for share in SHARES:
         memory.release_memory()
         before = _num_ooms()
         torch.cuda.set_per_process_memory_fraction(share * bench.reserved / total)
         try:
-            found = bench.distil(f"capped-{share}")
+            records = bench.distil(f"capped-{share}")
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        if met := _num_ooms() - before:
-            apart = bench.compared(found, EXACT)
-            first, last = (_micro_batch(run) for run in (wanted, found))
+        if num_ooms := _num_ooms() - before:
+            error = bench.compare_losses(records, EXACT)
+            first, last = (_micro_batch(run) for run in (expected, records))
             return (
-                f"capped at {share:.0%} of {bench.reserved / 2**20:.0f} MiB, ran out {met} times, micro-batch {first} to "
-                f"{last}, losses within {apart:.2g} (allowed {EXACT:g})", {"apart": apart, "share": share, "met": met},
+                f"limited to {share:.0%} of {bench.reserved / 2**20:.0f} MiB, ran out {num_ooms} times, micro-batch "
+                f"{first} to {last}, losses within {error:.2g} (allowed {EXACT:g})",
+                {"apart": error, "share": share, "met": num_ooms},
             )  # fmt: skip
     raise Failed(f"memory did not run out at {share:.0%} of the {bench.reserved / 2**20:.0f} MiB that were reserved")
 
 
 def _num_ooms():
-    """How often torch's allocator has raised OutOfMemoryError."""
+    """Returns how often torch's allocator has raised OutOfMemoryError."""
     return torch.cuda.memory_stats().get("num_ooms", 0)
 
 
-def _micro_batch(found):
-    return [record["micro_batch"] for record in found if record["kind"] == "train"][-1]
+def _micro_batch(records):
+    return [record["micro_batch"] for record in records if record["kind"] == "train"][-1]
 
 
 def check_cut_and_resume(bench):
-    whole = bench.folder / "reference" / "student"
-    bench.reference  # noqa: B018 - made where it was not
-    running = session.distill(bench.config(), bench.folder / "cut", bench.clock)
-    for record in running:
+    bench.reference  # noqa: B018 - runs it if needed
+    run = session.distill(bench.config(), bench.folder / "cut", bench.clock)
+    for record in run:
         if record["kind"] == "train" and record["step"] == CUT_AT:
             break
-    running.close()
+    run.close()
     first, *_ = bench.distil("cut")
     if not first.get("resumed"):
-        raise Failed("the second session began at step 0")
-    ours, theirs = (
-        loading.load_model(str(p), "student").state_dict() for p in (bench.folder / "cut" / "student", whole)
+        raise Failed("the second session started at step 0")
+    resumed, expected = (
+        loading.load_model(str(bench.folder / name / "student"), "student").state_dict()
+        for name in ("cut", "reference")
     )
-    apart = max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
+    error = max(float((resumed[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
     allowed = WEIGHTS[bench.device]
-    if not apart <= allowed:
-        raise Failed(f"weights are {apart:.2g} from those of the run that was not cut off, more than {allowed:g}")
-    return f"weights within {apart:.2g} (allowed {allowed:g})", {"apart": apart}
+    if not error <= allowed:
+        raise Failed(f"weights differ by {error:.2g} from those of the uninterrupted run, more than {allowed:g}")
+    return f"weights within {error:.2g} (allowed {allowed:g})", {"apart": error}
 
 
 def check_peak(bench):
     shape = {} if bench.cuda else {"length": 64, "width": 256, "layers": 4}
-    words = ["--steps", "2", "--shape", json.dumps(shape), *(["--cuda"] if bench.cuda else [])]
-    found = bench.process("benchmarks.peak", *words)
-    told, taken, held = found["told"], found["taken"], found.get("reserved", found["taken"])
-    mib = [f"{size / 2**20:.0f} MiB" for size in (told, taken, held)]
-    text = f"predicted {mib[0]}, taken {mib[1]}{f', reserved {mib[2]}' if bench.cuda else ''}: {told / taken:.3f}"
-    if not (1 - PEAK) * taken <= told <= (1 + PEAK) * held:
+    arguments = ["--steps", "2", "--shape", json.dumps(shape), *(["--cuda"] if bench.cuda else [])]
+    result = bench.process("benchmarks.peak", *arguments)
+    predicted, used, reserved = result["told"], result["taken"], result.get("reserved", result["taken"])
+    mib = [f"{size / 2**20:.0f} MiB" for size in (predicted, used, reserved)]
+    text = f"predicted {mib[0]}, used {mib[1]}{f', reserved {mib[2]}' if bench.cuda else ''}: {predicted / used:.3f}"
+    if not (1 - PEAK) * used <= predicted <= (1 + PEAK) * reserved:
         raise Failed(f"{text}, off by more than {PEAK:.0%}")
-    return f"{text} (allowed 1 +- {PEAK:g})", {**found, "ratio": told / taken}
+    return f"{text} (allowed 1 +- {PEAK:g})", {**result, "ratio": predicted / used}
 
 
 def check_product(bench):
-    """A matrix product of the shape of the student's head: true on a card, smaller on a processor."""
-    made = devices.accelerator("auto")
-    dtype, (rows, width, columns) = devices.teacher_dtype(made, made.device), PRODUCT[bench.device]
-    left, right = (torch.ones(shape, device=made.device, dtype=dtype) for shape in ((rows, width), (width, columns)))
+    """Times a matrix product with the shape of the student's head (smaller on a CPU)."""
+    accelerator = devices.accelerator("auto")
+    dtype, (rows, width, columns) = devices.teacher_dtype(accelerator, accelerator.device), PRODUCT[bench.device]
+    left, right = (
+        torch.ones(shape, device=accelerator.device, dtype=dtype) for shape in ((rows, width), (width, columns))
+    )
     repeats, total = 20, 0.0
     for repeat in range(repeats + 3):
         if repeat == 3:
-            total = float((left @ right)[0, 0])  # waits for the device
+            total = float((left @ right)[0, 0])  # synchronizes with the device
             started = bench.clock.now()
         product = left @ right
     total += float(product[0, 0])
     seconds = (bench.clock.now() - started) / repeats
     if total != 2.0 * width:
-        raise Failed(f"a sum of {width} ones is {total / 2:g}")
+        raise Failed(f"a sum of {width} ones returned {total / 2:g}")
     tflops = 2 * rows * width * columns / max(seconds, 1e-9) / 1e12
     return f"{tflops:.2f} TFLOP/s in {str(dtype).removeprefix('torch.')}, {rows} x {width} x {columns}", {
         "tflops": tflops, "seconds": seconds,
@@ -338,17 +343,17 @@ def check_product(bench):
 
 
 def check_step(bench):
-    world = TRUE if bench.cuda else REDUCED
-    asked = {"what": "time", "way": "ours live, projector", "world": world, "repeats": 3}
-    found = bench.process("benchmarks.step", "--one", json.dumps(asked))
-    clock = 0 if bench.cuda else 1  # a processor's own seconds: other programs disturb them less
-    step_s, floor_s = (min(seconds[clock] for seconds in found[name]) for name in ("way_s", "floor_s"))
+    shapes = FULL_SIZE if bench.cuda else REDUCED
+    options = {"what": "time", "way": "ours live, projector", "world": shapes, "repeats": 3}
+    result = bench.process("benchmarks.step", "--one", json.dumps(options))
+    clock = 0 if bench.cuda else 1  # on a CPU, process time: other programs disturb it less
+    step_s, floor_s = (min(seconds[clock] for seconds in result[name]) for name in ("way_s", "floor_s"))
     text = f"{step_s:.3f} s, floor {floor_s:.3f} s: {step_s / floor_s:.2f} (allowed {STEP:g})"
     tflops = STEP_GFLOP / step_s / 1e3 if bench.cuda else None
     text += f", {tflops:.2f} TFLOP/s" if tflops else ", reduced shapes"
     if not step_s <= STEP * floor_s:
         raise Failed(text)
-    return text, {**found, "tflops": tflops}
+    return text, {**result, "tflops": tflops}
 
 
 CHECKS = {
@@ -357,7 +362,7 @@ CHECKS = {
     "fp16 with a loss scaler": check_fp16,
     "bf16": check_bf16,
     "live = cached loss": check_cache,
-    "teacher on another device": check_teacher_elsewhere,
+    "teacher on another device": check_teacher_device,
     "out of memory, injected": check_out_of_memory,
     "out of memory, real": check_real_out_of_memory,
     "cut and resume": check_cut_and_resume,

@@ -1,6 +1,6 @@
-"""Checks kdlib on this machine with real runs of small models: `kdlib doctor --self-test`, `python -m benchmarks.gpu_check`.
+"""Self-test on this machine with runs of small models: `kdlib doctor --self-test`, `python -m benchmarks.gpu_check`.
 
-Every check does what a run does, and compares what must agree. A check that fails does not stop the others.
+A failed check does not stop the others.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from kdlib.clock import Clock, date, format_duration
 from kdlib.self_checks import CHECKS, Bench, Failed, Skipped
 
 LIMIT_S = {"cuda": 480.0, "cpu": 1800.0}
-"""No check begins later than this. Two processor cores need three minutes, if nothing else runs on them."""
+"""Seconds after which no further check starts. Two idle CPU cores need about three minutes for all checks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of one check. `state`: `ok`, `failed` or `skipped`; `text` is for people, `numbers` for programs."""
+    """Result of one check. `state`: `ok`, `failed` or `skipped`. `text` is for people, `numbers` for programs."""
 
     name: str
     state: str
@@ -30,42 +30,41 @@ class Result:
 
 
 def run(folder, clock=None):
-    """Make all CHECKS in `folder`: a generator of `(name, None)` before each and `(name, Result)` after it."""
+    """Runs all CHECKS in `folder`. Yields `(name, None)` before and `(name, Result)` after each."""
     clock, threads = clock or Clock(), torch.get_num_threads()
     bench, started = Bench(Path(folder), torch.cuda.is_available(), clock), clock.now()
-    torch.set_num_threads(threads if bench.cuda else 1)  # as `kdlib demo`
+    torch.set_num_threads(threads if bench.cuda else 1)  # as in `kdlib demo`
     try:
         for name, check in CHECKS.items():
             yield name, None
-            begun = clock.now()
-            bench.left_s = LIMIT_S[bench.device] - (begun - started)
+            check_started = clock.now()
+            bench.left_s = LIMIT_S[bench.device] - (check_started - started)
             state, text, numbers = _outcome(check, bench)
-            yield name, Result(name, state, text, round(clock.now() - begun, 2), numbers)
+            yield name, Result(name, state, text, round(clock.now() - check_started, 2), numbers)
     finally:
         torch.set_num_threads(threads)
 
 
 def _outcome(check, bench):
-    """`(state, text, numbers)` of a check."""
     try:
         if bench.left_s <= 0.0:
-            raise Skipped(f"{LIMIT_S[bench.device]:.0f} s are over")
+            raise Skipped(f"the limit of {LIMIT_S[bench.device]:.0f} s is reached")
         text, numbers = check(bench)
         return "ok", text, numbers
-    except Skipped as why:
-        return "skipped", str(why), {}
-    except Failed as why:
-        return "failed", str(why), {}
-    except Exception as error:  # noqa: BLE001 - whatever it is, the next check is to be made
-        error.__traceback__ = None  # it holds models
-        reason = str(error).strip().splitlines()[:1] or ["no reason was given"]
+    except Skipped as reason:
+        return "skipped", str(reason), {}
+    except Failed as reason:
+        return "failed", str(reason), {}
+    except Exception as error:  # noqa: BLE001 - the next check must run
+        error.__traceback__ = None  # it references models
+        reason = str(error).strip().splitlines()[:1] or ["no message"]
         return "failed", f"{type(error).__name__}: {reason[0][:300]}", {}
     finally:
         memory.release_memory()
 
 
-def page(results):
-    """One page of text for a report."""
+def summary(results):
+    """Formats all results as a text table."""
     lines = [f"kdlib {kdlib.__version__} self-test, {date()}"]
     for result in results:
         lines += [f"{result.state:8}{result.name:28}{result.seconds:7.1f} s  {result.text}"]
@@ -76,22 +75,22 @@ def page(results):
 
 
 def write(results, folder):
-    """Write `self_test.json` and `self_test.txt` into a folder; the path of the first."""
+    """Writes `self_test.json` and `self_test.txt` to a folder and returns the path of the first."""
     path = Path(folder) / "self_test.json"
-    files.write_json(
-        path, {"env": environment.describe(), "results": [dataclasses.asdict(result) for result in results]}
-    )
-    files.write_text(path.with_suffix(".txt"), page(results) + "\n")
+    values = [dataclasses.asdict(result) for result in results]
+    files.write_json(path, {"env": environment.describe(), "results": values})
+    files.write_text(path.with_suffix(".txt"), summary(results) + "\n")
     return path
 
 
 def lines(out, results):
-    """Run the self-test in `out`, a new or empty folder (None: a temporary one): a generator of lines of progress and, at
-    the end, of the page and the path of the JSON file. Each `Result` is appended to `results`.
+    """Runs the self-test in `out`, a new or empty folder (None: a temporary one), and appends to `results`.
+
+    Yields lines of progress, then the summary and the path of the JSON file.
     """
     folder = Path(out or tempfile.mkdtemp(prefix="kdlib-self-test-"))
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--out {folder} holds files; give a new folder")
+        raise ValueError(f"--out {folder} is not empty; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, result in run(folder):
         if result is None:
@@ -99,4 +98,4 @@ def lines(out, results):
         else:
             yield f"  {result.state}, {result.seconds:.1f} s: {result.text}"
             results.append(result)
-    yield f"\n{page(results)}\n\nJSON: {write(results, folder)}"
+    yield f"\n{summary(results)}\n\nJSON: {write(results, folder)}"

@@ -219,7 +219,7 @@ class Run:
         self.folder.open({"kd_method": "none"}, {})
         self.folder.status("running", step=0)
         self.config = Config(second_copy=where, second_copy_saves=every)
-        self.copies = backup.of_run(self.config, self.folder)
+        self.copies = backup.for_run(self.config, self.folder)
 
     def save(self, step):
         self.folder.records.append({"kind": "train", "step": step})

@@ -38,7 +38,7 @@ def drive(page, address, look):
         expect(button).to_be_enabled(timeout=60_000)
         look(page, f"before_{wish}")
         button.click()
-        said = {"evaluate": "for a look", "save": "saved as", "pause": "Paused:"}[wish]
+        said = {"evaluate": "bits per byte, on request", "save": "saved as", "pause": "Paused:"}[wish]
         answer = panel.get_by_text(said).first
         answer.wait_for(timeout=60_000)
         told[wish] = answer.inner_text()

@@ -41,7 +41,7 @@ def training(given, config, restored=None):
         objective, given.pair.teacher, given.train, NUM_STEPS, config, machine, clock.Clock(), given.pair.pads
     )
     if restored:
-        made.restore(*restored)
+        made.load_state(*restored)
     return made
 
 
@@ -50,7 +50,7 @@ def steps_of(stream):
 
 
 def state_of(made):
-    return {f"{group}/{name}": t.clone() for group, ts in made.tensors().items() for name, t in ts.items()}
+    return {f"{group}/{name}": t.clone() for group, ts in made.state_tensors().items() for name, t in ts.items()}
 
 
 def assert_same(ours, theirs):
@@ -60,10 +60,10 @@ def assert_same(ours, theirs):
 
 def counted(monkeypatch):
     """The threads in which teachers that work ahead did a batch each."""
-    calls, real = [], prefetch.PrefetchingTeacher._on_host
+    calls, real = [], prefetch.PrefetchingTeacher._read_to_host
     monkeypatch.setattr(
         prefetch.PrefetchingTeacher,
-        "_on_host",
+        "_read_to_host",
         lambda *given, **teacher_request: calls.append(threading.get_ident()) or real(*given, **teacher_request),
     )
     return calls
@@ -97,9 +97,9 @@ def test_a_run_left_anywhere_and_gone_on_with_is_the_same_run(config):
         made = training(given, config, kept)
         stream = iter(made)
         seen.append(next(stream))
-        kept = copy.deepcopy((made.tensors(), made.facts()))
+        kept = copy.deepcopy((made.state_tensors(), made.state_values()))
         stream.close()
-        assert given.pair.teacher._asked is None
+        assert given.pair.teacher._pending is None
     assert steps_of(seen) == wanted
     assert_same(state_of(made), state)
 
@@ -168,7 +168,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_batch_is_used(setting
         for record in made:
             done.append(record.step)
     assert done == [1, 2]
-    assert given.pair.teacher._asked is None
+    assert given.pair.teacher._pending is None
     assert [record["step"] for record in steps_of(made)] == list(range(3, NUM_STEPS + 1))
 
 
@@ -263,7 +263,7 @@ def test_the_teacher_takes_the_second_card_where_there_is_one(monkeypatch, wante
 def test_a_card_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     machine = types.SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    with pytest.raises(ValueError, match="teacher_device is cuda:1, and this machine has 1 cards; use auto or cpu"):
+    with pytest.raises(ValueError, match="teacher_device is cuda:1, but this machine has 1 GPUs; use auto or cpu"):
         devices.teacher_device("cuda:1", machine)
 
 

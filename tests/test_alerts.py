@@ -1,6 +1,6 @@
 """Each bad sign on records written by hand: raised when it should be, once, and not before."""
 
-from kdlib.session.alerts import Watch
+from kdlib.session.alerts import AlertMonitor
 
 
 def train(step, loss=2.0, shares=None, parts=None, skipped="", last_step=200, weights=None, micro_batch=8):
@@ -21,8 +21,8 @@ def evaluation(step, bits, perplexity=30.0, progress=0.3):
 
 
 def signs(records, micro_batch=8):
-    watch = Watch(micro_batch)
-    return [(alert["step"], alert["sign"], alert["part"]) for record in records for alert in watch.see(record)]
+    monitor = AlertMonitor(micro_batch)
+    return [(alert["step"], alert["sign"], alert["part"]) for record in records for alert in monitor.update(record)]
 
 
 def falling(step):
@@ -99,7 +99,7 @@ def test_a_high_perplexity_counts_after_half():
 
 
 def test_alerts_say_what_it_means_and_what_to_try():
-    (alert,) = Watch().see(train(7, skipped="kd not finite (documents 3)"))
+    (alert,) = AlertMonitor().update(train(7, skipped="kd not finite (documents 3)"))
     assert (alert["kind"], alert["run"], alert["repeat"], alert["step"]) == ("alert", "distilled", 0, 7)
     assert "kd not finite (documents 3)" in alert["meaning"]
     assert "learning_rate" in alert["advice"]

@@ -131,8 +131,8 @@ def test_what_is_read_off_a_model_is_what_it_computes_eagerly(kind):
                 cuts = [end - ends[0] for end in ends[: k + 1]]
                 spans = [float(free[a:b].sum()) for a, b in itertools.pairwise(cuts)]
                 assert maps[window][k].exp().tolist()[1 : k + 1] == pytest.approx(spans, abs=1e-5)
-    assert found.below.shape == found.last.shape
-    torch.testing.assert_close(found.below[shown], eager.hidden_states[1][shown], atol=1e-5, rtol=1e-4)
+    assert found.attention_input.shape == found.last.shape
+    torch.testing.assert_close(found.attention_input[shown], eager.hidden_states[1][shown], atol=1e-5, rtol=1e-4)
     query, key, value = found.vectors[0]
     assert len(query) == len(key) == len(value) == 7
     assert key.shape == value.shape

@@ -60,10 +60,10 @@ def test_windows_of_one_length_have_a_row_each():
 
 def test_rows_are_no_wider_than_was_told():
     assert batching.pack_rows([8, 3, 5], 0) == batching.pack_rows([8, 3, 5], 7) == [[0], [1], [2]]
-    assert width([5, 5, 4, 3, 3], batching._shared([5, 5, 4, 3, 3], 2)[0]) == 11
+    assert width([5, 5, 4, 3, 3], batching._fill_rows([5, 5, 4, 3, 3], 2)[0]) == 11
     assert width([5, 5, 4, 3, 3], batching.pack_rows([5, 5, 4, 3, 3], 10)) <= 10
-    for widest in (100, 130, 200):
-        assert width([90, 60, 40, 30, 20], batching.pack_rows([90, 60, 40, 30, 20], widest)) <= widest
+    for max_row_width in (100, 130, 200):
+        assert width([90, 60, 40, 30, 20], batching.pack_rows([90, 60, 40, 30, 20], max_row_width)) <= max_row_width
 
 
 def test_the_layout_is_the_cheapest_of_all_numbers_of_rows():
@@ -72,7 +72,7 @@ def test_the_layout_is_the_cheapest_of_all_numbers_of_rows():
         lengths = chance.integers(10, 384, chance.integers(1, 12)).tolist()
         rows = batching.pack_rows(lengths, FREE)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-        others = [batching._shared(lengths, count)[0] for count in range(1, len(lengths))]
+        others = [batching._fill_rows(lengths, count)[0] for count in range(1, len(lengths))]
         least = min([cost(len(other), width(lengths, other)) for other in others], default=float("inf"))
         alone = cost(len(lengths), max(lengths))
         assert cost(len(rows), width(lengths, rows)) == pytest.approx(
@@ -113,7 +113,7 @@ def loaded(tmp_path_factory):
 def both(loaded, windows):
     """The same windows with rows of their own, and packed on both sides."""
     padded = batching.collate(windows, *loaded.pair.pads)
-    packed = batching.collate(windows, *loaded.pair.pads, loaded.pair.widest)
+    packed = batching.collate(windows, *loaded.pair.pads, loaded.pair.max_row_width)
     assert packed.student_packed
     assert packed.teacher_packed
     assert not padded.student_packed
@@ -123,13 +123,13 @@ def both(loaded, windows):
 
 def test_every_window_lies_whole_in_its_spot(loaded):
     windows = loaded.train[:9]
-    batch = batching.collate(windows, 7, 9, loaded.pair.widest)
+    batch = batching.collate(windows, 7, 9, loaded.pair.max_row_width)
     assert sorted(batch.order) == list(range(9)) != list(batch.order)
     firsts = np.append(0, np.cumsum(batch.rows_by_window))
     for side, pad in (("student", 7), ("teacher", 9)):
         ids, of, scored = (getattr(batch, f"{side}_{name}") for name in ("ids", "windows", "scored"))
         labels = batch.labels if side == "student" else batch.teacher_labels
-        spots, seen = getattr(batch, f"{side}_positions"), 0
+        spots, seen = getattr(batch, f"{side}_row_slices"), 0
         for k, given in enumerate(batch.order):
             window, (row, start, stop) = windows[given], spots[k]
             assert ids[row, start:stop].tolist() == getattr(window, f"{side}_ids").tolist()
@@ -175,7 +175,7 @@ def test_what_is_read_off_a_packed_row_is_what_each_window_gives_alone(loaded, k
         with torch.no_grad():
             found.append(loading.read(
                 model, batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window, taps,
-                batch.student_positions,
+                batch.student_row_slices,
             ))  # fmt: skip
         rows, order = batch.student_rows, by_given(batch)
         last = found[-1].last.flatten(0, 1)[rows][order]
@@ -205,7 +205,7 @@ def plain_head(hidden, weight, bias, chunks, losses_of, weights, compared=None, 
     found = 0.0
     for block in (block for chunk in chunks for block in chunk):
         logits = torch.nn.functional.linear(hidden[block.rows], weight, bias)
-        found = found + losses_of(logits, None if compared is None else compared(block.others), block)
+        found = found + losses_of(logits, None if compared is None else compared(block.teacher_rows), block)
     return (found * found.new_tensor(weights)).sum(), found.detach()
 
 
@@ -221,11 +221,11 @@ def told(loaded, batch, config):
     return loss.detach(), values, squares, gradients
 
 
-@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"])
+@pytest.mark.parametrize("method", ["shared_vocab", "first_token", "byte_prefix", "projector", "chunk_likelihood"])
 def test_loss_parts_and_gradients_are_those_of_the_padded_batch(loaded, monkeypatch, method):
     """Every way to distil, and with one of them every feature part; float64 throughout."""
     monkeypatch.setattr(chunked_head, "chunked_head_losses", plain_head)
-    features = EVERYTHING if method == "shared_prefix" else {}
+    features = EVERYTHING if method == "first_token" else {}
     config = Config(kd_method=method, batch_size=8, max_length=60, **features)
     padded, packed = both(loaded, loaded.train[:9])
     loss, values, squares, gradients = told(loaded, padded, config)
@@ -254,10 +254,12 @@ def test_the_teachers_signal_is_the_same_but_for_the_order_of_the_windows(loaded
 
 def test_evaluation_scores_are_those_of_padded_batches_halved_or_not(loaded):
     pair, windows, found = loaded.pair, loaded.train[:11], []
-    for widest in ((0, 0), pair.widest):
-        held_out = scoring.prepare_held_out(windows, pair.teacher, pair.head, pair.shared, 11, pair.pads, widest)
+    for max_row_width in ((0, 0), pair.max_row_width):
+        held_out = scoring.prepare_held_out(windows, pair.teacher, pair.head, pair.shared, 11, pair.pads, max_row_width)
         for text in (held_out, held_out.halved()):
-            assert any(batch.student_packed and batch.teacher_packed for batch in text.batches) == bool(widest[0])
+            assert any(batch.student_packed and batch.teacher_packed for batch in text.batches) == bool(
+                max_row_width[0]
+            )
             ours = scoring.evaluate_student(pair.student, pair.head, text)
             found.append((ours, text.teacher_score))
     for scores in found[1:]:
@@ -313,8 +315,8 @@ def test_positions_counted_over_the_whole_row_are_found_out(monkeypatch):
 
 
 def test_auto_falls_back_for_one_side_and_on_refuses(settings, monkeypatch):
-    assert min(inputs.load(Config.from_dict(settings)).pair.widest) > 0
-    assert inputs.load(Config.from_dict({**settings, "packing": "off"})).pair.widest == (0, 0)
+    assert min(inputs.load(Config.from_dict(settings)).pair.max_row_width) > 0
+    assert inputs.load(Config.from_dict({**settings, "packing": "off"})).pair.max_row_width == (0, 0)
     asked = []
 
     def only_the_teacher(model, length):
@@ -326,7 +328,7 @@ def test_auto_falls_back_for_one_side_and_on_refuses(settings, monkeypatch):
     longest = [max(len(getattr(w, f"{side}_ids")) for w in loaded.train) for side in ("student", "teacher")]
     assert asked[0] >= longest[0]
     assert asked[1] >= longest[1]
-    assert loaded.pair.widest == (0, 2 * asked[1])
+    assert loaded.pair.max_row_width == (0, 2 * asked[1])
     with pytest.raises(
         ValueError, match=r"packing is on, but the student \(LlamaForCausalLM\) .* set packing auto or off"
     ):
@@ -380,10 +382,10 @@ def test_steps_tell_what_was_computed_and_the_control_its_own_side_only(loaded, 
     """Two micro-batches of a step, padded to their longest or packed, over a model that is never run."""
     counts = {}
     windows = sorted(loaded.train, key=lambda window: len(window.student_ids))[::9][:6]
-    for widest in ((0, 0), loaded.pair.widest):
+    for max_row_width in ((0, 0), loaded.pair.max_row_width):
         machine = accelerate.Accelerator(cpu=True)
-        batches = loop._own_share(windows, 3, 3, machine, (*loaded.pair.pads, widest))
-        counts[widest] = loop._counts(batches, machine)
+        batches = loop._own_share(windows, 3, 3, machine, (*loaded.pair.pads, max_row_width))
+        counts[max_row_width] = loop._counts(batches, machine)
     padded, packed = (batching.computed_per_token(found, teacher=True) for found in counts.values())
     for side in ("student", "teacher"):
         sizes = [len(getattr(window, f"{side}_ids")) for window in windows]
@@ -401,7 +403,7 @@ def test_a_packed_run_is_the_padded_run(settings):
         short = [window for window in loaded.train if len(window.student_ids) < 40]
         training = loop.TrainLoop(
             inputs.make_objective(loaded.pair, config), loaded.pair.teacher, [*loaded.train, *short], 3, config,
-            accelerate.Accelerator(cpu=True), clock.Clock(), loaded.pair.pads, loaded.pair.widest,
+            accelerate.Accelerator(cpu=True), clock.Clock(), loaded.pair.pads, loaded.pair.max_row_width,
         )  # fmt: skip
         found.append(list(training))
     for padded, packed in zip(*found, strict=True):

@@ -136,7 +136,7 @@ def test_a_run_stays_with_its_optimizer_and_with_its_teachers_bits(settings):
 def test_the_state_of_8_bits_is_a_quarter(settings, bits):
     """A million weights and ten: 2 bytes and two scales in 256 for the large one; 8 for each of the ten."""
     large, small = torch.nn.Parameter(torch.zeros(1000, 1024)), torch.nn.Parameter(torch.zeros(10))
-    objective = types.SimpleNamespace(student=torch.nn.ParameterList([large, small]), beside=torch.nn.ParameterList())
+    objective = types.SimpleNamespace(student=torch.nn.ParameterList([large, small]), adapters=torch.nn.ParameterList())
     made = optimizer.make_optimizer(objective, Config.from_dict({**settings, "optimizer": "adamw_8bit"}))
     state, _ = optimizer.memory_of(made)
     assert state == 2 * 1_024_000 + 2 * 4 * 4_000 + 2 * 4 * 10
@@ -145,7 +145,9 @@ def test_the_state_of_8_bits_is_a_quarter(settings, bits):
     for p in (large, small):
         p.grad = torch.ones_like(p)
     made.step()
-    kept = sum(t.numel() * t.element_size() for t in optimizer.tensors_of(made).values() if t.numel() not in (1, 256))
+    kept = sum(
+        t.numel() * t.element_size() for t in optimizer.state_tensors(made).values() if t.numel() not in (1, 256)
+    )
     assert bits != "real" or kept == state
     assert optimizer.memory_of(made)[0] == 0
 

@@ -37,7 +37,7 @@ def _small_shards(monkeypatch):
 
 
 def written(settings, out, **how):
-    return list(cache_writer.write(Config.from_dict(settings), out, **how))
+    return list(cache_writer.cache_teacher(Config.from_dict(settings), out, **how))
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def caches(pair, tmp_path_factory):
         "eval_tokens": 300, "control": "off", "contrastive_weight": 0.1,
     }  # fmt: skip
     kinds = {
-        "prefix": {"kd_method": "shared_prefix"},
+        "prefix": {"kd_method": "first_token"},
         "vocab": {"kd_method": "shared_vocab", "kd_temperature": 2.0},
-        "all": {"kd_method": "shared_prefix", "kd_top_k": 10**6},
-        "soft": {"kd_method": "shared_prefix", "kd_top_k": 10**6, "kd_temperature": 2.0},
+        "all": {"kd_method": "first_token", "kd_top_k": 10**6},
+        "soft": {"kd_method": "first_token", "kd_top_k": 10**6, "kd_temperature": 2.0},
         "inside": {},
         "inside all": {"kd_top_k": 10**6},
         "inside soft": {"kd_top_k": 10**6, "kd_temperature": 2.0},
@@ -81,7 +81,7 @@ def loaded(caches):
 
 def shortlist_of(live, config):
     settings = teacher_cache.settings_of(config, len(live.pair.shared))
-    return teacher_cache.shortlist(live.pair, trie.buckets_of(live.pair, settings["kd_method"]), settings)
+    return teacher_cache.topk_spec(live.pair, trie.buckets_of(live.pair, settings["kd_method"]), settings)
 
 
 def batch_of(loaded, count=6):
@@ -105,7 +105,7 @@ def said_inside(live, config, batch, *sizes):
         trie.tries_of(live.pair),
         teacher.student_side_head.by_column(trie.buckets_of(live.pair, "").teacher),
     )
-    return walked.shortlists(
+    return walked.top_k_outcomes(
         tries, signal, teacher.student_side_head.decode, bucket_of, sizes, config.kd_temperature
     ), signal
 
@@ -159,7 +159,9 @@ def test_what_is_read_is_what_the_teacher_says_to_the_stated_rounding(loaded, na
     for first in range(0, len(live.train), 5):
         batch = batching.collate(live.train[first : first + 5], *live.pair.pads)
         told, read = live.pair.teacher(batch, spans=True, shortlist=wanted), cached.pair.teacher(batch, spans=True)
-        torch.testing.assert_close(read.span_log_probs, told.span_log_probs, rtol=1e-5, atol=1e-4)  # float32, in batches of other widths
+        torch.testing.assert_close(
+            read.span_log_probs, told.span_log_probs, rtol=1e-5, atol=1e-4
+        )  # float32, in batches of other widths
         torch.testing.assert_close(read.hidden, told.hidden, rtol=2 * HALF, atol=1e-4)
         torch.testing.assert_close(read.topk.log_probs, told.topk.log_probs, rtol=2 * HALF, atol=2e-3)
         torch.testing.assert_close(read.topk.log_probs.exp().sum(dim=-1), torch.ones(batch.num_aligned))
@@ -202,7 +204,7 @@ def test_windows_are_found_in_any_order_and_from_any_shard(loaded):
 WAYS = [
     ("all", {}), ("soft", {}), ("prefix", {"kd_method": "chunk_likelihood"}), ("prefix", {"kd_method": "projector"}),
     ("all", {"kd_divergence": "jsd"}), ("all", {"kd_method": "none"}), ("inside all", {}),
-    ("inside soft", {"kd_divergence": "jsd"}), ("inside all", {"kd_method": "shared_prefix"}),
+    ("inside soft", {"kd_divergence": "jsd"}), ("inside all", {"kd_method": "first_token"}),
 ]  # fmt: skip
 
 
@@ -211,7 +213,7 @@ def test_the_loss_from_the_cache_is_the_live_one_to_the_stated_rounding(loaded, 
     """Where the cache holds every token; the live teacher is asked as always."""
     config, live, cached = loaded[name]
     config, batch = config.replace(**changes, kd_top_k=0), batch_of(live)
-    wanted = {"spans": config.kd_method == "chunk_likelihood", "inner": config.kd_method == "inside_tokens"}
+    wanted = {"spans": config.kd_method == "chunk_likelihood", "inner": config.kd_method == "byte_prefix"}
     here, there = (
         parts_and_gradient(each, config, batch, each.pair.teacher(batch, **wanted)) for each in (live, cached)
     )
@@ -243,7 +245,7 @@ def test_a_cut_loss_inside_tokens_is_the_live_one_over_the_same_outcomes(loaded)
     for k in (0, 2):
         config = config.replace(kd_top_k=k)
         said, signal = said_inside(live, config, batch, k or 4, k or 3)
-        here = parts_and_gradient(live, config, batch, dataclasses.replace(signal, said=said))
+        here = parts_and_gradient(live, config, batch, dataclasses.replace(signal, partial_topk=said))
         there = parts_and_gradient(cached, config, batch, cached.pair.teacher(batch, inner=True))
         assert there[0]["kd"] == pytest.approx(here[0]["kd"], rel=4 * HALF)
         assert there[0]["kd_positions"] == pytest.approx(whole[0]["kd_positions"], rel=1e-6)
@@ -321,7 +323,7 @@ def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_
     run = session.distill(config, tmp_path / "cut")
     next(record for record in run if record["kind"] == "train" and record["step"] == 2)
     run.close()
-    with pytest.raises(ValueError, match="what is known of the teacher"):
+    with pytest.raises(ValueError, match="the source of the teacher's signal"):
         list(session.distill(config.replace(teacher_cache="live"), tmp_path / "cut"))
     list(session.distill(config.replace(teacher_cache=str(moved)), tmp_path / "cut"))
     ends = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
@@ -330,14 +332,14 @@ def test_a_run_from_the_cache_that_is_cut_goes_on_to_the_same_bytes(caches, tmp_
 
 def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches, monkeypatch):
     settings = {"kd_top_k": 64, "inside_k": [], "hidden": False}
-    assert teacher_cache.bytes_a_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
-    assert teacher_cache.bytes_a_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
-    inside = teacher_cache.bytes_a_position({**settings, "inside_k": [16, 8]}, 49_152, 1024, (0.5, 0.25))
+    assert teacher_cache.bytes_per_position(settings, 49_152, 1024) == 64 * 2 + 65 * 2 + 4 <= 300
+    assert teacher_cache.bytes_per_position({**settings, "hidden": True}, 49_152, 1024) == 262 + 2048
+    inside = teacher_cache.bytes_per_position({**settings, "inside_k": [16, 8]}, 49_152, 1024, (0.5, 0.25))
     assert inside == 262 + 0.5 * (16 * 2 + 17 * 2) + 0.25 * (8 * 2 + 9 * 2)
     for name, rel in (("vocab", 0.05), ("inside all", 0.15)):  # this one's sample is small
         values, folder = caches[name]
         monkeypatch.setattr(teacher_cache, "INSIDE_K", (10**6, 10**6))
-        plan = next(cache_writer.write(Config.from_dict(values), folder))
+        plan = next(cache_writer.cache_teacher(Config.from_dict(values), folder))
         on_disk = sum(path.stat().st_size for path in folder.glob("train-*.safetensors"))
         train = teacher_cache.CachedTeacher([folder]).shards.counts[""].sum()
         assert on_disk == pytest.approx(train * plan["bytes_a_position"], rel=rel)
@@ -347,9 +349,9 @@ def test_a_position_takes_at_most_300_bytes_and_what_was_said_before(caches, mon
 def test_a_long_text_has_larger_shards_not_more_of_them(caches, monkeypatch):
     values, _ = caches["vocab"]
     windows = inputs.load(Config.from_dict(values)).train
-    plain = teacher_cache.plan(windows)
+    plain = teacher_cache.plan_shards(windows)
     monkeypatch.setattr(teacher_cache, "MAX_SHARDS", 2)
-    few = teacher_cache.plan(windows)
+    few = teacher_cache.plan_shards(windows)
     assert len(plain) > 2 >= len(few) > 1
     assert [first for first, _ in few] == [0, *(last for _, last in few[:-1])]
     assert few[-1][1] == plain[-1][1] == len(windows)
@@ -410,7 +412,7 @@ def test_a_shard_whose_writing_breaks_off_is_not_there(caches, tmp_path, monkeyp
 def test_a_pass_that_is_asked_to_stop_says_so_and_goes_on(caches, tmp_path):
     settings, folder = caches["prefix"]
     out = tmp_path / "out"
-    for record in cache_writer.write(Config.from_dict(settings), out):
+    for record in cache_writer.cache_teacher(Config.from_dict(settings), out):
         if record["kind"] == "shard":
             signal.raise_signal(signal.SIGTERM)
     assert record["kind"] == "paused" and "SIGTERM" in record["reason"]
@@ -462,10 +464,10 @@ def test_several_writers_make_what_one_makes(caches, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "changes", "match"),
     [
-        ("prefix", {"layerwise_weight": 0.1}, "layerwise reads inside the teacher"),
-        ("prefix", {"kd_top_k": 65}, "holds 64 tokens a position, kd_top_k is 65; lower it"),
-        ("prefix", {"kd_method": "shared_vocab"}, "written for kd_method shared_prefix, this run has shared_vocab"),
-        ("prefix", {"kd_method": "inside_tokens"}, "written for kd_method shared_prefix, this run has inside_tokens"),
+        ("prefix", {"layerwise_weight": 0.1}, "layerwise needs the teacher's layers"),
+        ("prefix", {"kd_top_k": 65}, "holds 64 tokens per position, kd_top_k is 65; lower it"),
+        ("prefix", {"kd_method": "shared_vocab"}, "written for kd_method first_token, this run has shared_vocab"),
+        ("prefix", {"kd_method": "byte_prefix"}, "written for kd_method first_token, this run has byte_prefix"),
         ("prefix", {"kd_temperature": 2.0}, "written for kd_temperature 1.0, this run has 2.0"),
         ("prefix", {"max_length": 40}, "written for max_length 48, this run has 40"),
         ("prefix", {"eval_tokens": 200}, "written for eval_tokens 300"),
@@ -500,7 +502,7 @@ def test_what_a_cache_can_not_serve_is_refused_in_one_line(caches, tmp_path, mon
         ("prefix", {"kd_top_k": 8}), ("prefix", {"kd_method": "chunk_likelihood", "kd_temperature": 5.0}),
         ("prefix", {"kd_method": "projector"}),
         ("prefix", {"batch_size": 5, "learning_rate": 0.1, "seed": 3, "kd_divergence": "reverse_kl"}),
-        ("inside", {"grad_accumulation": 2}), ("inside", {"kd_method": "shared_prefix"}),
+        ("inside", {"grad_accumulation": 2}), ("inside", {"kd_method": "first_token"}),
     ]
 )  # fmt: skip
 def test_what_a_cache_can_serve_is_served(caches, tmp_path, name, changes):
@@ -529,7 +531,7 @@ def damaged(folder, what):
     elif what == "fewer windows":
         tensors, told = (
             safetensors.torch.load_file(shard),
-            teacher_cache._opened(shard, teacher_cache.key_of(teacher_cache.read_facts(folder)))[1],
+            teacher_cache._open(shard, teacher_cache.key_of(teacher_cache.read_facts(folder)))[1],
         )
         tensors["counts"] = tensors["counts"][:-1]
         safetensors.torch.save_file(tensors, shard, metadata={"kdlib": json.dumps(told)})
@@ -592,14 +594,14 @@ def test_a_disk_without_room_is_told_before_anything_is_written(caches, tmp_path
 
 def test_where_memory_runs_out_the_batch_is_halved(caches, tmp_path, monkeypatch):
     settings, folder = caches["prefix"]
-    ask = cache_writer.CacheWriter._ask
+    ask = cache_writer.CacheWriter._compute_signals
 
     def short_of_memory(self, windows, wanted, tries, size):
         if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ask(self, windows, wanted, tries, size)
 
-    monkeypatch.setattr(cache_writer.CacheWriter, "_ask", short_of_memory)
+    monkeypatch.setattr(cache_writer.CacheWriter, "_compute_signals", short_of_memory)
     assert written(settings, tmp_path / "out")[-1]["missing"] == 0
     ours, theirs = (safetensors.torch.load_file(f / "train-00000.safetensors") for f in (tmp_path / "out", folder))
     torch.testing.assert_close(ours["spans"], theirs["spans"], rtol=1e-4, atol=1e-4)
@@ -610,13 +612,13 @@ def test_the_command_writes_and_the_run_reads(caches, tmp_path, capsys):
     words = [w for name, value in settings.items() for w in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["cache", *words, "--out", str(tmp_path / "cache")]) == 0
     said = capsys.readouterr().out
-    assert "positions of text" in said and "bytes each" in said and "The cache is complete" in said
+    assert "token positions" in said and "bytes each" in said and "The cache is complete" in said
     assert cli.main(["cache", *words, "--out", str(tmp_path / "part"), "--writer", "2/3"]) == 0
-    assert "shards are for others to write" in capsys.readouterr().out
+    assert "other writers still have to write" in capsys.readouterr().out
     assert cli.main(["cache", *words, "--out", str(tmp_path / "merged"), "--resume", str(tmp_path / "part")]) == 0
     capsys.readouterr()
     assert cli.main(["cache", *words, "--out", str(tmp_path / "c"), "--writer", "4/3"]) == 2
-    assert "--writer takes which one this is of how many" in capsys.readouterr().err
+    assert "--writer takes INDEX/COUNT" in capsys.readouterr().err
     assert (
         cli.main(["distill", *words, "--teacher-cache", str(tmp_path / "merged"), "--out", str(tmp_path / "run")]) == 0
     )

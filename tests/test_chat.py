@@ -395,7 +395,7 @@ def check(encoded, messages, pieces, reader):
     assert (encoded.learn == np.isin(last, ["a", "e"]))[real].all()
     assert (encoded.is_text == np.isin(last, ["c", "a"]))[real].all()
     assert encoded.boundary[:-1][encoded.is_text[1:] & ~encoded.is_text[:-1]].all()
-    special = reader.marks[0]
+    special = reader.special_ids[0]
     exact = not np.isin(encoded.ids[encoded.is_text], list(special)).any()  # else split characters are not counted
     for i in np.flatnonzero(real):
         end, length, within = encoded.ends[i], encoded.lengths[i], np.isin(kinds[edges[i] : edges[i + 1]], ["c", "a"])
@@ -578,13 +578,13 @@ def test_whatever_is_said_is_encoded_as_written(asked, answers, system, name, ba
 
 # ------------------------------------------------------------------ templates that refuse
 
-CHANGES = "leaves out or changes "
+CHANGES = "drops or changes "
 REFUSALS = {
-    "Gemma": (GEMMA, talk("x", "y", system="z"), "refuses this conversation: no system role here$"),
-    "alternation": (GEMMA, (("user", "x"), ("user", "y"), ("assistant", "z")), "refuses .* roles must alternate$"),
-    "syntax": ("{% for m in %}", talk("x", "y"), "refuses this conversation: "),
-    "a field that is not there": ("{{ messages[0].name.first }}", talk("x", "y"), "refuses this conversation: "),
-    "no reason": ("{{ raise_exception('') }}", talk("x", "y"), "refuses this conversation: TemplateError$"),
+    "Gemma": (GEMMA, talk("x", "y", system="z"), "rejects this conversation: no system role here$"),
+    "alternation": (GEMMA, (("user", "x"), ("user", "y"), ("assistant", "z")), "rejects .* roles must alternate$"),
+    "syntax": ("{% for m in %}", talk("x", "y"), "rejects this conversation: "),
+    "a field that is not there": ("{{ messages[0].name.first }}", talk("x", "y"), "rejects this conversation: "),
+    "no reason": ("{{ raise_exception('') }}", talk("x", "y"), "rejects this conversation: TemplateError$"),
     "left out": (MERGING.replace("first if", "'' if"), talk("x", "y", system="z"), CHANGES + "a system message$"),
     "changed": (CHATML.replace("m.content", "m.content | upper"), talk("x", "y"), CHANGES + "a user message$"),
     "twice": (CHATML.replace("m.content", "m.content * 2"), talk("x", "y"), CHANGES + "a user message$"),
@@ -617,11 +617,11 @@ def test_the_record_of_a_file_is_named_and_is_no_part_of_its_content(tmp_path):
     assert plain.key == Document("", talk("x", "y")).key
     assert blank.messages == talk(" ", "y", system="")
     with pytest.raises(
-        ValueError, match=rf"^{tmp_path}/chat.jsonl record 2: .* refuses this conversation: no system role here$"
+        ValueError, match=rf"^{tmp_path}/chat.jsonl record 2: .* rejects this conversation: no system role here$"
     ):
         tokenize.encode(blank, reader_of("Gemma", "unigram"))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns_of(talk("x", " "))}))
-    with pytest.raises(ValueError, match="record 1: a message needs a role and a content that is text"):
+    with pytest.raises(ValueError, match="record 1: a message needs a role and a content that is a string"):
         corpus.read_documents(str(tmp_path / "chat.jsonl"))
 
 
@@ -633,7 +633,7 @@ def test_the_ordinary_case_takes_two_renderings(monkeypatch):
         monkeypatch.setattr(
             tokenizer, "apply_chat_template", lambda *given, real=real, **how: rendered.append(1) or real(*given, **how)
         )
-        chat.lay_out(CONVERSATIONS["ten turns"], tokenizer)
+        chat.locate_contents(CONVERSATIONS["ten turns"], tokenizer)
     assert len(rendered) == 2 * (len(TEMPLATES) - 1)
 
 

@@ -186,7 +186,7 @@ def test_room_is_looked_for_before_anything_is_written(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.raises(
-        OSError, match=r"a checkpoint takes 1 MB and 5 MB are kept in reserve, but only 1 MB are free"
+        OSError, match=r"a checkpoint needs 1 MB and 5 MB are kept in reserve, but only 1 MB are free"
     ) as told:
         checkpoint.write(folder, 300, GROUPS, FACTS, keep=3, reserve_bytes=5 * 2**20)
     assert told.value.errno == errno.ENOSPC

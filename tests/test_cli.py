@@ -49,10 +49,10 @@ def refused(capsys, words, match, out):
         ({"dataset": "missing.txt"}, "no such file or folder: missing.txt"),
         ({"dataset": None}, "dataset is missing"),
         ({"text_field": "body"}, "has no field 'body'; it has text"),
-        ({"teacher": "nowhere"}, "teacher 'nowhere' is no model that loads"),
+        ({"teacher": "nowhere"}, "teacher 'nowhere': cannot load its configuration"),
         ({"batch_size": 400}, "the training text makes .* windows of 48 tokens, one optimizer step takes 400"),
-        ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA card"),
-        ({"check_teacher": "true"}, "worse than the bare frequencies"),
+        ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA GPU"),
+        ({"check_teacher": "true"}, "above the unigram cross-entropy"),
     ],
 )
 def test_bad_input_is_told_in_one_line(capsys, settings, tmp_path, changes, match):
@@ -64,7 +64,7 @@ def test_bad_input_is_told_in_one_line(capsys, settings, tmp_path, changes, matc
 def test_empty_text_is_refused(capsys, settings, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     changed = flags(settings, dataset=tmp_path / "empty.txt")
-    refused(capsys, ["distill", *changed], "holds no text", tmp_path / "out")
+    refused(capsys, ["distill", *changed], "contains no text", tmp_path / "out")
 
 
 def test_text_shorter_than_a_window_is_refused(capsys, settings, tmp_path):
@@ -86,7 +86,7 @@ def test_an_encoder_as_teacher_is_refused(capsys, settings, tmp_path):
 def test_a_model_folder_without_tokenizer_is_refused(capsys, settings, tmp_path):
     tiny_model(byte_level()).save_pretrained(tmp_path / "bare")
     changed = flags(settings, student=tmp_path / "bare")
-    refused(capsys, ["distill", *changed], "student .* has no tokenizer that loads", tmp_path / "out")
+    refused(capsys, ["distill", *changed], "student .* cannot load its tokenizer", tmp_path / "out")
 
 
 def test_tokenizers_with_nothing_in_common_are_refused(capsys, settings, tmp_path):
@@ -136,7 +136,7 @@ def test_a_read_only_folder_is_refused(capsys, settings, tmp_path, monkeypatch):
         (["distill", "missing.json", "--out", "x"], "cannot read the config missing.json: No such file"),
         (["demo", "extra", "--out", "x"], "unexpected 'extra'"),
         (["report"], "report takes one run folder"),
-        (["report", "missing"], "missing holds no run"),
+        (["report", "missing"], "missing is not a run folder"),
         (["evaluate", "--teacher", "x"], "student is missing"),
     ],
 )
@@ -152,7 +152,7 @@ def test_bad_commands_are_told_in_one_line(capsys, words, match, tmp_path, monke
 def test_help_lists_every_key(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert "--kd_method 'inside_tokens'" in said
+    assert "--kd_method 'byte_prefix'" in said
     assert "Weight of the distillation loss; " in said
 
 
@@ -251,10 +251,10 @@ def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings,
     with monkeypatch.context() as patch:
         patch.setattr(loop.TrainLoop, "_gradients", interrupted)
         assert cli.main(words) == 0
-    assert re.search(f"Paused: .*; goes on from step-0000000{step}.$", capsys.readouterr().out.strip())
+    assert re.search(f"Paused: .*; resumes from step-0000000{step}.$", capsys.readouterr().out.strip())
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert f"Session 2 goes on from step-0000000{step}." in said
+    assert f"Session 2 resumes from step-0000000{step}." in said
     assert "Student: " in said
     assert cli.main(words) == 0
     assert "Student: " in capsys.readouterr().out
@@ -263,11 +263,11 @@ def test_a_command_that_is_asked_to_stop_says_where_it_goes_on(capsys, settings,
 def test_a_plan_over_several_sessions_is_told():
     told = {"steps_per_s": 2.5, "tokens_left": 1_234_567, "left_s": 5000.0, "finish": "2026-11-23", "session": 1}
     assert cli._plan_line({**told, "sessions_needed": 3}) == (
-        "Plan: 2.50 steps a second, 1,234,567 tokens and 1 h 23 min to go, 3 sessions in all; "
-        "done on 2026-11-23 at the earliest."
+        "Plan: 2.50 steps/s, 1,234,567 tokens and 1 h 23 min remaining, 3 sessions in total; "
+        "earliest finish 2026-11-23."
     )
-    assert "to go, this session;" in cli._plan_line({**told, "sessions_needed": 1})
-    assert "over before anything is done" in cli._plan_line({**told, "sessions_needed": None})
+    assert "remaining, all in this session;" in cli._plan_line({**told, "sessions_needed": 1})
+    assert "sessions too short to finish" in cli._plan_line({**told, "sessions_needed": None})
 
 
 def test_the_command_runs_as_a_process(tmp_path):

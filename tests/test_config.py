@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from kdlib import clock, config, files, keys
+from kdlib import cli, clock, config, files
 from kdlib.config import Config, parse_flag
 from kdlib.session import run_folder
 
@@ -77,7 +77,7 @@ def test_flags_that_mean_nothing_are_refused(name, text):
 
 def test_every_key_is_explained():
     for name, _ in config.flags():
-        assert f"--{name} " in keys.told()
+        assert f"--{name} " in cli.config_help()
 
 
 def test_durations_for_people():
@@ -134,10 +134,15 @@ def test_balance_takes_off_auto_or_shares():
         Config(balance="kd=-1")
 
 
-def test_plain_is_the_run_without_its_teacher():
-    plain = Config.from_dict({"preset": "documents", "balance": "auto", "kd_top_k": 5}).plain()
-    assert not plain.needs_teacher
-    assert (plain.lm_weight, plain.label_smoothing, plain.use_curriculum, plain.balance) == (1.0, 0.1, False, "off")
+def test_the_control_config_has_no_teacher():
+    control = Config.from_dict({"preset": "documents", "balance": "auto", "kd_top_k": 5}).control_config()
+    assert not control.needs_teacher
+    assert (control.lm_weight, control.label_smoothing, control.use_curriculum, control.balance) == (
+        1.0,
+        0.1,
+        False,
+        "off",
+    )
     assert Config(kd_method="none", layerwise_weight=0.1).needs_teacher
 
 

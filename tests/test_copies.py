@@ -28,13 +28,13 @@ from kdlib.session import backup, checkpoint, session
 
 def test_every_so_many_checkpoints_are_taken(tmp_path, run, monkeypatch):
     taken = []
-    run.copies.every = 3
+    run.copies.interval = 3
     monkeypatch.setattr(run.copies, "_send", lambda folder: taken.append(folder.name) or "")
     for step in range(1, 8):
         run.save(step)
         run.sent()
     assert taken == ["step-00000003", "step-00000006"]
-    assert list(run.copies.place.iterdir()) == []
+    assert list(run.copies.staging.iterdir()) == []
 
 
 def test_training_goes_on_while_a_copy_is_sent_and_the_newest_waits(kaggle, run):
@@ -44,7 +44,7 @@ def test_training_goes_on_while_a_copy_is_sent_and_the_newest_waits(kaggle, run)
     for step in (2, 3, 4):
         run.save(step)  # returns, and keep_last removes the ones before
     assert [path.name for path in run.folder.checkpoints.iterdir()] == ["step-00000004"]
-    assert sorted(path.name for path in run.copies.place.iterdir()) == ["step-00000001", "step-00000004"]
+    assert sorted(path.name for path in run.copies.staging.iterdir()) == ["step-00000001", "step-00000004"]
     kaggle.hold.set()
     run.sent()
     versions = kaggle.versions["ann/run-copy"]
@@ -56,23 +56,23 @@ def test_files_are_linked_and_copied_where_links_fail(run, monkeypatch):
     path = run.folder.checkpoints / "step-00000001"
     path.mkdir(parents=True)
     (path / "a.safetensors").write_bytes(b"weights")
-    kept = run.copies._set_apart(path) / "checkpoints" / path.name / "a.safetensors"
+    kept = run.copies._stage(path) / "checkpoints" / path.name / "a.safetensors"
     assert kept.samefile(path / "a.safetensors")
 
     def refuses(*paths):
         raise OSError(errno.EPERM, "no links here")
 
-    shutil.rmtree(run.copies.place)
+    shutil.rmtree(run.copies.staging)
     monkeypatch.setattr(os, "link", refuses)
-    kept = run.copies._set_apart(path) / "checkpoints" / path.name / "a.safetensors"
+    kept = run.copies._stage(path) / "checkpoints" / path.name / "a.safetensors"
     assert not kept.samefile(path / "a.safetensors") and kept.read_bytes() == b"weights"
 
 
 def test_what_a_kill_left_goes_with_the_next(run):
-    (run.copies.place / "step-00000009").mkdir(parents=True)
+    (run.copies.staging / "step-00000009").mkdir(parents=True)
     run.save(1)
     run.sent()
-    assert list(run.copies.place.iterdir()) == []
+    assert list(run.copies.staging.iterdir()) == []
 
 
 def test_a_full_disk_costs_the_copy_and_not_the_checkpoint(kaggle, run, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_full_disk_costs_the_copy_and_not_the_checkpoint(kaggle, run, monkeypa
     tried = []
 
     def full_at_first(folder, step):
-        tried.append(run.copies.place.exists())
+        tried.append(run.copies.staging.exists())
         if len(tried) == 1:
             raise OSError(errno.ENOSPC, "no room")
         return folder / f"step-{step:08d}"
@@ -103,12 +103,14 @@ def test_the_end_waits_a_bounded_time(kaggle, run, monkeypatch):
     wait_until(lambda: kaggle.calls and run.copies.process)
     process = run.copies.process
     monkeypatch.setattr(backup, "WAIT_S", 0.2)
-    with pytest.warns(UserWarning, match=r"second copy to kaggle:ann/run-copy failed: it was still being sent 0\.2 s"):
+    with pytest.warns(
+        UserWarning, match=r"second copy to kaggle:ann/run-copy failed: the upload was unfinished 0\.2 s"
+    ):
         run.copies.close()
-    assert process.poll() is not None and not run.copies.place.exists()
+    assert process.poll() is not None and not run.copies.staging.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run.copies.was_told = False
+        run.copies.was_reported = False
         run.copies.close()  # not even where warnings are errors
     kaggle.hold.set()
 
@@ -211,4 +213,4 @@ def test_a_run_whose_copies_fail_is_the_same_run(settings, tmp_path, kaggle):
 
 def test_the_process_that_sends_finds_what_this_one_finds(monkeypatch):
     monkeypatch.setattr("sys.path", ["", "/elsewhere"])
-    assert environment.of_a_process(A="1")["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/elsewhere"
+    assert environment.child_environment(A="1")["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/elsewhere"

@@ -76,39 +76,39 @@ def test_another_field_and_conversations(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x"}\nnope\n', "line 2 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 holds a list"),
+        ("a.jsonl", "[1]\n", "line 1 is a list"),
         ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
-        ("a.jsonl", '{"text": "x"}\n{"text": "\\ud800 y"}\n', r"record 2 holds \\ud800, half of a character"),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "\\udfff"}]}\n', r"record 1 holds \\udfff, half"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "\\ud800 y"}\n', r"record 2 contains the lone surrogate \\ud800"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "\\udfff"}]}\n', r"the lone surrogate \\udfff"),
         ("a.jsonl", '{"messages": 5}\n', "record 1: messages is int, expected a list"),
         ("a.jsonl", '{"messages": {"role": "assistant"}}\n', "record 1: messages is dict, expected a list"),
-        ("a.jsonl", '{"text": null}\n', "field 'text' is NoneType, expected a text"),
-        ("a.json", '[{"text": "x"}, 3]', "record 2 holds a int; expected an object"),
+        ("a.jsonl", '{"text": null}\n', "field 'text' is NoneType, expected a string"),
+        ("a.json", '[{"text": "x"}, 3]', "record 2 is a int; expected an object"),
         ("a.json", '{"data": [{"text": "x"}]}', "record 1 has no field 'text'; it has data; set --text-field"),
         ("a.json", '[{"text": "x"}', "a.json is not JSON"),
         ("a.json", '{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
-        ("a.json", " \n", "a.json holds no text"),
-        ("a.csv", "", "a.csv is not a table that can be read: Empty CSV file"),
-        ("a.csv", "id,text\n", "a.csv holds no text"),
+        ("a.json", " \n", "a.json contains no text"),
+        ("a.csv", "", "a.csv is not a valid table: Empty CSV file"),
+        ("a.csv", "id,text\n", "a.csv contains no text"),
         ("a.csv", "id,body\n1,x\n", "record 1 has no field 'text'; it has id, body; set --text-field"),
-        ("a.csv", "id,text\n1,x,y\n", "a.csv is not a table that can be read: CSV parse error"),
+        ("a.csv", "id,text\n1,x,y\n", "a.csv is not a valid table: CSV parse error"),
         ("a.csv", b"id,text\n1,\xe9t\xe9\n", r"a.csv is not UTF-8 text \(byte 10\)"),
         ("a.txt", b"M\0Z\0", r"is not UTF-8 text \(NUL at character 1\)"),
-        ("a.txt", b"", "a.txt holds no text"),
-        ("a.txt.gz", b"nonsense", "is not a gzip file that can be read"),
-        ("a.txt.gz", gzip.compress(b"much text" * 99, mtime=0)[:-12], "is not a gzip file that can be read"),
+        ("a.txt", b"", "a.txt contains no text"),
+        ("a.txt.gz", b"nonsense", "is not a valid gzip file"),
+        ("a.txt.gz", gzip.compress(b"much text" * 99, mtime=0)[:-12], "is not a valid gzip file"),
         (
             "a.pdf",
             b"%PDF",
-            r"a.pdf is not read: its name must end in .txt .md .jsonl .json .csv .tsv .parquet \(or in .gz",
+            r"cannot read .*a.pdf: its name must end in .txt .md .jsonl .json .csv .tsv .parquet \(or in .gz",
         ),
-        ("corpus", "words", "corpus is not read: its name must end in"),
+        ("corpus", "words", "corpus: its name must end in"),
         ("a.jsonl", '{"body": "x"}\n', "record 1 has no field 'text'; it has body; set --text-field"),
-        ("a.jsonl", '{"text": 3}\n', "field 'text' is int, expected a text"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "hold no answer"),
+        ("a.jsonl", '{"text": 3}\n', "field 'text' is int, expected a string"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "contain no answer"),
         ("a.jsonl", '{"messages": [{"role": "assistant"}]}\n', "needs a role and a content"),
-        ("a.jsonl", "", "holds no text"),
-        ("a.txt", " \n\n ", "holds no text"),
+        ("a.jsonl", "", "contains no text"),
+        ("a.txt", " \n\n ", "contains no text"),
         ("a.txt", b"\xff\xfe\x00x", "is not UTF-8 text"),
         ("a.parquet", "nonsense", "is not a parquet file"),
     ],
@@ -182,7 +182,7 @@ def test_what_is_about_a_data_set_is_no_part_of_it(tmp_path, table):
 def test_a_folder_without_a_known_file_is_refused_by_name(tmp_path):
     for i in range(7):
         (tmp_path / f"{i}.bin").write_text("x")
-    with pytest.raises(ValueError, match=r"ends in .*; it holds 0.bin, 1.bin, 2.bin, 3.bin, 4.bin and 2 more$"):
+    with pytest.raises(ValueError, match=r"ends in .*; it has 0.bin, 1.bin, 2.bin, 3.bin, 4.bin and 2 more$"):
         corpus.read_documents(str(tmp_path))
 
 
@@ -199,7 +199,7 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["arrow", "dict"])
 def test_a_saved_data_set_that_is_broken_is_told_in_one_line(tmp_path, kind):
     (tmp_path / {"arrow": "dataset_info.json", "dict": "dataset_dict.json"}[kind]).write_text("{}")
-    with pytest.raises(ValueError, match="is not a saved data set that can be read") as refused:
+    with pytest.raises(ValueError, match="is not a valid saved dataset") as refused:
         corpus.read_documents(str(tmp_path))
     assert "\n" not in str(refused.value)
 
@@ -213,7 +213,7 @@ def test_a_missing_file_is_named(source):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="holds no file that ends in"):
+    with pytest.raises(ValueError, match="has no file that ends in"):
         corpus.read_documents(str(tmp_path))
 
 
@@ -222,7 +222,7 @@ def test_an_id_that_the_loader_refuses_is_told_in_one_line(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    said = "no such file or folder here, and the Hugging Face hub does not load it: no route"
+    said = "no such file or folder, and loading it from the Hugging Face Hub failed: no route"
     for name in ("owner/name", "imdb"):
         with pytest.raises(ValueError, match=f"^dataset '{name}': {said}$"):
             corpus.read_documents(name)
@@ -251,9 +251,9 @@ def test_documents_are_held_out_by_their_content():
 
 
 def test_too_few_documents_are_refused():
-    with pytest.raises(ValueError, match="3 different documents, too few to hold any out"):
+    with pytest.raises(ValueError, match="3 distinct documents; at least 4 are needed"):
         corpus.split_documents([corpus.Document(str(i)) for i in range(3)])
-    with pytest.raises(ValueError, match="eval_dataset has 1 document"):
+    with pytest.raises(ValueError, match="eval_dataset has 1 distinct document"):
         corpus.halve([corpus.Document("x")])
 
 

@@ -26,8 +26,8 @@ class Hand:
 class Somebody:
     """A front end that clicks what it is told to, when it is read."""
 
-    def __init__(self, hears=True):
-        self.hears, self.clicks, self.num_read = hears, [], 0
+    def __init__(self, can_read=True):
+        self.can_read, self.clicks, self.num_read = can_read, [], 0
 
     def read(self):
         self.num_read += 1
@@ -58,7 +58,7 @@ ALERT = {
     "meaning": "kd makes up 93% of the <loss>", "advice": "lower kd_weight",
 }  # fmt: skip
 PLAN = {"kind": "plan", "left_s": 7200.0, "sessions_needed": 3, "finish": "2026-12-01 10:00"}
-PAUSED = {"kind": "paused", "reason": "asked to pause; goes on from step-00000040", "step": 40}
+PAUSED = {"kind": "paused", "reason": "asked to pause; resumes from step-00000040", "step": 40}
 
 
 class Drawn(bytes):
@@ -97,13 +97,13 @@ def drawn(monkeypatch, hand):
 
 @pytest.fixture
 def panel(shown, hand, drawn):
-    return live_panel.Panel(clock=hand, front_end=Somebody())
+    return live_panel.LivePanel(clock=hand, front_end=Somebody())
 
 
 def drive(panel, hand, found, step_s=1.0):
     for record in found:
         hand.time += step_s
-        panel.show(record)
+        panel.update(record)
 
 
 def page(panel):
@@ -116,7 +116,7 @@ def test_it_tells_where_the_run_is(panel, hand):
     text = page(panel)
     for told in (
         "<b>distilled</b>", "step 41 of 1,000", "loss 3.024 nats", "best 1.9600 bits per byte (step 40)", "200 tokens/s",
-        "15 min 59 s left", "sessions in all: 3; done 2026-12-01 10:00", "57 min 33 s left of 1 h 00 min",
+        "15 min 59 s left", "sessions in total: 3; done 2026-12-01 10:00", "57 min 33 s left of 1 h 00 min",
         "kd makes up 93% of the &lt;loss&gt;", "lower kd_weight",
     ):  # fmt: skip
         assert told in text
@@ -129,7 +129,7 @@ def test_a_session_without_an_end_has_no_bar_of_its_own(panel, hand):
         panel, hand, [{**START, "session_s": float("inf"), "session_left_s": float("inf")}, *map(train, range(1, 20))]
     )
     assert "this session" not in page(panel)
-    assert "whole plan" in page(panel)
+    assert "entire plan" in page(panel)
 
 
 def test_a_click_is_a_wish_and_its_button_rests_until_it_is_fulfilled(panel, hand):
@@ -147,13 +147,13 @@ def test_a_click_is_a_wish_and_its_button_rests_until_it_is_fulfilled(panel, han
     answer = {"kind": "wish", "wish": "save", "answer": "saved as step-00000020", "step": 20}
     drive(panel, hand, [answer, *map(train, range(20, 25))])
     assert "step 20: saved as step-00000020" in page(panel)
-    answer = {"kind": "wish", "wish": "evaluate", "answer": "evaluated for a look", "step": 22}
+    answer = {"kind": "wish", "wish": "evaluate", "answer": "evaluated on request", "step": 22}
     drive(panel, hand, [scored(22, asked=True), answer, *map(train, range(25, 35))])
-    assert "step 22: 1.9780 bits per byte, for a look" in page(panel)
+    assert "step 22: 1.9780 bits per byte, on request" in page(panel)
 
 
 def test_where_clicks_are_not_heard_there_are_no_buttons(shown, hand, drawn):
-    panel = live_panel.Panel(clock=hand, front_end=Somebody(hears=False))
+    panel = live_panel.LivePanel(clock=hand, front_end=Somebody(can_read=False))
     assert panel.widgets.buttons == {}
     drive(panel, hand, [START, *map(train, range(1, 20))])
     assert "interrupt this cell" in page(panel)
@@ -190,10 +190,10 @@ def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, monkeypatch, te
 
     monkeypatch.setattr(live_panel.Widgets, "show_text", lambda *_: takes("text", text_s))
     monkeypatch.setattr(live_panel, "live_figure", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
-    panel, shares = live_panel.Panel(clock=hand, front_end=Somebody()), []
+    panel, shares = live_panel.LivePanel(clock=hand, front_end=Somebody()), []
     for step in range(1, 20_001):
         hand.time += step_s
-        panel.show(train(step))
+        panel.update(train(step))
         shares.append(panel.share)
         if hand.time > 10_000:
             break
@@ -206,8 +206,8 @@ def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, monkeypatch, te
 def test_what_a_figure_takes_does_not_grow_with_the_run(panel, hand):
     panel.figure.share = 0.0
     drive(panel, hand, map(train, range(1, 10_001)))
-    rows = panel.seen.trained["distilled", 0]
-    assert 700 <= len(rows) <= live_panel.MOST_RECORDS + 1
+    rows = panel.history.trained["distilled", 0]
+    assert 700 <= len(rows) <= live_panel.MAX_RECORDS + 1
     assert (rows[0]["step"], rows[-1]["step"]) == (8, 10_000)
     assert {b["step"] - a["step"] for a, b in itertools.pairwise(rows)} == {8}
 
@@ -253,7 +253,7 @@ def test_nonsense_never_throws_and_is_told_at_the_end(panel, hand, record):
 
 
 def test_a_widget_that_fails_never_throws(shown, hand, drawn, monkeypatch):
-    panel = live_panel.Panel(clock=hand, front_end=Somebody())
+    panel = live_panel.LivePanel(clock=hand, front_end=Somebody())
     monkeypatch.setattr(panel.front_end, "read", lambda: 1 / 0)
     drive(panel, hand, map(train, range(1, 30)))
     with pytest.warns(UserWarning, match="ZeroDivisionError: division by zero"):
@@ -262,7 +262,7 @@ def test_a_widget_that_fails_never_throws(shown, hand, drawn, monkeypatch):
 
 def test_where_no_widget_can_be_made_the_figure_comes_at_the_end(shown, hand, drawn, monkeypatch):
     monkeypatch.setattr(live_panel, "Widgets", lambda *_: 1 / 0)
-    panel = live_panel.Panel(clock=hand, front_end=Somebody())
+    panel = live_panel.LivePanel(clock=hand, front_end=Somebody())
     drive(panel, hand, [*map(train, range(1, 30)), {}])
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         assert panel.close() == b"\x89PNG"
@@ -275,32 +275,32 @@ def test_an_interrupt_is_not_swallowed(panel, monkeypatch):
 
     monkeypatch.setattr(panel.front_end, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        panel.show(train(1))
+        panel.update(train(1))
 
 
 def test_without_a_front_end_there_is_one_figure_at_the_end(shown, hand, drawn, monkeypatch):
     """In a notebook it is displayed, elsewhere it is given back; until then nothing is shown and nothing is drawn."""
-    panel = live_panel.Panel(clock=hand)
+    panel = live_panel.LivePanel(clock=hand)
     drive(panel, hand, [START, *map(train, range(1, 200)), ALERT, PLAN, PAUSED])
     assert (drawn, shown, panel.widgets) == ([], [], None)
     assert panel.close() == b"\x89PNG"
     assert panel.close() is None
     monkeypatch.setattr(terminal, "kernel", lambda: object())
-    panel = live_panel.Panel(clock=hand)
+    panel = live_panel.LivePanel(clock=hand)
     drive(panel, hand, map(train, range(1, 20)))
     assert panel.close() is None
     assert [thing[:4] for thing in shown] == [b"\x89PNG"]
-    assert live_panel.Panel(clock=hand).close() is None
+    assert live_panel.LivePanel(clock=hand).close() is None
     assert len(shown) == 1
 
 
 def test_close_leaves_the_last_state_with_the_buttons_at_rest(shown, hand, drawn):
-    with live_panel.Panel(clock=hand, front_end=Somebody()) as panel:
+    with live_panel.LivePanel(clock=hand, front_end=Somebody()) as panel:
         drive(panel, hand, [START, *map(train, range(1, 20))])
         assert not panel.widgets.picture.value
         assert not any(button.disabled for button in panel.widgets.buttons.values())
-        panel.show(PAUSED)
-    assert "<b>Paused:</b> asked to pause; goes on from step-00000040" in page(panel)
+        panel.update(PAUSED)
+    assert "<b>Paused:</b> asked to pause; resumes from step-00000040" in page(panel)
     assert panel.widgets.picture.value[:4] == b"\x89PNG"
     assert all(button.disabled for button in panel.widgets.buttons.values())
     assert len(shown) == 1
@@ -309,9 +309,9 @@ def test_close_leaves_the_last_state_with_the_buttons_at_rest(shown, hand, drawn
 def test_earlier_sessions_are_in_the_picture(shown, hand, tmp_path):
     lines = [*map(train, range(1, 11)), scored(10)]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    panel = live_panel.Panel(tmp_path, hand)
+    panel = live_panel.LivePanel(tmp_path, hand)
     drive(panel, hand, [{**START, "resumed": "step-00000010"}, train(11)])
-    assert [r["step"] for r in panel.seen.all()] == [10, *range(1, 12)]
+    assert [r["step"] for r in panel.history.all()] == [10, *range(1, 12)]
 
 
 STAGES = {
@@ -373,8 +373,8 @@ class Kernel:
 def test_who_may_answer_sits_in_front(monkeypatch, found, batch, seen):
     monkeypatch.setattr(terminal, "kernel", lambda: found)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", batch) if batch else None
-    assert (terminal.somebody() is not None) == seen
-    assert seen is False or not terminal.somebody().hears
+    assert (terminal.find_front_end() is not None) == seen
+    assert seen is False or not terminal.find_front_end().can_read
 
 
 class Stream:
@@ -431,7 +431,7 @@ class Speaker(Kernel):
 def test_clicks_are_dealt_with_and_all_else_waits_in_its_order():
     kernel = Speaker()
     reader, callback = terminal.FrontEnd(kernel), kernel.shell_stream._recv_callback
-    assert reader.hears
+    assert reader.can_read
     sent = ["execute_request 1", "comm_msg 2", "complete_request 3", "comm_info_request 4", "execute_request 5"]
     kernel.shell_stream.waiting += sent
     reader.read()
@@ -454,12 +454,12 @@ def test_a_panel_changes_nothing_of_a_run(settings, tmp_path, shown, hand, drawn
     monkeypatch.setattr(html, "write_report", lambda folder: None)
     for name, somebody in (("clicked", Somebody()), ("alone", None)):
         plan = Config.from_dict({**settings, "max_steps": 6, "eval_steps": 4, "control": "off"})
-        panel = live_panel.Panel(tmp_path / name, hand, somebody)
+        panel = live_panel.LivePanel(tmp_path / name, hand, somebody)
         for record in session.distill(plan, tmp_path / name, wishes=panel.wishes):
             hand.time += 10.0
             if somebody:
                 somebody.clicks += [panel.widgets.buttons[wish] for wish in ("save", "evaluate")]
-            panel.show(record)
+            panel.update(record)
         panel.close()
         assert panel.problem is None
     looks = [r["step"] for r in files.read_records(tmp_path / "clicked" / "records.jsonl") if r.get("asked")]

@@ -28,15 +28,15 @@ from kdlib.evaluation import pair_report, scoring
 from kdlib.models import devices, loading
 from kdlib.report import findings
 from kdlib.report.findings import Finding
-from kdlib.session import cache_writer, checkpoint_schedule, forecast, inputs, session, time_budget
+from kdlib.session import cache_writer, checkpoint, forecast, inputs, session, time_budget
 from kdlib.training import loop
 
 GIB = 2**30
 CU128 = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-T4 = machine.Card("Tesla T4", int(14.6 * GIB), (7, 5), CU128, False)
-A100 = machine.Card("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), (8, 0), CU128, True)
-P100 = machine.Card("Tesla P100-PCIE-16GB", int(15.9 * GIB), (6, 0), ("sm_60", *CU128), False)
-DEAD = "a reduction ended in: CUDA error: no kernel image is available for execution on the device"
+T4 = machine.Gpu("Tesla T4", int(14.6 * GIB), (7, 5), CU128, False)
+A100 = machine.Gpu("NVIDIA A100-SXM4-40GB", int(39.4 * GIB), (8, 0), CU128, True)
+P100 = machine.Gpu("Tesla P100-PCIE-16GB", int(15.9 * GIB), (6, 0), ("sm_60", *CU128), False)
+DEAD = "a reduction failed: CUDA error: no kernel image is available for execution on the device"
 TOLD = {
     "python": (3, 12, 4), "versions": {"kdlib": None, "torch": "2.10.0+cu128", "transformers": "5.16.0"}, "processors": 4,
     "memory_free": 20 * GIB, "memory_total": 29 * GIB, "disk_free": 19 * GIB, "disk_reserve": GIB, "image": None,
@@ -46,7 +46,7 @@ TOLD = {
 
 def machines(cards, asked="", told=(), **config):
     """Findings by name."""
-    found = machine.findings_of({**TOLD, **dict(told)}, cards, Config.from_dict(config), asked)
+    found = machine.check_machine({**TOLD, **dict(told)}, cards, Config.from_dict(config), asked)
     assert {finding.group for finding in found} == {"machine"}
     return {finding.name: finding for finding in found}
 
@@ -54,28 +54,28 @@ def machines(cards, asked="", told=(), **config):
 def test_two_t4s_train_in_fp16_with_the_teacher_on_the_second():
     found = machines([T4, T4], "NvidiaTeslaT4")
     assert {name: f.state for name, f in found.items()} == {
-        "Python": "ok", "packages": "ok", "processors": "ok", "memory": "ok", "disk": "ok", "accelerator": "ok",
-        "cards 0, 1": "ok", "kernels, cards 0, 1": "ok", "arithmetic, cards 0, 1": "note", "Triton, cards 0, 1": "ok",
-        "teacher's place": "ok",
+        "Python": "ok", "packages": "ok", "CPUs": "ok", "memory": "ok", "disk": "ok", "accelerator": "ok",
+        "GPUs 0, 1": "ok", "kernels, GPUs 0, 1": "ok", "precision, GPUs 0, 1": "warning", "Triton, GPUs 0, 1": "ok",
+        "teacher device": "ok",
     }  # fmt: skip
-    assert found["cards 0, 1"].value == "Tesla T4, 14.6 GiB each, sm_75"
-    assert found["arithmetic, cards 0, 1"].value == "fp16"
-    assert "no bf16 units (torch may say otherwise" in found["arithmetic, cards 0, 1"].meaning
-    assert found["Triton, cards 0, 1"].value == "possible"
-    assert found["teacher's place"].value == "second card"
-    assert found["accelerator"].value == "asked for NvidiaTeslaT4, got 2 x Tesla T4"
+    assert found["GPUs 0, 1"].value == "Tesla T4, 14.6 GiB each, sm_75"
+    assert found["precision, GPUs 0, 1"].value == "fp16"
+    assert "no native bf16 (torch may report emulated" in found["precision, GPUs 0, 1"].meaning
+    assert found["Triton, GPUs 0, 1"].value == "supported"
+    assert found["teacher device"].value == "second GPU"
+    assert found["accelerator"].value == "requested NvidiaTeslaT4, found 2 x Tesla T4"
 
 
 def test_a_p100_that_became_two_t4s_is_said_out_loud():
     told = machines([T4, T4], "NvidiaTeslaP100")["accelerator"]
-    assert (told.state, told.value) == ("note", "asked for NvidiaTeslaP100, got 2 x Tesla T4")
-    for words in ("retired the P100 on 2026-09-15", "fp16 (amp_dtype auto)", "second card (teacher_device auto)"):
+    assert (told.state, told.value) == ("warning", "requested NvidiaTeslaP100, found 2 x Tesla T4")
+    for words in ("retired the P100 on 2026-09-15", "fp16 (amp_dtype auto)", "second GPU (teacher_device auto)"):
         assert words in told.meaning
 
 
 def test_any_other_card_than_the_one_asked_for_is_said():
     told = machines([T4], "NvidiaTeslaA100")["accelerator"]
-    assert told.state == "note" and "another card" in told.meaning and "second card" not in told.meaning
+    assert told.state == "warning" and "not the requested GPU" in told.meaning and "second GPU" not in told.meaning
     assert "kdlib" not in machines([A100], "NvidiaL4")["accelerator"].meaning
     assert machines([A100], "NvidiaTeslaA100")["accelerator"].state == "ok"
     for asked, name in (
@@ -86,75 +86,75 @@ def test_any_other_card_than_the_one_asked_for_is_said():
         cards = [dataclasses.replace(T4, name=name)] * (2 if "T4" in name else 1)
         assert machines(cards, asked)["accelerator"].state == "ok"
     single = machines([T4], "NvidiaTeslaT4")["accelerator"]
-    assert (single.state, single.meaning) == ("note", "on Kaggle NvidiaTeslaT4 means 2 cards")
+    assert (single.state, single.meaning) == ("warning", "on Kaggle NvidiaTeslaT4 has 2 GPUs")
     assert "accelerator" not in machines([T4])
 
 
 def test_a_p100_without_kernels_does_not_work_and_a_build_is_named():
     found = machines([dataclasses.replace(P100, kernels=CU128, failed=DEAD)])
-    told = found["kernels, card 0"]
-    assert (told.state, told.value) == ("wrong", "do not work")
-    assert "no kernel image" in told.meaning and "sm_70 sm_75" in told.meaning and "leaves sm_60 out" in told.meaning
+    told = found["kernels, GPU 0"]
+    assert (told.state, told.value) == ("error", "do not work")
+    assert "no kernel image" in told.meaning and "sm_70 sm_75" in told.meaning and "without sm_60" in told.meaning
     assert "whl/cu126" in told.remedy and "before torch 2.15" in told.remedy
-    assert found["Triton, card 0"].value == "not possible" and "never needs it" in found["Triton, card 0"].meaning
-    assert "teacher's place" not in found
+    assert found["Triton, GPU 0"].value == "not supported" and "never needs it" in found["Triton, GPU 0"].meaning
+    assert "teacher device" not in found
 
 
 def test_a_p100_with_kernels_works_in_fp16():
     found = machines([P100], "NvidiaTeslaP100")
-    assert found["accelerator"].state == found["kernels, card 0"].state == "ok"
-    assert (found["arithmetic, card 0"].value, found["Triton, card 0"].value) == ("fp16", "not possible")
+    assert found["accelerator"].state == found["kernels, GPU 0"].state == "ok"
+    assert (found["precision, GPU 0"].value, found["Triton, GPU 0"].value) == ("fp16", "not supported")
 
 
 def test_kernels_that_are_not_listed_but_run_are_told():
-    told = machines([dataclasses.replace(P100, kernels=CU128)])["kernels, card 0"]
-    assert (told.state, "sm_60 is not among them" in told.meaning) == ("note", True)
+    told = machines([dataclasses.replace(P100, kernels=CU128)])["kernels, GPU 0"]
+    assert (told.state, "sm_60 is not among them" in told.meaning) == ("warning", True)
     newer = dataclasses.replace(A100, capability=(11, 0), failed=DEAD)
-    assert "cu126" not in machines([newer])["kernels, card 0"].remedy
-    odd = machines([dataclasses.replace(T4, failed="a backward pass gave 3.0, not 4.0")])["kernels, card 0"]
-    assert odd.state == "wrong" and "restart" in odd.remedy and "leaves" not in odd.meaning
+    assert "cu126" not in machines([newer])["kernels, GPU 0"].remedy
+    odd = machines([dataclasses.replace(T4, failed="a backward pass returned 3.0, expected 4.0")])["kernels, GPU 0"]
+    assert odd.state == "error" and "restart" in odd.remedy and "without" not in odd.meaning
 
 
 def test_an_a100_computes_in_bf16():
     found = machines([A100])
     assert {f.state for f in found.values()} == {"ok"}
-    assert found["arithmetic, card 0"].value == "bf16"
+    assert found["precision, GPU 0"].value == "bf16"
 
 
 def test_arithmetic_that_was_set_is_told():
-    emulated = machines([T4], amp_dtype="bf16")["arithmetic, card 0"]
-    assert (emulated.state, emulated.remedy) == ("note", "set amp_dtype to auto")
-    assert machines([T4], amp_dtype="fp32")["arithmetic, card 0"].value == "fp32, as set"
-    assert machines([A100], amp_dtype="bf16")["arithmetic, card 0"].state == "ok"
+    emulated = machines([T4], amp_dtype="bf16")["precision, GPU 0"]
+    assert (emulated.state, emulated.remedy) == ("warning", "set amp_dtype to auto")
+    assert machines([T4], amp_dtype="fp32")["precision, GPU 0"].value == "fp32 (configured)"
+    assert machines([A100], amp_dtype="bf16")["precision, GPU 0"].state == "ok"
 
 
 def test_cards_that_differ_are_told_apart_and_idle_ones_too():
     found = machines([T4, A100, T4])
-    assert {"cards 0, 2", "card 1"} <= set(found)
-    assert found["teacher's place"].state == "note" and "1 cards stay idle" in found["teacher's place"].meaning
-    assert machines([T4, T4], teacher_device="cpu")["teacher's place"].value == "cpu, as set"
+    assert {"GPUs 0, 2", "GPU 1"} <= set(found)
+    assert found["teacher device"].state == "warning" and "1 other GPUs stay idle" in found["teacher device"].meaning
+    assert machines([T4, T4], teacher_device="cpu")["teacher device"].value == "cpu (configured)"
 
 
 def test_no_card_means_the_processor():
     found = machines([])
-    assert (found["card"].state, found["card"].remedy, "accelerator" in found) == ("note", "", False)
-    assert "processor, in fp32" in found["card"].meaning
-    assert "T4 x2" in machines([], told={"on_kaggle": True})["card"].remedy
+    assert (found["GPU"].state, found["GPU"].remedy, "accelerator" in found) == ("warning", "", False)
+    assert "CPU in fp32" in found["GPU"].meaning
+    assert "T4 x2" in machines([], told={"on_kaggle": True})["GPU"].remedy
     asked = machines([], "NvidiaTeslaT4")["accelerator"]
-    assert asked.state == "wrong" and "enable_gpu" in asked.remedy
+    assert asked.state == "error" and "enable_gpu" in asked.remedy
 
 
 @pytest.mark.parametrize(
     ("told", "name", "state", "words"),
     [
-        ({"python": (3, 9, 1)}, "Python", "wrong", "take Python 3.10 to 3.13"),
-        ({"python": (3, 14, 0)}, "Python", "note", "tested on Python 3.10 to 3.13"),
+        ({"python": (3, 9, 1)}, "Python", "error", "use Python 3.10 to 3.13"),
+        ({"python": (3, 14, 0)}, "Python", "warning", "tested on Python 3.10 to 3.13"),
         ({"python": (3, 13, 9)}, "Python", "ok", ""),
-        ({"versions": {"torch": "2.5.1", "transformers": "5.0.0"}}, "packages", "wrong", 'pip install -U "torch>=2.6"'),
-        ({"versions": {"torch": "2.6.0", "transformers": None}}, "packages", "wrong", '"transformers>=5.0"'),
+        ({"versions": {"torch": "2.5.1", "transformers": "5.0.0"}}, "packages", "error", 'pip install -U "torch>=2.6"'),
+        ({"versions": {"torch": "2.6.0", "transformers": None}}, "packages", "error", '"transformers>=5.0"'),
         ({"versions": {"torch": "2.10.0", "transformers": "5.0.0rc1"}}, "packages", "ok", ""),
-        ({"memory_free": GIB}, "memory", "note", "little is free"),
-        ({"disk_free": GIB}, "disk", "wrong", "no checkpoint would be written"),
+        ({"memory_free": GIB}, "memory", "warning", "little CPU memory is free"),
+        ({"disk_free": GIB}, "disk", "error", "no checkpoint would be written"),
         ({"image": "gcr.io/x@sha256:1"}, "image", "ok", ""),
     ],
 )
@@ -188,7 +188,7 @@ def test_which_kernels_run_on_which_card(capability, kernels, runs):
 
 def test_the_probe_really_runs_what_training_runs(monkeypatch):
     assert machine.probe("cpu") == ""
-    assert "a matrix product ended in" in machine.probe("meta")
+    assert "a matrix product failed" in machine.probe("meta")
 
     def none(*given, **named):
         raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be ...")
@@ -200,9 +200,9 @@ def test_the_probe_really_runs_what_training_runs(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, none)
-            assert machine.probe("cpu") == f"{what} ended in: CUDA error: no kernel image is available"
+            assert machine.probe("cpu") == f"{what} failed: CUDA error: no kernel image is available"
     monkeypatch.setattr(torch.autograd, "grad", lambda *given: (torch.zeros(2, 4),))
-    assert machine.probe("cpu") == "a backward pass gave 0.0, not 4.0"
+    assert machine.probe("cpu") == "a backward pass returned 0.0, expected 4.0"
 
 
 def test_what_torch_says_of_cards_is_taken_over(monkeypatch):
@@ -215,46 +215,46 @@ def test_what_torch_says_of_cards_is_taken_over(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     asked = []
     monkeypatch.setattr(machine, "probe", lambda device: asked.append(device) or "no")
-    assert machine.cards() == [machine.Card("Tesla T4", 5, (7, 5), ("sm_75",), False, "no")] * 2
+    assert machine.list_gpus() == [machine.Gpu("Tesla T4", 5, (7, 5), ("sm_75",), False, "no")] * 2
     assert asked == ["cuda:0", "cuda:1"]
 
 
 FOUND = [
     Finding("machine", "card", "a | b", "ok", "fine", number=1.5),
-    Finding("pair", "ids", "<s>", "note", "long " * 40, "do this"),
+    Finding("pair", "ids", "<s>", "warning", "long " * 40, "do this"),
 ]
 
 
 def test_findings_are_shown_as_text():
     lines = findings.text(FOUND).split("\n")
-    assert lines[:2] == ["Machine", "  ok     card  a | b"]
+    assert lines[:2] == ["Machine", "  ok       card  a | b"]
     assert max(map(len, lines)) <= findings.WIDTH
-    assert lines[2] == " " * 15 + "fine"
-    assert "               Remedy: do this" in lines
-    assert lines[-1] == "This works. Good to know: ids."
+    assert lines[2] == " " * 17 + "fine"
+    assert " " * 17 + "Remedy: do this" in lines
+    assert lines[-1] == "This works, with warnings: ids."
     assert findings.text(FOUND[:1]).endswith("\n\nThis works.")
-    bad = Finding("memory", "peak", "9 GiB", "wrong", "", "less")
-    assert findings.text([*FOUND, bad]).endswith("This will not work yet: peak. The remedies stand beside.")
+    bad = Finding("memory", "peak", "9 GiB", "error", "", "less")
+    assert findings.text([*FOUND, bad]).endswith("This will not work yet: peak. Apply the remedies above.")
 
 
 def test_findings_are_shown_as_a_table():
     lines = findings.markdown(FOUND).split("\n")
     assert "| ok | card | a \\| b | fine |" in lines
     assert any(
-        line.startswith("| **note** | ids | &lt;s> | long") and "**Remedy:** do this |" in line for line in lines
+        line.startswith("| **warning** | ids | &lt;s> | long") and "**Remedy:** do this |" in line for line in lines
     )
     assert all(line.replace("\\|", "").count("|") == 5 for line in lines[:-2])
 
 
 def test_findings_are_plain_values():
     told = findings.to_json([*FOUND, Finding("memory", "x", "inf", number=math.inf)])
-    assert (told["state"], told["sessions"]) == ("note", [])
+    assert (told["state"], told["sessions"]) == ("warning", [])
     assert told["machine"] == [
         {"name": "card", "value": "a | b", "state": "ok", "meaning": "fine", "remedy": "", "number": 1.5}
     ]
     assert told["memory"][0]["number"] is None
-    assert [findings.overall_state(FOUND[:k]) for k in range(3)] == ["ok", "ok", "note"]
-    for state, remedy in (("wrong", ""), ("bad", "x")):
+    assert [findings.overall_state(FOUND[:k]) for k in range(3)] == ["ok", "ok", "warning"]
+    for state, remedy in (("error", ""), ("bad", "x")):
         with pytest.raises(AssertionError):
             Finding("pair", "x", "y", state, "", remedy)
 
@@ -262,7 +262,7 @@ def test_findings_are_plain_values():
 @pytest.fixture(autouse=True)
 def _no_card_here(monkeypatch):
     """As on a machine without one, whatever runs the tests."""
-    monkeypatch.setattr(machine, "cards", lambda: []) if torch.cuda.is_available() else None
+    monkeypatch.setattr(machine, "list_gpus", lambda: []) if torch.cuda.is_available() else None
 
 
 def examined(settings, **changes):
@@ -281,45 +281,45 @@ def test_the_pair_by_hand(settings):
     assert found["shared vocabulary"].number == both / sum(t is not None for t in pair.student_reader.vocabulary.tokens)
     windows = pair.sample
     positions = sum(w.num_positions for w in loaded.train)
-    assert found["common positions"].number == sum(len(w.student_rows) for w in loaded.train) / positions
+    assert found["aligned positions"].number == sum(len(w.student_rows) for w in loaded.train) / positions
     spans = [
         (a1 - a0, b1 - b0)
         for w in windows
         for a0, a1, b0, b1 in zip(w.student_rows, w.student_span_ends, w.teacher_rows, w.teacher_span_ends, strict=True)
         if a1 > a0
     ]
-    assert found["spans of one token each"].number == pytest.approx(spans.count((1, 1)) / len(spans))
+    assert found["one-to-one spans"].number == pytest.approx(spans.count((1, 1)) / len(spans))
     assert 0 < spans.count((1, 1)) < len(spans)
     assert found["kd chunk_likelihood"].number == len(spans) / sum(len(w.student_rows) for w in windows)
     shared = set(pair.shared.student_ids.tolist())
     labels = [w.student_labels[row] for w in windows for row in w.student_rows]
     ours = sum(label in shared for label in labels) / len(labels)
-    assert found["kd shared_vocab"].value.startswith(f"tells apart {ours:.1%} of the student's next tokens, ")
+    assert found["kd shared_vocab"].value.startswith(f"{ours:.1%} of the student's and ")
     teachers = set(pair.shared.teacher_ids.tolist())
     labels = [w.teacher_labels[row] for w in windows for row in w.teacher_rows]
     theirs = sum(label in teachers for label in labels) / len(labels)
     assert found["kd shared_vocab"].number == pytest.approx(min(ours, theirs))
     assert f"from {24} to {16} dimensions" in found["kd projector"].value
-    assert "kd inside_tokens, chosen" in found
-    assert found["text left as it is"].number == 1.0
+    assert "kd byte_prefix, chosen" in found
+    assert found["text preserved"].number == 1.0
 
 
 def test_every_finding_of_a_small_pair(settings):
     found = examined(settings)
     assert {name: f.state for name, f in found.items() if f.group != "machine"} == {
-        "shared vocabulary": "ok", "common positions": "ok", "spans of one token each": "ok",
-        "text left as it is": "ok", "other cuts of the text": "note",
+        "shared vocabulary": "ok", "aligned positions": "ok", "one-to-one spans": "ok",
+        "text preserved": "ok", "segmentation": "warning",
         "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
-        "teacher's BOS and EOS": "ok", "teacher's ids": "note", "student's ids": "note", "kd projector": "ok",
-        "kd shared_vocab": "ok", "kd shared_prefix": "ok", "kd inside_tokens, chosen": "ok", "kd chunk_likelihood": "ok",
-        "advised": "ok", "to be gained": "note",
-        "peak, foretold": "ok", "steps a second": "ok", "finite numbers": "ok", "the whole plan": "ok", "sessions": "ok",
-        "teacher reads a text": "ok",
+        "teacher's BOS and EOS": "ok", "teacher's ids": "warning", "student's ids": "warning", "kd projector": "ok",
+        "kd shared_vocab": "ok", "kd first_token": "ok", "kd byte_prefix, chosen": "ok", "kd chunk_likelihood": "ok",
+        "recommended": "ok", "expected gain": "warning",
+        "predicted peak": "ok", "steps per second": "ok", "finite numbers": "ok", "whole run": "ok", "sessions": "ok",
+        "teacher passes": "ok",
         "disk for checkpoints": "ok",
     }  # fmt: skip
     assert found["student's head"].value.startswith("0 of ")
-    assert found["student's BOS and EOS"].value == "<s>, </s>; it puts <s> in front of a text, nothing behind it"
-    assert "no BOS, <|endoftext|>; it puts nothing in front" in found["teacher's BOS and EOS"].value
+    assert found["student's BOS and EOS"].value == "<s>, </s>; adds <s> before a text, nothing after it"
+    assert "no BOS, <|endoftext|>; adds nothing before" in found["teacher's BOS and EOS"].value
     assert "check_teacher is off" in found["teacher's ids"].meaning
 
 
@@ -336,24 +336,24 @@ def test_what_may_be_gained_is_a_share_of_what_lies_between(settings):
     low, high = pair_report.SAVED
     assert found["apart"].number == pytest.approx(low)
     assert found["apart"].value.endswith(f"; {low:.2f} to {high:.2f} better")
-    assert (found["same"].state, found["same"].number) == ("note", 0.0)
+    assert (found["same"].state, found["same"].number) == ("warning", 0.0)
     assert found["new"].number is None
-    assert "learns to read first" in found["new"].value
+    assert "close to random weights" in found["new"].value
     assert pair_report._advice(config).state == "ok"
     for changes in ({"kd_method": "projector"}, {"kd_weight": 0.3}, {"lm_weight": 0.5}):
-        assert pair_report._advice(config.replace(**changes)).state == "note"
+        assert pair_report._advice(config.replace(**changes)).state == "warning"
 
 
 def test_a_teacher_that_reads_a_text_again_is_better_read_from_a_cache(settings):
     settings = {**settings, "max_steps": 200, "teacher_cache": "live"}
-    config, told = Config.from_dict(settings), examined({**settings, "repeats": 2})["teacher reads a text"]
+    config, told = Config.from_dict(settings), examined({**settings, "repeats": 2})["teacher passes"]
     steps = config.max_steps * config.batch_size
     assert told.number == pytest.approx(2 * steps / len(inputs.load(config).train))
     assert told.remedy == "--teacher-cache auto"
-    assert forecast.readings_finding(config, 1.9).state == "ok"
-    assert forecast.readings_finding(config.replace(attention_weight=0.1), 5.0).state == "ok"
+    assert forecast.teacher_passes_finding(config, 1.9).state == "ok"
+    assert forecast.teacher_passes_finding(config.replace(attention_weight=0.1), 5.0).state == "ok"
     for changes in ({"teacher_cache": "cache"}, {"kd_method": "none"}):
-        assert forecast.readings_finding(config.replace(**changes), 5.0) is None
+        assert forecast.teacher_passes_finding(config.replace(**changes), 5.0) is None
 
 
 def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monkeypatch, tmp_path):
@@ -366,15 +366,15 @@ def test_a_run_whose_teacher_reads_first_is_looked_at_without_it(settings, monke
     )
     found = examined(settings)
     assert [teacher.model for teacher in seen] == [None]
-    assert found["teacher reads a text"].value.startswith("once, for ")
-    assert found["steps a second"].state == "ok"
+    assert found["teacher passes"].value.startswith("once, for ")
+    assert found["steps per second"].state == "ok"
     assert told["read_s"] > 0
-    assert "of what the teacher says" in found["disk for checkpoints"].meaning
+    assert "of teacher cache" in found["disk for checkpoints"].meaning
     live = examined(settings, teacher_cache="live")
     assert seen[-1].model is not None
-    assert live["the whole plan"].number > 0
+    assert live["whole run"].number > 0
     more = found["disk for checkpoints"].number - live["disk for checkpoints"].number
-    list(cache_writer.write(Config.from_dict(settings), tmp_path / "cache"))
+    list(cache_writer.cache_teacher(Config.from_dict(settings), tmp_path / "cache"))
     assert more == pytest.approx(sum(p.stat().st_size for p in (tmp_path / "cache").glob("train-*")), rel=0.1)
     with_reading, without = (
         plan_findings(Config.from_dict(settings), 1.0, 8, time_budget.TimeBudget(1e6, Clock(), 0.0), read_s)[0].number
@@ -397,11 +397,11 @@ def test_only_the_reading_of_training_text_is_longer_in_the_run(settings, monkey
 
     monkeypatch.setattr(cache_writer.CacheWriter, "run", run)
     monkeypatch.setattr(doctor.teacher_cache, "CachedTeacher", lambda folders: None)
-    look = doctor.Examination(config, loaded, devices.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
-    with look.rest:
-        look._read_first()
+    examination = doctor.Examination(config, loaded, devices.accelerator("fp32"), clock, 5.0, 3.0, lambda *_: None)
+    with examination.resources:
+        examination._cache_first_windows()
     few = 4 * (doctor.NUM_STEPS + 2)
-    assert look.read_s == pytest.approx(7.0 * len(loaded.train) / few + 2.0 + 3.0)
+    assert examination.cache_s == pytest.approx(7.0 * len(loaded.train) / few + 2.0 + 3.0)
 
 
 def noting(kind, seen):
@@ -415,7 +415,7 @@ def noting(kind, seen):
 def test_rows_without_a_token_are_counted():
     tokenizer = unigram()
     vocabulary = vocab.read_vocabulary(tokenizer)
-    for more, state in ((0, "ok"), (30, "ok"), (200, "note")):
+    for more, state in ((0, "ok"), (30, "ok"), (200, "warning")):
         head = loading.Head(tiny_model(tokenizer, vocab_size=len(tokenizer) + more), vocabulary)
         found = pair_report._rows("student", head)
         assert (found.state, found.number) == (state, more)
@@ -429,17 +429,17 @@ def test_marks_around_a_text():
         return pair_report._marks(side, tokenize.wrap_tokenizer(tokenizer, vocab.read_vocabulary(tokenizer)))
 
     found = marks("student", word_piece())
-    assert found.value == "no BOS, no EOS; it puts [CLS] in front of a text, [SEP] behind it"
-    assert (found.state, found.remedy) == ("note", "set eos_token in its tokenizer_config.json")
+    assert found.value == "no BOS, no EOS; adds [CLS] before a text, [SEP] after it"
+    assert (found.state, found.remedy) == ("warning", "set eos_token in its tokenizer_config.json")
     assert marks("teacher", word_piece()).state == marks("student", byte_level()).state == "ok"
 
 
 def test_little_in_common_is_told():
     few = vocab.SharedVocabulary(np.arange(5), np.arange(5), 0.04, 0.02)
-    assert pair_report._shared(few).state == "note"
+    assert pair_report._shared(few).state == "warning"
     assert pair_report._shared(few).value == "5 tokens: 4.0% of the student's, 2.0% of the teacher's"
     assert (pair_report._coverage(0.3, "your text").state, pair_report._coverage(0.6, "a sample").state) == (
-        "note",
+        "warning",
         "ok",
     )
     assert pair_report._one_to_one([], "a sample").number == 0.0
@@ -447,14 +447,14 @@ def test_little_in_common_is_told():
     window = types.SimpleNamespace(
         student_rows=rows, teacher_rows=rows, student_span_ends=ours, teacher_span_ends=theirs
     )
-    assert pair_report._spans([window]).tolist() == [[1, 1], [2, 1]]
+    assert pair_report._span_lengths([window]).tolist() == [[1, 1], [2, 1]]
     assert pair_report._one_to_one([window], "a sample").number == 0.5
 
 
 def test_a_tokenizer_that_changes_the_text_is_told(settings, tmp_path):
     demo.save(tiny_model(byte_level_lower()), byte_level_lower(), tmp_path / "lower")
-    told = examined(settings, teacher=str(tmp_path / "lower"))["text left as it is"]
-    assert told.state == "note" and told.number < 1.0 and "% of the teacher's" in told.value
+    told = examined(settings, teacher=str(tmp_path / "lower"))["text preserved"]
+    assert told.state == "warning" and told.number < 1.0 and "% of the teacher's" in told.value
 
 
 def score(nats):
@@ -465,11 +465,11 @@ def score(nats):
     ("side", "nats", "refused", "state", "words"),
     [
         ("teacher", 3.0, True, "ok", ""),
-        ("teacher", 9.0, True, "wrong", "probably another model's"),
-        ("teacher", 9.0, False, "note", "check_teacher is off"),
-        ("teacher", math.nan, True, "wrong", "no number"),
+        ("teacher", 9.0, True, "error", "probably another model's"),
+        ("teacher", 9.0, False, "warning", "check_teacher is off"),
+        ("teacher", math.nan, True, "error", "not finite"),
         ("student", 3.0, True, "ok", ""),
-        ("student", 9.0, True, "note", "right for new weights"),
+        ("student", 9.0, True, "warning", "expected for random weights"),
     ],
 )
 @pytest.mark.parametrize("sampled", [False, True])
@@ -479,7 +479,7 @@ def test_whether_ids_are_the_models_own(settings, side, nats, refused, state, wo
     assert found.state == state and words in found.meaning
     if sampled:
         reader = loaded.pair.teacher.reader if side == "teacher" else loaded.pair.student_reader
-        assert f"an even guess at {math.log(reader.vocabulary.num_rows):.2f}" in found.value
+        assert f"uniform cross-entropy {math.log(reader.vocabulary.num_rows):.2f}" in found.value
         return
     counts, held = np.ones(1000), []
     for window in loaded.train:
@@ -491,7 +491,7 @@ def test_whether_ids_are_the_models_own(settings, side, nats, refused, state, wo
     for group in loaded.validation.windows:
         held += [label for window in group for label in getattr(window, f"{side}_labels") if label >= 0]
     bare = -sum(math.log(counts[label] / counts.sum()) for label in held) / len(held)
-    assert f"bare frequencies at {bare:.2f}" in found.value
+    assert f"unigram cross-entropy {bare:.2f}" in found.value
 
 
 def test_a_method_with_little_to_go_by_is_told(settings):
@@ -499,21 +499,21 @@ def test_a_method_with_little_to_go_by_is_told(settings):
     pair = inputs.load(config).pair
     pair.buckets["shared_vocab"] = vocab.Buckets(np.full(1000, 3), np.zeros(1000, np.int64), np.arange(3))
     told = pair_report._method("shared_vocab", pair, config)
-    assert (told.name, told.state, told.number) == ("kd shared_vocab, chosen", "note", 0.0)
+    assert (told.name, told.state, told.number) == ("kd shared_vocab, chosen", "warning", 0.0)
     assert pair_report._method("shared_vocab", pair, Config()).state == "ok"
     pair.shared = vocab.SharedVocabulary(np.arange(23), np.arange(23), 0.1, 0.1)
-    assert pair_report._method("projector", pair, config).state == "note"  # the teacher is 24 wide
+    assert pair_report._method("projector", pair, config).state == "warning"  # the teacher is 24 wide
 
 
 @pytest.mark.parametrize(
-    ("predicted", "there", "recomputes", "way", "state", "words"),
+    ("predicted", "there", "gradient_checkpointing", "way", "state", "words"),
     [
-        (9, 12, False, "auto", "ok", "every layer keeps"),
-        (13, 15, False, "auto", "wrong", "a smaller batch_size"),
-        (math.inf, 15, False, "off", "wrong", "gradient_checkpointing auto"),
-        (9, 12, True, "auto", "note", "it would not fit otherwise"),
-        (9, 12, True, "on", "note", "as set"),
-        (9, 8, True, "auto", "wrong", "other programs leave 8.0 GiB"),
+        (9, 12, False, "auto", "ok", "no gradient checkpointing"),
+        (13, 15, False, "auto", "error", "a smaller batch_size"),
+        (math.inf, 15, False, "off", "error", "gradient_checkpointing auto"),
+        (9, 12, True, "auto", "warning", "it would not fit otherwise"),
+        (9, 12, True, "on", "warning", "as set"),
+        (9, 8, True, "auto", "error", "other programs leave 8.0 GiB"),
     ],
 )
 def test_the_height_against_what_there_is(predicted, there, gradient_checkpointing, way, state, words):
@@ -530,7 +530,7 @@ def test_what_takes_less_memory():
     spent = Config(batch_size=1, teacher_cache="x", optimizer="adamw_8bit")
     assert forecast.remedies(None, spent) == "max_length below 384, or a smaller student"
     assert "quantization" not in forecast.remedies(None, Config(teacher_quantization="8bit"))
-    told = "--batch-size 2 --grad-accumulation {} is foretold to fit{}"
+    told = "--batch-size 2 --grad-accumulation {} is predicted to fit{}"
     assert forecast.remedies(2, Config(batch_size=8, grad_accumulation=3)) == told.format(12, ", with the same result")
     assert forecast.remedies(2, Config(batch_size=5)) == told.format(2, "")
 
@@ -540,33 +540,33 @@ def test_a_batch_that_fits_is_found(settings, monkeypatch):
     settings = {**settings, "batch_size": 8, "loss_chunk_size": 8, "gradient_checkpointing": "off"}
     limited(monkeypatch, 10**12)
     sizes = {
-        size: examined(settings, batch_size=size, grad_accumulation=8 // size)["peak, foretold"].number
+        size: examined(settings, batch_size=size, grad_accumulation=8 // size)["predicted peak"].number
         for size in (8, 2)
     }
     assert sizes[2] < 0.9 * sizes[8]
     limited(monkeypatch, sizes[2])
     every = examined(settings)
-    assert "steps a second" not in every
-    found = every["peak, foretold"]
-    assert (found.state, found.number) == ("wrong", sizes[8])
-    assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 is foretold")
-    assert examined(settings, batch_size=2, grad_accumulation=4)["peak, foretold"].state != "wrong"
+    assert "steps per second" not in every
+    found = every["predicted peak"]
+    assert (found.state, found.number) == ("error", sizes[8])
+    assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 is predicted")
+    assert examined(settings, batch_size=2, grad_accumulation=4)["predicted peak"].state != "error"
     limited(monkeypatch, 1)
-    assert "or a smaller student" in examined(settings)["peak, foretold"].remedy
+    assert "or a smaller student" in examined(settings)["predicted peak"].remedy
 
 
 def test_layers_made_anew_are_told(settings, tmp_path, monkeypatch):
     demo.save(tiny_model(unigram(), 16, 6), unigram(), tmp_path / "student")
     settings = {**settings, "student": str(tmp_path / "student"), "batch_size": 8, "loss_chunk_size": 32}
     limited(monkeypatch, 10**12)
-    plain, anew = (examined(settings, gradient_checkpointing=way)["peak, foretold"].number for way in ("off", "on"))
+    plain, anew = (examined(settings, gradient_checkpointing=way)["predicted peak"].number for way in ("off", "on"))
     limited(monkeypatch, (plain + anew) / 2)
-    found = examined(settings)["peak, foretold"]
-    assert (found.state, found.number) == ("note", anew)
+    found = examined(settings)["predicted peak"]
+    assert (found.state, found.number) == ("warning", anew)
 
 
 def test_a_teacher_with_a_card_of_its_own(settings):
-    told = forecast.apart_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
+    told = forecast.teacher_gpu_finding("cuda:1", used_bytes=2 * GIB, total_bytes=15 * GIB)
     assert (told.value, told.state) == ("2.0 GiB of 15.0 GiB in use on cuda:1", "ok")
 
 
@@ -578,7 +578,7 @@ def test_memory_that_runs_out_is_a_finding(settings, monkeypatch, where):
     owner, name = (inputs, "load") if where == "load" else (loop.TrainLoop, "_gradients")
     monkeypatch.setattr(owner, name, out)
     found = examined(settings)
-    assert found["room"].state == "wrong" and "smaller batch_size" in found["room"].remedy
+    assert found["available memory"].state == "error" and "smaller batch_size" in found["available memory"].remedy
     assert ("shared vocabulary" in found) == (where == "step") and "sessions" not in found
 
 
@@ -591,8 +591,8 @@ def test_a_batch_that_was_halved_is_told(settings, monkeypatch):
         return real(training, *given)
 
     monkeypatch.setattr(loop.TrainLoop, "_gradients", tight)
-    found = examined(settings, batch_size=8)["windows in one pass"]
-    assert (found.value, found.state) == ("2 of 8", "note")
+    found = examined(settings, batch_size=8)["micro-batch"]
+    assert (found.value, found.state) == ("2 of 8", "warning")
     assert found.remedy.startswith("--batch-size 2 --grad-accumulation 4 ")
 
 
@@ -606,20 +606,20 @@ def test_losses_that_are_no_numbers_are_told():
     bad = step(skipped="kd not finite (documents 3)")
     assert forecast.numbers_finding([good, good], True).value == "2 of 2 steps"
     told = [forecast.numbers_finding([good, *more], scaled) for more, scaled in (([scale], True), ([scale, bad], True))]
-    assert [(f.state, f.value) for f in told] == [("note", "1 of 2 steps"), ("wrong", "1 of 3 steps")]
+    assert [(f.state, f.value) for f in told] == [("warning", "1 of 2 steps"), ("error", "1 of 3 steps")]
     assert told[1].meaning == bad.skipped
-    assert forecast.numbers_finding([scale], False).state == "wrong"
+    assert forecast.numbers_finding([scale], False).state == "error"
 
 
 def test_speed_is_for_a_step_of_the_texts_mean_length(settings, monkeypatch):
     """The first step does not count; time goes by tokens."""
     took = [step(num_tokens=10, step_s=50.0), step(num_tokens=40, step_s=3.0), step(num_tokens=60, step_s=2.0)]
-    monkeypatch.setattr(doctor.Examination, "_timed", lambda look: took)
+    monkeypatch.setattr(doctor.Examination, "_timed_steps", lambda look: took)
     found = examined(settings, grad_accumulation=2)
     train_text = inputs.load(Config.from_dict(settings)).train
     mean = 4 * sum(len(w.student_ids) for w in train_text) / len(train_text)
-    assert found["steps a second"].number == pytest.approx(1 / (5.0 / 100 * mean))
-    assert found["steps a second"].meaning.startswith("2 real steps")
+    assert found["steps per second"].number == pytest.approx(1 / (5.0 / 100 * mean))
+    assert found["steps per second"].meaning.startswith("2 steps, timed")
 
 
 def test_few_steps_are_taken_where_they_are_slow(settings, monkeypatch):
@@ -647,7 +647,7 @@ def test_hours_and_sessions_by_hand():
     later = 39600 - 1.25 * (100 + 10 + 50 + 20) - margin
     assert sessions.number == 1 + math.ceil((left - first) / later) == 4
     assert (sessions.state, sessions.value) == (
-        "note", "4 of 11 h 00 min each (time_budget is empty: a run then has no end)"
+        "warning", "4 of 11 h 00 min each (time_budget is empty: a session has no limit)"
     )  # fmt: skip
     one = forecast.plan_findings(config.replace(max_steps=100, time_budget="11h"), 100.0, 1000.0, known)[1]
     assert (one.state, one.value) == ("ok", "1 of 11 h 00 min each")
@@ -658,7 +658,7 @@ def test_hours_and_sessions_by_hand():
         assert forecast.plan_findings(config, 100.0, 1000.0, known)[1].number == needed
     known.seconds = 300.0
     none = forecast.plan_findings(config, 100.0, 1000.0, known)[1]
-    assert (none.state, none.value.startswith("too short: 5 min")) == ("wrong", True)
+    assert (none.state, none.value.startswith("too short: 5 min")) == ("error", True)
     assert "off" not in (repeated := forecast.plan_findings(config.replace(repeats=3), 1.0, 1.0, known)[0]).value
     assert ", 3 times" in repeated.meaning
 
@@ -680,45 +680,44 @@ def test_what_is_foretold_is_what_the_run_says_of_itself(settings, tmp_path, mon
     """By a clock on which every task takes its time."""
     settings = {**settings, "control": "off", "max_steps": 540, "eval_steps": 27, "eval_tokens": 150, **more}
     config = Config.from_dict({**settings, "time_budget": "1h"})
-    for room in (checkpoint_schedule, forecast):
-        monkeypatch.setattr(room, "SAVE_EVERY_S", 400.0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY_S", 400.0)
     with monkeypatch.context() as patch:
         told = {f.name: f for f in doctor.diagnose(config, clock=by_tokens(patch))}
     *_, paused = session.distill(config, tmp_path / "run", clock=by_tokens(monkeypatch))
     plan = paused["plan"]
-    assert told["steps a second"].number == pytest.approx(plan["steps_per_s"], rel=0.05)
+    assert told["steps per second"].number == pytest.approx(plan["steps_per_s"], rel=0.05)
     assert told["sessions"].number == plan["sessions_needed"] > 2
     done = paused["step"] / 540 / (2 if more else 1)
-    assert (1 - done) * told["the whole plan"].number == pytest.approx(plan["left_s"], rel=0.1)
+    assert (1 - done) * told["whole run"].number == pytest.approx(plan["left_s"], rel=0.1)
 
 
 def test_a_session_without_an_end_is_told_on_kaggle():
     told = [forecast.sessions_finding(2, given, 39600.0, True) for given in ("", "11h")]
     assert [(f.state, f.remedy, f.value) for f in told] == [
-        ("note", "--time-budget 11h", "2 of 11 h 00 min each"), ("note", "", "2 of 11 h 00 min each")
+        ("warning", "--time-budget 11h", "2 of 11 h 00 min each"), ("warning", "", "2 of 11 h 00 min each")
     ]  # fmt: skip
     assert forecast.sessions_finding(1, "", 39600.0, False).state == "ok"
-    assert forecast.sessions_finding(None, "", 39600.0, True).state == "wrong"
+    assert forecast.sessions_finding(None, "", 39600.0, True).state == "error"
 
 
 def test_the_cost_of_reading_more_than_was_read_here(settings, monkeypatch):
     """40 tokens are read of 100 and 50 of 200; the run reads 80 and 200 of them."""
     config = Config.from_dict({**settings, "eval_tokens": 80})
-    assert doctor.wanted_tokens(config, {"validation": 100, "test": 200}) == [80, 200]
-    assert doctor.wanted_tokens(config, {"validation": 60, "test": 999}) == [60, 320]
+    assert doctor.num_eval_tokens(config, {"validation": 100, "test": 200}) == [80, 200]
+    assert doctor.num_eval_tokens(config, {"validation": 60, "test": 999}) == [60, 320]
     loaded = inputs.load(config)
-    look = doctor.Examination(config, loaded, devices.accelerator("fp32"), Clock(), 5.0, 3.0, lambda *_: None)
+    examination = doctor.Examination(config, loaded, devices.accelerator("fp32"), Clock(), 5.0, 3.0, lambda *_: None)
     loaded.held_out_tokens, loaded.validation, loaded.test = {"validation": 100, "test": 200}, 40, 50
     monkeypatch.setattr(doctor, "_num_tokens", lambda size: size)
-    look.budget.record("evaluate", 3.0)
-    look._know_costs(4.0)
-    assert look.budget.costs["evaluate"] == 3.0 * 2 and look.budget.costs["test"] == 3.0 * 5
-    assert look.budget.costs["start"] == pytest.approx(5 + 3 * (280 / 90 - 1) + 5 * 4)
+    examination.budget.record("evaluate", 3.0)
+    examination._estimate_costs(4.0)
+    assert examination.budget.costs["evaluate"] == 3.0 * 2 and examination.budget.costs["test"] == 3.0 * 5
+    assert examination.budget.costs["start"] == pytest.approx(5 + 3 * (280 / 90 - 1) + 5 * 4)
     changed = {}
     monkeypatch.setattr(inputs, "load", lambda config, *given: changed.update(config.to_dict()) or loaded)
     for more, eval_tokens in (({"eval_tokens": 9999}, doctor.READ_TOKENS), ({"eval_tokens": 90}, 90),
                               ({"eval_tokens": 9999, "teacher_cache": "x"}, 9999)):  # fmt: skip
-        doctor._look(Config.from_dict({**settings, **more}), devices.accelerator("fp32"), Clock(), print)
+        doctor._load(Config.from_dict({**settings, **more}), devices.accelerator("fp32"), Clock(), print)
         assert changed["eval_tokens"] == eval_tokens and not changed["check_teacher"]
 
 
@@ -731,7 +730,7 @@ def test_room_for_checkpoints():
         found = forecast.disk_finding(sizes, Config(keep_checkpoints=2), free, 50)
         assert found.number == 3 * one + 200 + 50
         states[free] = found.state
-    assert list(states.values()) == ["ok", "note", "note", "wrong"]
+    assert list(states.values()) == ["ok", "warning", "warning", "error"]
     assert forecast.disk_finding(sizes, Config(control="off", repeats=2, keep_checkpoints=1), 10**9, 0).number == (
         2 * (300 + 200 + meg) + 200
     )
@@ -766,9 +765,9 @@ def test_the_arithmetic_that_was_chosen_before_stays(settings):
 
 def test_without_a_text_a_few_sentences_stand_for_it(settings):
     found = examined({**settings, "check_teacher": True}, dataset="", max_steps=0, batch_size=4)
-    assert "on a sample" in found["common positions"].value
-    assert "the whole plan" not in found and "steps a second" in found
-    assert "an even guess" in found["teacher's ids"].value
+    assert "on a sample" in found["aligned positions"].value
+    assert "whole run" not in found and "steps per second" in found
+    assert "uniform cross-entropy" in found["teacher's ids"].value
     assert "sessions" in examined(settings, dataset="", max_steps=9)
     train, validation, test = doctor._sentences(Config(max_length=48, batch_size=4, grad_accumulation=5))
     assert (len(train), len({d.text for d in [*train, *validation, *test]})) == (20, 22)
@@ -778,22 +777,22 @@ def test_without_a_text_a_few_sentences_stand_for_it(settings):
 def test_a_teacher_cache_is_looked_at_in_its_place(settings, tmp_path):
     assert cli.main(["cache", *flags(settings), "--out", str(tmp_path / "cache")]) == 0
     found = examined(settings, teacher="", teacher_cache=str(tmp_path / "cache"))
-    assert "teacher's head" not in found and found["peak, foretold"].state == "ok"
-    assert found["steps a second"].number > 0
+    assert "teacher's head" not in found and found["predicted peak"].state == "ok"
+    assert found["steps per second"].number > 0
 
 
 def test_where_no_card_computes_no_model_is_loaded(settings, monkeypatch):
-    monkeypatch.setattr(machine, "cards", lambda: [dataclasses.replace(P100, kernels=CU128, failed=DEAD)])
+    monkeypatch.setattr(machine, "list_gpus", lambda: [dataclasses.replace(P100, kernels=CU128, failed=DEAD)])
     monkeypatch.setattr(inputs, "load", None)
     found = doctor.diagnose(Config.from_dict(settings))
-    assert {f.group for f in found} == {"machine"} and findings.overall_state(found) == "wrong"
+    assert {f.group for f in found} == {"machine"} and findings.overall_state(found) == "error"
 
 
 def test_stages_say_what_comes_next(settings):
     told = [(coming, len(found)) for coming, found in doctor.run_checks(Config.from_dict(settings))]
-    assert [coming.split()[0] for coming, _ in told[:-1]] == ["looking", "loading", "reading", "watching", "taking"]
+    assert [coming.split()[0] for coming, _ in told[:-1]] == ["checking", "loading", "scoring", "predicting", "timing"]
     assert told[-1][0] == "" and [count for _, count in told] == sorted(count for _, count in told)
-    assert [coming for coming, _ in doctor.run_checks()] == ["looking at the machine", ""]
+    assert [coming for coming, _ in doctor.run_checks()] == ["checking the machine", ""]
 
 
 def run(capsys, *words):
@@ -805,10 +804,10 @@ def run(capsys, *words):
 def test_the_command_looks_at_the_machine_alone(capsys):
     status, out, _ = run(capsys)
     assert status == 0 and out.startswith("Machine\n") and "\nPair" not in out
-    assert "  ok     Python" in out and "Good to know" in out
+    assert "  ok       Python" in out and "with warnings" in out
     status, out, _ = run(capsys, "--accelerator", "NvidiaTeslaP100")
     if not torch.cuda.is_available():
-        assert status == 1 and "asked for NvidiaTeslaP100, no card is there" in out and "Remedy: " in out
+        assert status == 1 and "requested NvidiaTeslaP100, found no GPU" in out and "Remedy: " in out
 
 
 def test_the_command_says_what_it_found(capsys, settings, tmp_path, monkeypatch):
@@ -820,7 +819,7 @@ def test_the_command_says_what_it_found(capsys, settings, tmp_path, monkeypatch)
     assert [line for line in out.split("\n") if line and line[0] != " "][:-1] == list(findings.GROUPS.values())
     status, out, _ = run(capsys, *flags(settings), "--json")
     told = json.loads(out)
-    assert (status, told["state"]) == (0, "note")
+    assert (status, told["state"]) == (0, "warning")
     assert set(told) == {"state", *findings.GROUPS} and all(told[group] for group in findings.GROUPS)
 
 
@@ -828,7 +827,7 @@ def test_the_command_says_what_it_found(capsys, settings, tmp_path, monkeypatch)
     ("changes", "match"),
     [
         ({"batch_size": 400}, "one optimizer step takes 400"),
-        ({"check_teacher": True}, "worse than the bare frequencies"),
+        ({"check_teacher": True}, "above the unigram cross-entropy"),
         ({"time_budget": "1s"}, "too short: 1 s each"),
     ],
 )
@@ -855,12 +854,12 @@ def test_tokenizers_with_nothing_in_common_will_not_work(capsys, settings, tmp_p
     ("changes", "match"),
     [
         ({"dataset": "missing.txt"}, "no such file or folder: missing.txt"),
-        ({"teacher": "nowhere"}, "teacher 'nowhere' is no model that loads"),
+        ({"teacher": "nowhere"}, "teacher 'nowhere': cannot load its configuration"),
         ({"student": None}, "student is missing"),
         ({"kd_wight": 1}, "did you mean '--kd_weight'"),
         ({"out": "x"}, "unknown key 'out'"),
-        ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA card"),
-        ({"teacher_device": "cuda:7"}, "teacher_device is cuda:7, and this machine has"),
+        ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA GPU"),
+        ({"teacher_device": "cuda:7"}, "teacher_device is cuda:7, but this machine has"),
     ],
 )
 def test_bad_input_ends_2_with_one_line(capsys, settings, changes, match):
@@ -884,11 +883,11 @@ def test_an_architecture_that_is_refused_ends_2_as_in_distill(capsys, settings, 
 def test_free_memory_is_what_other_programs_leave(settings, monkeypatch):
     monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 2**20, "total_bytes": 10**15})
     monkeypatch.setattr(memory, "free", lambda device: 10 * GIB)
-    plenty = examined(settings, loss_chunk_size=8)["peak, foretold"]
+    plenty = examined(settings, loss_chunk_size=8)["predicted peak"]
     assert plenty.state == "ok"
     monkeypatch.setattr(memory, "free", lambda device: plenty.number - 2**20 - 1)
-    found = examined(settings, loss_chunk_size=8)["peak, foretold"]
-    assert found.state == "wrong" and "other programs leave" in found.meaning
-    assert found.remedy.startswith("end what else runs there, or --batch-size 1 --grad-accumulation 2")
+    found = examined(settings, loss_chunk_size=8)["predicted peak"]
+    assert found.state == "error" and "other programs leave" in found.meaning
+    assert found.remedy.startswith("end the other programs, or --batch-size 1 --grad-accumulation 2")
     monkeypatch.setattr(memory, "free", lambda device: plenty.number - 2**20)
-    assert examined(settings, loss_chunk_size=8)["peak, foretold"].state == "ok"
+    assert examined(settings, loss_chunk_size=8)["predicted peak"].state == "ok"

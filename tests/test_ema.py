@@ -69,14 +69,14 @@ def test_the_student_itself_is_not_touched():
 @pytest.mark.parametrize("worse", ["raw", "average"])
 def test_both_students_are_scored_and_the_better_one_is_kept(settings, tmp_path, monkeypatch, worse):
     """Whichever of them is worse by a bit, it is the other that is exported."""
-    real = arm.Scorer.student
+    real = arm.Scorer.score_student
 
     def student(self, split, model=None):
         score = real(self, split, model)
         spoilt = split == "validation" and (model is None or model is self.pair.student) == (worse == "raw")
         return dataclasses.replace(score, bits_per_byte=score.bits_per_byte + spoilt)
 
-    monkeypatch.setattr(arm.Scorer, "student", student)
+    monkeypatch.setattr(arm.Scorer, "score_student", student)
     changes = {"use_ema": True, "ema_decay": 0.7, "max_steps": 30, "eval_steps": 10, "control": "off"}
     found = list(session.distill(Config.from_dict({**settings, **changes}), tmp_path / "run"))
     scores = [r for r in found if r["kind"] == "eval" and r["split"] == "validation" and r["run"] == "distilled"]

@@ -53,7 +53,7 @@ def raising(error):
 @pytest.mark.parametrize(
     ("module", "name", "part"),
     [
-        (finish, "_samples", "the samples"), (internals, "look", "the look inside"),
+        (finish, "_generate_samples", "the samples"), (internals, "look", "the model analysis"),
         (html, "write_report", "the report"),
     ],
 )  # fmt: skip
@@ -76,7 +76,7 @@ def test_student_and_verdict_are_written_before_anything_is_looked_at(settings, 
         seen.append((status(out)["state"], weights(out) != b"", (out / "verdict.json").exists()))
         return {}
 
-    monkeypatch.setattr(finish, "_samples", look)
+    monkeypatch.setattr(finish, "_generate_samples", look)
     distil({**settings, **SMALL}, out)
     assert seen == [("complete", True, True)]
 
@@ -172,7 +172,7 @@ def test_a_pause_that_can_not_export_is_still_a_pause(settings, tmp_path, monkey
                 wishes.add("pause")
     assert found[-1]["kind"] == "paused"
     assert status(out)["state"] == "paused"
-    assert "goes on from step-00000002" in status(out)["reason"]
+    assert "resumes from step-00000002" in status(out)["reason"]
     name = "the evaluation" if what == "evaluate" else "the export"
     assert "it broke" in alerts(found)[name] and name in alerts(found)[name]
     assert distil(settings, out)[-1]["kind"] == "verdict"
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_can_not_be_written_is_no_failed_run(settings, tmp_pat
                 patch.setattr(safetensors.torch, "save_file", raising(safetensors.SafetensorError("I/O error")))
                 wishes.add("pause")
     assert record["kind"] == "paused"
-    assert "not saved (I/O error); goes on from step-00000002" in record["reason"]
+    assert "not saved (I/O error); resumes from step-00000002" in record["reason"]
     assert distil(settings, out)[-1]["kind"] == "verdict"
 
 
@@ -232,7 +232,7 @@ def test_the_budget_may_end_while_the_models_load(settings, tmp_path, monkeypatc
     elsewhere, again = short(tmp_path / "elsewhere", str(out)), short(out, "auto")
     for found, where in ((again, out), (elsewhere, tmp_path / "elsewhere")):
         assert [record["kind"] for record in found] == ["paused"]
-        assert "goes on from step-00000002" in found[0]["reason"]
+        assert "resumes from step-00000002" in found[0]["reason"]
         assert status(where)["sessions"] == 2
         assert files.read_json(where / "config.json") == config
         assert (status(where)["step"], status(where)["max_steps"]) == (2, 4)
@@ -298,7 +298,7 @@ def test_everything_that_takes_long_says_how_far_it_is(settings, tmp_path):
     assert phases.index("the teacher reads the text, positions") < phases.index("start")
     for phase in ("scoring the student on validation text", "scoring the student on test text",
                   "predicting peak memory, passes", "timing steps for the control, blocks", "the samples",
-                  "the look inside", "the report"):  # fmt: skip
+                  "the model analysis", "the report"):  # fmt: skip
         assert phase in phases
     counted = [at for at in heard if not isinstance(at, str)]
     for phase in ("the teacher reads test text", "scoring the student on test text"):
@@ -352,7 +352,7 @@ def test_timing_steps_ends_when_it_took_its_share(settings, tmp_path, monkeypatc
         gradient_checkpointing, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
-            self.step_s = 3.0 if "kd" in objective.parts else 1.0
+            self.step_s = 3.0 if "kd" in objective.terms else 1.0
 
         def __iter__(self):
             for _ in itertools.count():
@@ -380,7 +380,7 @@ def test_a_cache_stops_within_a_shard(settings, tmp_path, monkeypatch):
     """By a signal, or by the clock; no further batch is read, and the next call ends with the same bytes."""
     monkeypatch.setattr(teacher_cache, "SHARD_POSITIONS", 10**6)
     config = Config.from_dict({**settings, "batch_size": 2})
-    list(cache_writer.write(config, tmp_path / "whole"))
+    list(cache_writer.cache_teacher(config, tmp_path / "whole"))
     for name in ("signal", "clock"):
         heard = []
 
@@ -401,11 +401,11 @@ def test_a_cache_stops_within_a_shard(settings, tmp_path, monkeypatch):
                     clock.time = 100.0
 
         limited = config.replace(time_budget="60s")
-        found = list(cache_writer.write(limited, tmp_path / name, clock, on_progress=on_progress))
+        found = list(cache_writer.cache_teacher(limited, tmp_path / name, clock, on_progress=on_progress))
         assert found[-1]["kind"] == "paused"
         assert ("SIGTERM" if name == "signal" else "time budget") in found[-1]["reason"]
         assert len(heard) == 3
-        assert list(cache_writer.write(config, tmp_path / name))[-1]["kind"] == "complete"
+        assert list(cache_writer.cache_teacher(config, tmp_path / name))[-1]["kind"] == "complete"
         for path in (tmp_path / "whole").glob("*.safetensors"):
             assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
 

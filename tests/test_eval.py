@@ -1,4 +1,4 @@
-"""The exported student under lm-eval, as the README says: its own command, on a tiny task that is made here."""
+"""The exported student under lm-eval, as docs/evaluation.md says: its own command, on a tiny task that is made here."""
 
 import json
 import os

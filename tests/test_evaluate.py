@@ -151,7 +151,7 @@ def test_a_teacher_that_reads_foreign_ids_is_refused(settings, texts, tmp_path):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)), eos_token="<|endoftext|>"
     ).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"worse than the bare frequencies of its tokens .*another model's"):
+    with pytest.raises(ValueError, match=r"above the unigram cross-entropy .*another model's"):
         inputs.load(config)
 
 
@@ -246,10 +246,10 @@ def test_a_comparison_tells_what_was_kept_of_the_teacher(settings):
     assert sum(score.retention["frequency"]["num"]) > 0
     assert score.retention["frequency"]["num"][0] == 0.0  # it is counted in this very text
     assert len(found["samples"]["openings"]) == len(found["samples"]["student"]["texts"]) == 8
-    page = "\n".join(compare.told(found))
+    page = "\n".join(compare.text_lines(found))
     for words in (
         f"{score.bits_per_byte:.4f}",
-        "tokens read before it",
+        "position in the document",
         "40 documents",
         "distinct-2",
         f"{score.top1_agreement:.1%}",

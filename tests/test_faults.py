@@ -89,7 +89,9 @@ def test_memory_that_runs_out_within_an_update_is_no_step_to_go_on_from(settings
 
 def test_an_evaluation_that_runs_out_of_memory_is_taken_in_smaller_batches(settings, tmp_path, monkeypatch):
     wanted = distil(settings, tmp_path / "whole")
-    monkeypatch.setattr(scoring._Tally, "add_pairs", failing(scoring._Tally.add_pairs, OUT_OF_MEMORY, {2, 4, 9}))
+    monkeypatch.setattr(
+        scoring._Accumulator, "add_pairs", failing(scoring._Accumulator.add_pairs, OUT_OF_MEMORY, {2, 4, 9})
+    )
     found = distil(settings, tmp_path / "run")
     same_run(found, wanted)
     _, _, facts, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
@@ -98,7 +100,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_taken_in_smaller_batches(setti
 
 def test_no_room_for_a_single_window_fails_with_advice(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, range(3, 99)))
-    with pytest.raises(MemoryError, match="no room for a single window; lower max_length"):
+    with pytest.raises(MemoryError, match="a single window does not fit into memory; lower max_length"):
         distil(settings, tmp_path / "run")
     status = files.read_json(tmp_path / "run" / "status.json")
     assert (status["state"], "lower max_length" in status["reason"]) == ("failed", True)
@@ -146,15 +148,15 @@ def test_one_step_without_a_number_changes_nothing(settings, tmp_path, monkeypat
         def broken(objective, rows):
             return terms.next_token(objective, rows) * (value if next(calls) == 5 else 1.0)  # two look ahead
 
-        monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], values=broken))
+        monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], fn=broken))
     else:
         monkeypatch.setattr(loop.TrainLoop, "_gradients", poisoned(where, value, {3}))
     states, real = {}, loop.TrainLoop._update
 
     def seen(self, skipped):
-        before = self.tensors()
+        before = self.state_tensors()
         real(self, skipped)
-        states[self.step + 1] = before, self.tensors()
+        states[self.step + 1] = before, self.state_tensors()
 
     monkeypatch.setattr(loop.TrainLoop, "_update", seen)
     found = distil(settings, tmp_path / "run", loss_chunk_size=10**6, use_ema=True)
@@ -177,9 +179,7 @@ def test_no_number_any_more_stops_the_run_at_a_state_that_can_be_gone_on_with(se
             distil(settings, tmp_path / "run", max_steps=20, non_finite_steps=3)
     status = files.read_json(tmp_path / "run" / "status.json")
     assert status["state"] == "failed"
-    assert ("weights are no numbers either: student.model.embed_tokens.weight" in status["reason"]) == (
-        where == "parameter"
-    )
+    assert ("non-finite weights: student.model.embed_tokens.weight" in status["reason"]) == (where == "parameter")
     path, groups, _, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert path.name == {"gradient": "step-00000006", "parameter": "step-00000002"}[where]
     assert all(torch.isfinite(tensor).all() for tensor in groups["student"].values())

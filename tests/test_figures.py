@@ -50,8 +50,8 @@ def test_memory_is_in_gib_over_the_time_of_all_students():
     assert drawn["in use, distilled"] == [(2.0, 1.0), (4.0, 2.0)]
     assert drawn["in use, control"] == [(6.0, 1.0), (12.0, 4.0)]
     assert axes.get_xlabel() == "training time (seconds)"
-    assert drawn["foretold"][0][1] == 5.0
-    assert drawn["there are 16.0 GiB (above)"][0][1] == 16.0
+    assert drawn["predicted peak"][0][1] == 5.0
+    assert drawn["total 16.0 GiB (above)"][0][1] == 16.0
     assert axes.get_ylim()[1] == pytest.approx(5.5)
 
 
@@ -91,7 +91,7 @@ def test_calibration_is_confidence_against_correctness():
     }
     verdict["calibration_error"] = {"distilled": 0.25}
     axes = charts.calibration(verdict).axes[0]
-    assert lines(axes)["distilled: off by 25.0%"] == [(25.0, 50.0), (75.0, 50.0)]
+    assert lines(axes)["distilled: error 25.0%"] == [(25.0, 50.0), (75.0, 50.0)]
 
 
 def test_attention_maps_leave_out_what_is_yet_to_come():

@@ -70,13 +70,13 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new(kind, begun, tmp_path):
         files.remove(path.parent)
         start()
         command = [sys.executable, "-c", CHILD, str(path), kind, str(kill_at)]
-        ended = subprocess.run(command, env=environment.of_a_process(), check=False).returncode
+        ended = subprocess.run(command, env=environment.child_environment(), check=False).returncode
         if ended == 0:
             break
         assert ended == -signal.SIGKILL
         former = path.with_name("student.old")
         assert content(path) in ([old, new] if begun else [None, new]) or (kind == "folder" and content(former) == old)
-        files.settle(path)
+        files.recover(path)
         assert content(path) in ([old, new] if begun else [None, new])
         with files.atomic(path) as beside:
             if kind == "folder":

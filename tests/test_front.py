@@ -14,9 +14,9 @@ CELL = """
 from kdlib import Config, cli, distill
 from kdlib.report import live_panel
 cli.quiet()
-panel = live_panel.Panel()
+panel = live_panel.LivePanel()
 for record in distill(Config.from_dict({settings}), {out!r}, wishes=panel.wishes):
-    panel.show(record)
+    panel.update(record)
 panel.close()
 print(record["kind"], panel.problem)
 """
@@ -65,7 +65,7 @@ def tells(words):
 @pytest.fixture
 def talk(tmp_path):
     manager, client = jupyter_client.manager.start_new_kernel(
-        cwd=str(tmp_path), env=environment.of_a_process(), extra_arguments=["--log-level=40"]
+        cwd=str(tmp_path), env=environment.child_environment(), extra_arguments=["--log-level=40"]
     )
     yield Talk(client)
     client.stop_channels()
@@ -79,7 +79,7 @@ def test_clicks_are_heard_while_the_cell_runs_and_the_next_cell_waits(settings, 
     second, third = (talk.client.execute(f"print({word!r})") for word in ("second", "third"))
     talk.until(tells("tokens/s"))
     for name, answer in (
-        ("Evaluate now", "for a look"),
+        ("Evaluate now", "bits per byte, on request"),
         ("Save now", "saved as"),
         ("Pause and save", "<b>Paused:</b>"),
     ):

@@ -47,7 +47,7 @@ def test_value_and_gradients_are_those_of_the_whole_matrix(chunk, bias):
     exact = [tensor for tensor in (hidden, weight, offset, other) if tensor is not None]
     everything = chunked_head.Block(slice(0, 23), slice(0, 23))
     parts = block_losses(
-        hidden @ weight.T + (0.0 if offset is None else offset), teacher_logits(everything.known), everything
+        hidden @ weight.T + (0.0 if offset is None else offset), teacher_logits(everything.aligned), everything
     )
     whole = (parts * torch.tensor(WEIGHTS)).sum()
     expected = torch.autograd.grad(3.0 * whole, exact)
@@ -164,7 +164,7 @@ def test_blocks_take_known_rows_first_and_never_cut_a_span():
     order, chunks = chunked_head.plan_blocks(~inside, known, chunk_size=6, block_size=3)
     blocks = [block for chunk in chunks for block in chunk]
     assert [(block.rows.start, block.rows.stop) for block in blocks] == [(0, 2), (2, 5), (5, 6), (6, 10), (10, 12)]
-    assert [(block.known.start, block.known.stop) for block in blocks] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4)]
+    assert [(block.aligned.start, block.aligned.stop) for block in blocks] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4)]
     assert order.tolist() == [1, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert [len(chunk) for chunk in chunks] == [3, 2]
 

@@ -11,9 +11,9 @@ import pytest
 from kdlib import cli
 from kdlib.config import Config
 from kdlib.evaluation import scoring, verdict
-from kdlib.files import _plain, read_json, read_records, write_json
+from kdlib.files import _finite, read_json, read_records, write_json
 from kdlib.report import charts, figures, live_panel, style
-from kdlib.report.html import os, read_run, write_report
+from kdlib.report.html import Run, os, write_report
 from kdlib.report.live_figure import live_figure
 from kdlib.session import arm, run_folder, session
 
@@ -76,8 +76,8 @@ def draw_records(found):
         assert live_panel._headline(seen) and live_panel._bars(seen, 1.0)
         if record["kind"] == "alert":
             assert "a sign" in live_panel._alert(record)
-    facts = arm.Arm("distilled", 0, 4, 4, 4).facts()
-    arm.Arm.from_facts(facts, None, found)
+    facts = arm.Arm("distilled", 0, 4, 4, 4).to_dict()
+    arm.Arm.from_dict(facts, None, found)
     return made
 
 
@@ -147,7 +147,7 @@ def test_every_chart_bears_a_verdict_without_numbers(run):
                 put(changed, path, None)
         list(of_a_verdict(changed))
     endless = {**found, "interval": [-math.inf, math.inf]}  # one document alone
-    for made in of_a_verdict(endless), of_a_verdict(json.loads(json.dumps(_plain(endless)))):
+    for made in of_a_verdict(endless), of_a_verdict(json.loads(json.dumps(_finite(endless)))):
         assert all(each.png() for each in made)
 
 
@@ -186,24 +186,24 @@ def test_scores_bear_null(run):
             "distilled": verdict.mean_score([torn, torn]),
         }
         answer = verdict.make_verdict("full", named, [(torn, torn)] * 2)
-        list(of_a_verdict(json.loads(json.dumps(_plain(answer)))))
+        list(of_a_verdict(json.loads(json.dumps(_finite(answer)))))
     assert scoring.Score.from_dict(kept).summary() == score.summary()
 
 
 AT = {"step": 0, "max_steps": 4, "elapsed_s": 1.0, "sessions": 1}
-READ = "the time is up; what the teacher has read is kept"
+READ = "the time is up; the teacher cache written so far is kept"
 STATES = {
-    "begun": ({"state": "running", "reason": "", **AT}, "running. Nothing was trained yet."),
+    "begun": ({"state": "running", "reason": "", **AT}, "running. No step was trained."),
     "reading": (
         {"state": "running", "reason": "the teacher reads the text", **AT},
-        "running. the teacher reads the text. Nothing was trained yet.",
+        "running. the teacher reads the text. No step was trained.",
     ),
-    "paused": ({"state": "paused", "reason": READ, **AT}, f"paused. {READ}. Nothing was trained yet."),
+    "paused": ({"state": "paused", "reason": READ, **AT}, f"paused. {READ}. No step was trained."),
     "failed": (
         {"state": "failed", "reason": "OSError: gone", "step": 0, "max_steps": 0},
-        "failed. OSError: gone. Nothing was trained yet.",
+        "failed. OSError: gone. No step was trained.",
     ),
-    "torn": (None, "begun. Its status.json can't be read. Nothing was trained yet."),
+    "torn": (None, "started. Its status.json cannot be read. No step was trained."),
 }
 
 
@@ -221,7 +221,7 @@ def test_a_run_that_has_not_trained_has_a_page_that_says_so(run, tmp_path, capsy
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     page = (out / "report.html").read_text()
     assert f"<h1>The run is {html.escape(title)}</h1>" in page
-    assert read_run(out).records == []
+    assert Run(out).records == []
 
 
 @pytest.mark.parametrize(
@@ -233,18 +233,18 @@ def test_a_page_is_written_without_any_one_of_the_files(run, tmp_path, missing):
     (shutil.rmtree if missing == "figures" else type(out).unlink)(out / missing)
     page = write_report(out).read_text()
     assert ("What to trust" in page) == (missing != "verdict.json")
-    assert (missing == "verdict.json") == ("<h1>The run is complete. Its verdict.json can&#x27;t be read.</h1>" in page)
+    assert (missing == "verdict.json") == ("<h1>The run is complete. Its verdict.json cannot be read.</h1>" in page)
 
 
 def test_a_page_without_samples_and_looks_is_written(run, tmp_path):
     """The look inside is allowed to fail."""
     out = tmp_path / "run"
     shutil.copytree(run, out)
-    write_json(out / "figures" / "inside.json", {"without": "the models could not be watched"})
+    write_json(out / "figures" / "inside.json", {"without": "the models could not be observed"})
     write_json(out / "verdict.json", {**read_json(out / "verdict.json"), "samples": {}})
     page = write_report(out).read_text()
-    assert "No look inside the models: the models could not be watched." in page
-    assert "What they write" not in page
+    assert "No analysis of the models: the models could not be observed." in page
+    assert "<h2>Samples" not in page
 
 
 @pytest.mark.parametrize("content", [None, {}, {"model_type": "llama"}])
@@ -253,7 +253,7 @@ def test_a_folder_that_holds_no_run_is_refused_in_one_line(tmp_path, capsys, con
         (tmp_path / "config.json").write_text(json.dumps(content))
     assert cli.main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"kdlib: {tmp_path} holds no run: none of config.json, status.json and records.jsonl is there\n"
+        f"kdlib: {tmp_path} is not a run folder: it has no config.json, status.json or records.jsonl\n"
     )
     assert not (tmp_path / "report.html").exists()
 
@@ -267,6 +267,6 @@ def test_a_run_that_lies_in_a_folder_for_reading_only_is_drawn_elsewhere(run, tm
 
 
 def test_a_panel_goes_on_with_a_run_that_has_no_records_yet(tmp_path, monkeypatch):
-    panel = live_panel.Panel(tmp_path / "run")
-    panel.show({"kind": "start", "resumed": "step-00000000", "session_s": math.inf, "session_left_s": math.inf})
+    panel = live_panel.LivePanel(tmp_path / "run")
+    panel.update({"kind": "start", "resumed": "step-00000000", "session_s": math.inf, "session_left_s": math.inf})
     assert panel.problem is None

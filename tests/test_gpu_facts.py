@@ -103,7 +103,7 @@ def test_what_a_card_computes_in_is_what_it_has_units_for(monkeypatch, names, ar
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}[arithmetic]
     assert devices.teacher_dtype(made, teacher) == half
     assert devices.teacher_dtype(made, "cpu") == torch.float32
-    with pytest.raises(ValueError, match=f"cuda:2, and this machine has {len(names)} cards"):
+    with pytest.raises(ValueError, match=f"cuda:2, but this machine has {len(names)} GPUs"):
         devices.teacher_device("cuda:2", made)
     assert memory.usage(made.device) == {"used_bytes": GIB, "total_bytes": CARDS[names[0]][1]}
 
@@ -112,20 +112,20 @@ def test_what_a_card_computes_in_is_what_it_has_units_for(monkeypatch, names, ar
 def test_the_doctor_says_of_a_card_what_a_run_does_on_it(monkeypatch, names):
     put_in(monkeypatch, names)
     found = {finding.name: finding for finding in doctor.diagnose(Config())}
-    named = "cards 0, 1" if len(names) > 1 else "card 0"
+    named = "GPUs 0, 1" if len(names) > 1 else "GPU 0"
     name, size, capability, _ = CARDS[names[0]]
     assert found[named].value.startswith(name) and found[named].number == size
-    assert found[f"arithmetic, {named}"].value == devices.accelerator("auto").mixed_precision
+    assert found[f"precision, {named}"].value == devices.accelerator("auto").mixed_precision
     assert found[f"kernels, {named}"].state == "ok"
-    assert (found[f"Triton, {named}"].value == "possible") == (capability >= (7, 0))
-    assert ("teacher's place" in found) == (devices.teacher_device("auto", devices.accelerator("auto")).index == 1)
+    assert (found[f"Triton, {named}"].value == "supported") == (capability >= (7, 0))
+    assert ("teacher device" in found) == (devices.teacher_device("auto", devices.accelerator("auto")).index == 1)
 
 
 def test_the_doctor_sees_a_build_without_kernels_for_the_card(monkeypatch):
     put_in(monkeypatch, ["P100"], kernels=("sm_75", "sm_80", "sm_90"))
     found = {finding.name: finding for finding in doctor.diagnose(Config())}
-    assert (found["kernels, card 0"].state, found["kernels, card 0"].value) == ("note", "work so far")
-    assert "sm_60 is not among them" in found["kernels, card 0"].meaning
+    assert (found["kernels, GPU 0"].state, found["kernels, GPU 0"].value) == ("warning", "work in a short test")
+    assert "sm_60 is not among them" in found["kernels, GPU 0"].meaning
 
 
 @pytest.mark.parametrize(("names", "arithmetic"), [(["T4"], "fp16"), (["A100"], "bf16")])
@@ -136,13 +136,13 @@ def test_after_an_accelerator_for_the_processor_the_card_is_taken(monkeypatch, n
     assert (second.device.type, second.mixed_precision) == ("cuda", arithmetic)
     assert (first.device.type, first.mixed_precision, first.scaler) == ("cpu", "no", None)
     assert devices.accelerator("auto", cpu=True).mixed_precision == "no"
-    with pytest.raises(ValueError, match="fp16 needs a CUDA card"):
+    with pytest.raises(ValueError, match="fp16 needs a CUDA GPU"):
         devices.accelerator("fp16", cpu=True)
 
 
 @pytest.mark.parametrize(("names", "arithmetic"), [(["T4"], "fp16"), (["A100"], "bf16")])
 def test_after_the_demos_preparation_a_card_may_be_used(monkeypatch, small_default, names, arithmetic):
-    """The preparation trains on the processor, in fp32, whatever card there is."""
+    """The preparation trains on the CPU in fp32, whatever card there is."""
     put_in(monkeypatch, names)
     demo.demo_config(3, 2000, 5000)
     made = devices.accelerator("auto")
@@ -154,7 +154,7 @@ def test_a_machine_told_to_use_its_processor_has_no_cards_arithmetic(monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     made = devices.accelerator("auto")
     assert (made.device.type, made.mixed_precision) == ("cpu", "no")
-    with pytest.raises(ValueError, match="fp16 needs a CUDA card"):
+    with pytest.raises(ValueError, match="fp16 needs a CUDA GPU"):
         devices.accelerator("fp16")
 
 
@@ -196,7 +196,7 @@ def losses_of(settings, out):
 
 def test_what_others_left_half_done_with_accelerate_does_not_stop_the_training(settings, tmp_path):
     """accelerate's optimizer takes no step while the state of the process says that gradients are still accumulated."""
-    settings = {**settings, "control": "off", "max_steps": 3, "kd_method": "shared_prefix"}
+    settings = {**settings, "control": "off", "max_steps": 3, "kd_method": "first_token"}
     wanted = losses_of(settings, tmp_path / "one")
     other = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
     with other.accumulate(torch.nn.Linear(1, 1)):
@@ -207,7 +207,7 @@ def test_what_others_left_half_done_with_accelerate_does_not_stop_the_training(s
 
 def test_a_session_in_the_middle_of_another_changes_neither(settings, tmp_path):
     """Both train two students, each in its own arithmetic."""
-    two = {**settings, "control": "off", "repeats": 2, "max_steps": 2, "kd_method": "shared_prefix"}
+    two = {**settings, "control": "off", "repeats": 2, "max_steps": 2, "kd_method": "first_token"}
     one = {**two, "amp_dtype": "bf16"}
     wanted = [losses_of(values, tmp_path / f"alone-{i}") for i, values in enumerate((one, two))]
     assert wanted[0] != wanted[1]
@@ -304,7 +304,7 @@ def test_every_notebook_runs_in_any_arithmetic_after_any_other(small_default, tm
         values = {
             "small": {**SMALL, "amp_dtype": amp_dtype},
             "out": amp_dtype,
-            "methods": ["shared_prefix"],
+            "methods": ["first_token"],
             "parts": {},
         }
         values |= {"compared_steps": 2, "teacher_steps": 3, "text_chars": 5000, "student_chars": 1500}

@@ -54,8 +54,8 @@ def test_inputs_are_found_by_their_marks_in_either_layout(mounted):
 
 def test_a_config_walks_what_is_mounted_once(mounted, monkeypatch):
     root, layout = mounted
-    walks, real = [], kaggle._mounted
-    monkeypatch.setattr(kaggle, "_mounted", lambda: walks.append(1) or real())
+    walks, real = [], kaggle._list_mounted
+    monkeypatch.setattr(kaggle, "_list_mounted", lambda: walks.append(1) or real())
     settings = {"eval_dataset": "texts/b.jsonl", "teacher_cache": "elsewhere"}
     config = kaggle.config("qwen", "pair/student", "texts/a.jsonl, imdb", settings)
     assert config.eval_dataset == str(root / layout["pair"] / "texts" / "b.jsonl")
@@ -96,7 +96,7 @@ def test_two_candidates_are_refused(mounted):
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
     (other / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"'qwen' fits 2 inputs: .*0.6b/1, .*1.7b/1; give the full path"):
+    with pytest.raises(ValueError, match=r"'qwen' matches 2 inputs: .*0.6b/1, .*1.7b/1; give the full path"):
         kaggle.find_input("qwen", "model")
     assert kaggle.find_input("qwen/transformers/1.7b/1", "model") == str(other)
 
@@ -197,7 +197,7 @@ def test_a_disk_that_does_not_tell_is_not_full(tmp_path, monkeypatch):
         assert environment.free_bytes(tmp_path) == math.inf
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert environment.free_bytes(tmp_path) == environment.KEPT_BYTES
+    assert environment.free_bytes(tmp_path) == environment.KAGGLE_OUTPUT_BYTES
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -214,7 +214,7 @@ def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     links = sum((tmp_path / name).lstat().st_size for name in ("link", "torn"))
-    assert environment.free_bytes("run") == environment.KEPT_BYTES - 4000 - links
+    assert environment.free_bytes("run") == environment.KAGGLE_OUTPUT_BYTES - 4000 - links
     real = environment.os.scandir
 
     @contextlib.contextmanager
@@ -229,7 +229,7 @@ def test_files_may_vanish_while_the_working_folder_is_measured(tmp_path, monkeyp
         yield sorted(listed, key=lambda entry: entry.name != "second")  # what is gone comes first
 
     monkeypatch.setattr(environment.os, "scandir", vanishing)
-    assert environment.free_bytes("run") == environment.KEPT_BYTES - 2000 - links
+    assert environment.free_bytes("run") == environment.KAGGLE_OUTPUT_BYTES - 2000 - links
 
 
 def test_a_complete_run_is_taken_over_whole(settings, tmp_path):
@@ -249,7 +249,7 @@ def test_a_kernel_writes_no_more_than_kaggle_keeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights").write_bytes(b"0" * 3000)
-    monkeypatch.setattr(environment, "KEPT_BYTES", 10_000)
+    monkeypatch.setattr(environment, "KAGGLE_OUTPUT_BYTES", 10_000)
     assert environment.free_bytes("run") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert environment.free_bytes("run") == 7000
@@ -292,7 +292,7 @@ def test_a_failure_before_someones_eyes_is_raised(tmp_path):
 @pytest.mark.parametrize("state", ["failed", "paused", "complete"])
 def test_what_a_session_says_of_its_end_stays(tmp_path, state):
     run_folder.RunFolder(tmp_path / "run").path.mkdir()
-    told = {"reason": "goes on from step-00000007", "step": 7, "max_steps": 9}
+    told = {"reason": "resumes from step-00000007", "step": 7, "max_steps": 9}
     run_folder.RunFolder(tmp_path / "run").status(state, **told)
     assert in_kernel("1 / 0", tmp_path, "Batch").returncode == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"state": state, **told}

@@ -141,9 +141,9 @@ def test_what_can_not_be_watched_is_said_not_raised(settings, tmp_path, monkeypa
     monkeypatch.setattr(hooks, "watch_attention", refuse)
     list(distill(Config.from_dict({**settings, "control": "off"}), tmp_path / "run"))
     told = json.loads((tmp_path / "run" / "figures" / "inside.json").read_text())
-    assert told["without"] == "the models could not be watched: Odd does not take another attention function"
+    assert told["without"] == "the models could not be observed: Odd does not take another attention function"
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "No look inside the models" in page
+    assert "No analysis of the models" in page
     assert "layer similarity" not in page
 
 
@@ -156,14 +156,14 @@ def test_any_other_failure_costs_the_look_alone(settings, tmp_path, monkeypatch)
     assert found[-1]["kind"] == "verdict"
     told = json.loads((tmp_path / "run" / "figures" / "inside.json").read_text())
     assert "KeyError: 'ours'" in told["without"]
-    assert "No look inside the models" in (tmp_path / "run" / "report.html").read_text()
+    assert "No analysis of the models" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_sentence_needs_tokenizers_only(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_model", None)
     text = "The cat sat on the mat, and the dog looked at the cat. Caf\u00e9."
     demo.write_jsonl(tmp_path / "text.jsonl", [text])
-    pieces = internals.sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "text.jsonl")}))
+    pieces = internals.align_sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "text.jsonl")}))
     shown = "".join("".join(piece["teacher"]) for piece in pieces)
     assert shown.strip() == text.replace(
         "\u00e9", "\\xc3\\xa9"
@@ -173,7 +173,7 @@ def test_a_sentence_needs_tokenizers_only(settings, tmp_path, monkeypatch):
 def test_a_long_text_is_shown_up_to_a_whole_word(settings, tmp_path):
     words = " ".join(f"word{i}" for i in range(200))
     demo.write_jsonl(tmp_path / "long.jsonl", [words])
-    pieces = internals.sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "long.jsonl")}))
+    pieces = internals.align_sentence(Config.from_dict({**settings, "dataset": str(tmp_path / "long.jsonl")}))
     shown = "".join("".join(piece["teacher"]) for piece in pieces).strip()
     assert len(shown) <= internals.SHOWN_CHARS
     assert words[len(shown)] == " "

@@ -48,7 +48,7 @@ def saved(folder, texts, student, teacher):
     return {
         "teacher": str(folder / "teacher"), "student": str(folder / "student"), "dataset": str(folder / "text.jsonl"),
         "max_length": 48, "batch_size": 4, "max_steps": 4, "check_teacher": False, "eval_tokens": 300,
-        "kd_method": "inside_tokens",
+        "kd_method": "byte_prefix",
     }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def plain(tmp_path_factory, texts):
 
 
 def made(loaded, **changes):
-    config = Config.from_dict({"kd_method": "inside_tokens", "batch_size": 4, "max_length": 48, **changes})
+    config = Config.from_dict({"kd_method": "byte_prefix", "batch_size": 4, "max_length": 48, **changes})
     return inputs.make_objective(loaded.pair, config, copy.deepcopy(loaded.pair.student)).eval()
 
 
@@ -118,12 +118,12 @@ def compared(spellings, read, whole_V, piece_U, student, bucket_of=APART, tail=T
     names = sorted(set(found) - {None})
     wholes = [whole_V[found[name]].sum() for name in names] + [whole_V[found.get(None, [])].sum()]
     pieces = [piece_U[name] for name in names] + [1.0 - piece_U[names].sum()]
-    if student == "wholes" and None not in found:
+    if student == "outer" and None not in found:
         wholes, pieces = wholes[:-1], pieces[:-1]
     wholes, pieces = (torch.stack(side) / sum(side) for side in (wholes, pieces))
-    if student == "pieces":  # an end that no token has, or hardly any
+    if student == "inner":  # an end that no token has, or hardly any
         wholes = torch.cat([wholes[:-1], wholes[-1:].clamp_min(1e-6)])
-    return (wholes, pieces) if student == "wholes" else (pieces, wholes)
+    return (wholes, pieces) if student == "outer" else (pieces, wholes)
 
 
 def distance(ours, theirs, divergence="forward_kl", temperature=1.0):
@@ -145,13 +145,13 @@ def agree(spellings, read, whole, piece, student, bucket_of, tail):
     """Whether a text's own whole and the piece that follows `read` in it are one outcome."""
     found = outcomes(spellings, read, bucket_of, tail) or {}
     following = bucket_of[piece] if bucket_of[piece] in found else None
-    return whole in found.get(following, []) and (student == "pieces" or following in found)
+    return whole in found.get(following, []) and (student == "inner" or following in found)
 
 
 def by_hand(loaded, batch, student):
     """`(kd, positions)`: kd as a mean over common boundaries, and how many of the student's positions have a signal."""
     pair, readers = loaded.pair, (loaded.pair.student_reader, loaded.pair.teacher.reader)
-    buckets, teacher = trie.buckets_of(pair, "inside_tokens"), copy.deepcopy(pair.teacher.model).double()
+    buckets, teacher = trie.buckets_of(pair, "byte_prefix"), copy.deepcopy(pair.teacher.model).double()
     ours = student(batch.student_ids, attention_mask=batch.student_mask).logits.flatten(0, 1).softmax(-1)
     theirs = teacher(batch.teacher_ids, attention_mask=batch.teacher_mask).logits.flatten(0, 1).softmax(-1).detach()
     in_pieces = [tokenize.spellings(a, b.vocabulary.tokens) for a, b in itertools.permutations(readers)]
@@ -170,16 +170,16 @@ def by_hand(loaded, batch, student):
         how = buckets.student, buckets.tail
         for at in range(s0 + 1, s1):
             read = tuple(labels[0][s0:at])
-            if agree(in_pieces[0], read, following[1], labels[0][at], "pieces", *how):
+            if agree(in_pieces[0], read, following[1], labels[0][at], "inner", *how):
                 pieces = bucketed(ours[at], buckets.student)
-                total = total + distance(*compared(in_pieces[0], read, theirs[t0], pieces, "pieces", *how))
+                total = total + distance(*compared(in_pieces[0], read, theirs[t0], pieces, "inner", *how))
                 positions += 1
         how = buckets.teacher, buckets.tail
         for at in range(t0 + 1, t1):
             read = tuple(labels[1][t0:at])
-            if agree(in_pieces[1], read, following[0], labels[1][at], "wholes", *how):
+            if agree(in_pieces[1], read, following[0], labels[1][at], "outer", *how):
                 pieces = bucketed(theirs[at], buckets.teacher)
-                total = total + distance(*compared(in_pieces[1], read, ours[s0], pieces, "wholes", *how))
+                total = total + distance(*compared(in_pieces[1], read, ours[s0], pieces, "outer", *how))
     return total / len(batch.student_rows), positions
 
 
@@ -196,7 +196,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_oracle(loaded):
     assert_close(ours, gradients(student), 1e-3)
 
 
-@pytest.mark.parametrize("student", ["pieces", "wholes"])
+@pytest.mark.parametrize("student", ["inner", "outer"])
 @pytest.mark.parametrize("bucket_of", [APART, JOINED], ids=["apart", "joined"])
 @pytest.mark.parametrize(
     "how",
@@ -209,7 +209,7 @@ def test_the_divergence_is_the_oracles_in_float64(student, bucket_of, how):
     wholes = torch.randn(3, len(SPELLINGS), generator=generator, dtype=torch.float64, requires_grad=True)
     pieces = torch.randn(4, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     whole_order = torch.randperm(len(SPELLINGS), generator=generator)
-    trie = trie_of(student, bucket_of, whole_columns=whole_order.__getitem__)
+    trie = trie_of(student, bucket_of, outer_columns=whole_order.__getitem__)
     asked = [(0, 3, (1,)), (2, 1, (1, 2)), (0, 0, (6,)), (1, 2, (1, 2, 3)), (1, 2, (6,)), (0, 3, (1,))]
     nodes = np.array([node_of(trie, read) for _, _, read in asked])
     rows, at = np.array([row for row, _, _ in asked]), np.array([at for _, at, _ in asked])
@@ -221,7 +221,7 @@ def test_the_divergence_is_the_oracles_in_float64(student, bucket_of, how):
         expected.append(distance(*compared(SPELLINGS, read, *sides, student, bucket_of), *how))
     assert found.tolist() == pytest.approx([value.item() for value in expected], rel=1e-9)
     assert min(found.tolist()) > 0.0
-    learns = wholes if student == "wholes" else pieces
+    learns = wholes if student == "outer" else pieces
     weights = torch.arange(1.0, 7.0, dtype=torch.float64)
     (ours,) = torch.autograd.grad((found * weights).sum(), learns, retain_graph=True)
     (theirs,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), learns)
@@ -234,7 +234,7 @@ def node_of(trie, read):
     return int(walked[2][-1]) if len(walked[0]) and walked[0][-1] == len(read) else 0
 
 
-@pytest.mark.parametrize("student", ["pieces", "wholes"])
+@pytest.mark.parametrize("student", ["inner", "outer"])
 @pytest.mark.parametrize("bucket_of", [APART, JOINED], ids=["apart", "joined"])
 def test_a_place_agrees_where_the_texts_own_tokens_are_one_outcome(student, bucket_of):
     trie, seen = trie_of(student, bucket_of), set()
@@ -247,7 +247,7 @@ def test_a_place_agrees_where_the_texts_own_tokens_are_one_outcome(student, buck
 
 
 def test_a_walk_knows_what_was_read_since_the_boundary():
-    trie = trie_of("wholes")
+    trie = trie_of("outer")
     labels = np.array([9, 1, 2, 3, 9, 5, 1, 9, 1, 2, windowing.IGNORE, 2, 6, 7])
     firsts, stops = np.array([1, 5, 8, 12, 12]), np.array([5, 8, 11, 12, 14])
     positions, spans, nodes = trie.match(labels, firsts, stops)
@@ -258,17 +258,17 @@ def test_a_walk_knows_what_was_read_since_the_boundary():
     assert sorted(set(nodes.tolist())) == [1, 2, 3, 4]
     assert node_of(trie, (5,)) == node_of(trie, (2,)) == node_of(trie, (1, 2, 3, 3)) == node_of(trie, (1, 100)) == 0
     assert trie.ends[nodes].tolist() == [True, True, True, True, True, False]
-    assert trie_of("pieces").ends.tolist() == [False, True, True, True, True]
+    assert trie_of("inner").ends.tolist() == [False, True, True, True, True]
     assert trie.match(labels, firsts[:0], stops[:0]).shape == (3, 0)
-    nothing = Trie.build([(), (1,), (2,)], "pieces", APART, TAIL)
+    nothing = Trie.build([(), (1,), (2,)], "inner", APART, TAIL)
     assert nothing.match(labels, firsts, stops).shape == (3, 0)
 
 
 def test_is_zero_where_both_say_the_same_and_where_nothing_is_said():
-    tries = {student: trie_of(student) for student in ("pieces", "wholes")}
+    tries = {student: trie_of(student) for student in ("inner", "outer")}
     wholes = torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.2, 0.1, 0.0, 0.05, 0.15, 0.0]], dtype=torch.float64)
     same = torch.tensor([[0.02, 0.1, 0.6, 0.0, 0.2, 0.04, 0.04], [0.7, 0.25, 0.75, 0.1, 0.1, 0.1, 0.1]]).double()
-    nodes, rows = np.array([node_of(tries["wholes"], read) for read in ((1,), (6,))]), np.zeros(2, dtype=np.int64)
+    nodes, rows = np.array([node_of(tries["outer"], read) for read in ((1,), (6,))]), np.zeros(2, dtype=np.int64)
     for tree in tries.values():
         found = tree.divergence((wholes.log(), rows[:1]), (same.log(), rows[:1]), nodes[:1])
         assert found.abs().item() < 1e-12
@@ -277,7 +277,7 @@ def test_is_zero_where_both_say_the_same_and_where_nothing_is_said():
         found = tree.divergence(given, (same.log().requires_grad_(), rows[:1]), nodes[:1], "jsd")
         assert found.item() == 0.0
         assert not torch.autograd.grad(found, nothing, allow_unused=True)[0].any()
-    after_6 = tries["wholes"].divergence((wholes.log(), rows), (same.log(), np.array([0, 1])), nodes)
+    after_6 = tries["outer"].divergence((wholes.log(), rows), (same.log(), np.array([0, 1])), nodes)
     assert after_6.abs().max().item() < 1e-12  # there come 1 and 2 as 1 to 3, whatever else a teacher says
 
 
@@ -358,7 +358,7 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
         Trie.build(
             tokenize.spellings(a, b.vocabulary.tokens), student, np.arange(a.vocabulary.num_rows), a.vocabulary.num_rows
         )
-        for student, (a, b) in zip(("pieces", "wholes"), itertools.permutations((ours, theirs)), strict=True)
+        for student, (a, b) in zip(("inner", "outer"), itertools.permutations((ours, theirs)), strict=True)
     ]
     document = Document("The first item, THE QUICK BROWN FOX, the list 東京 and a dog.")
     windows = windowing.cut_windows(
@@ -376,7 +376,7 @@ def test_a_text_that_a_normaliser_changed_or_that_is_not_learned_has_no_signal_i
             if side == "student":
                 seen += int(np.isin(np.arange(first + 1, stop), walked.positions).sum())
     assert seen == len(walked.positions)
-    assert seen + len(walked.inner) > 0
+    assert seen + len(walked.inner_positions) > 0
 
 
 def test_half_precision_is_finite_and_near(plain):
@@ -400,7 +400,7 @@ def test_nothing_is_asked_or_walked_where_kd_is_off(plain, monkeypatch):
     assert set(found) == {"lm", "layerwise"}
 
 
-@pytest.mark.parametrize("student", ["pieces", "wholes"])
+@pytest.mark.parametrize("student", ["inner", "outer"])
 @pytest.mark.parametrize("bucket_of", [APART, JOINED], ids=["apart", "joined"])
 @pytest.mark.parametrize("k", [1, 2, 9])
 @pytest.mark.parametrize("how", [("forward_kl", 1.0), ("jsd", 2.0)], ids=lambda how: f"{how[0]} {how[1]}")
@@ -412,12 +412,12 @@ def test_what_a_teacher_says_in_short_is_the_oracles_in_float64(student, bucket_
     trie = trie_of(student, bucket_of)
     asked = [(0, 3, (1,)), (2, 1, (1, 2)), (0, 0, (6,)), (1, 2, (1, 2, 3))]
     nodes = np.array([node_of(trie, read) for _, _, read in asked])
-    at = {"wholes": np.array([row for row, _, _ in asked]), "pieces": np.array([row for _, row, _ in asked])}
+    at = {"outer": np.array([row for row, _, _ in asked]), "inner": np.array([row for _, row, _ in asked])}
     by_bucket = in_buckets(pieces.softmax(-1), bucket_of).log()
-    sides = {"wholes": wholes.log_softmax(-1), "pieces": by_bucket}
-    teacher = "wholes" if student == "pieces" else "pieces"
+    sides = {"outer": wholes.log_softmax(-1), "inner": by_bucket}
+    teacher = "outer" if student == "inner" else "inner"
     short = trie.shortlist(sides[teacher], at[teacher], nodes, k, how[1])
-    found = trie.divergence_from(short, sides[student], at[student], nodes, *how)
+    found = trie.divergence_from_shortlist(short, sides[student], at[student], nodes, *how)
     expected = []
     for place, (row, other, read) in enumerate(asked):
         ours, theirs = compared(SPELLINGS, read, wholes.softmax(-1)[row], by_bucket.exp()[other], student, bucket_of)
@@ -434,22 +434,22 @@ def test_what_a_teacher_says_in_short_is_the_oracles_in_float64(student, bucket_
         expected.append(how[1] ** 2 * distance(ours[there], theirs.detach()[there], how[0]))
     assert found.tolist() == pytest.approx([value.item() for value in expected], rel=1e-7)
     weights = torch.arange(1.0, 5.0, dtype=torch.float64)
-    learns = {"wholes": wholes, "pieces": pieces}[student]
+    learns = {"outer": wholes, "inner": pieces}[student]
     (ours,) = torch.autograd.grad((found * weights).sum(), learns, retain_graph=True)
     (theirs,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), learns)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
 def test_a_teacher_that_says_nothing_is_kept_as_such():
-    trie = trie_of("pieces")
+    trie = trie_of("inner")
     wholes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.3, 0.0, 0.1, 0.1, 0.0]]).log()
     nodes, row = np.array([node_of(trie, (1,))]), np.zeros(1, dtype=np.int64)
     silent = trie.shortlist(wholes, row, nodes, 3)
     assert (silent.log_probs < NO_MASS).all()
-    read = teacher_cache._distributions(silent.log_probs.numpy().astype(np.float16).astype(np.float32))
+    read = teacher_cache._renormalise(silent.log_probs.numpy().astype(np.float16).astype(np.float32))
     silent = TopKLogProbs(silent.ids, torch.from_numpy(read))
     ours = torch.full((1, 7), 1 / 7).log().requires_grad_()
-    found = trie.divergence_from(silent, ours, row, nodes)
+    found = trie.divergence_from_shortlist(silent, ours, row, nodes)
     assert found.item() == 0.0
     assert not torch.autograd.grad(found.sum(), ours)[0].any()
 
@@ -464,19 +464,17 @@ def test_buckets_may_be_cut(plain):
 
 def test_the_doctor_tells_the_share_of_positions_with_a_signal(plain):
     values, loaded = plain
-    found = {each.name: each for each in doctor.diagnose(Config.from_dict(values))}["kd inside_tokens, chosen"]
+    found = {each.name: each for each in doctor.diagnose(Config.from_dict(values))}["kd byte_prefix, chosen"]
     objective, known, inside_ours, inside_theirs = made(loaded), 0, 0, 0
     for window in loaded.pair.sample:
         batch = batching.collate([window])
         walked = partial_tokens.PartialTokens.build(objective.tries, batch)
-        inside_ours, inside_theirs = inside_ours + len(walked.positions), inside_theirs + len(walked.inner)
-        known += int(partial_tokens.agreeing(objective.buckets, batch).sum())
+        inside_ours, inside_theirs = inside_ours + len(walked.positions), inside_theirs + len(walked.inner_positions)
+        known += int(partial_tokens.agreement_mask(objective.buckets, batch).sum())
     positions = sum(window.num_positions for window in loaded.pair.sample)
     assert found.number == (known + inside_ours) / positions
     assert found.value.startswith(f"{found.number:.1%} of the student's positions have a signal, ")
-    assert (
-        f"{inside_ours / positions:.1%} inside a teacher's token; {inside_theirs / positions:.1%} more" in found.value
-    )
+    assert f"{inside_ours / positions:.1%} inside a teacher token; {inside_theirs / positions:.1%} more" in found.value
     assert min(inside_ours, inside_theirs) > 0
 
 
@@ -484,7 +482,7 @@ def steps_of(config, device=None):
     loaded = inputs.load(config, "cpu", torch.float32, device)
     objective = inputs.make_objective(loaded.pair, config)
     torch.manual_seed(0)
-    machine, layout = accelerate.Accelerator(cpu=True), (loaded.pair.pads, loaded.pair.widest)
+    machine, layout = accelerate.Accelerator(cpu=True), (loaded.pair.pads, loaded.pair.max_row_width)
     training = loop.TrainLoop(objective, loaded.pair.teacher, loaded.train, 4, config, machine, clock.Clock(), *layout)
     records = [{name: value for name, value in vars(record).items() if name != "step_s"} for record in training]
     return records, objective
@@ -517,7 +515,7 @@ def test_a_run_cut_off_ends_as_if_it_never_was(plain, tmp_path):
     assert all(0.5 < figures["kd_positions"] <= 1.0 for *_, figures in wanted.values())
     mean = np.mean([figures["kd_positions"] for *_, figures in wanted.values()])
     assert (
-        f"; {mean:.0%} got teacher signal, the others inside tokens."
+        f"; {mean:.0%} had a teacher signal, including positions inside tokens"
         in (tmp_path / "whole" / "report.html").read_text()
     )
     weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]

@@ -85,7 +85,7 @@ def test_a_changed_carrying_cell_says_so(tmp_path):
     other = "A" if source[start] != "A" else "B"
     ran = run_cell(source[:start] + other + source[start + 1 :], tmp_path)
     assert ran.returncode == 1
-    assert ran.stderr.startswith("The cell that holds kdlib was changed")
+    assert ran.stderr.startswith("The cell with the kdlib package was changed")
 
 
 def typed(**texts):
@@ -102,7 +102,7 @@ def test_parameters_take_the_type_they_have_in_the_notebook():
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
-        ({"teacher_steps": "many"}, "takes a whole number, as 200 is; got 'many'"),
+        ({"teacher_steps": "many"}, "takes a whole number, such as 200; got 'many'"),
         ({"taecher": "a/b"}, "did you mean 'teacher'?"),
         ({"max_stpes": "3"}, "did you mean 'max_steps'?"),
         ({"kd_method": "projektor"}, "did you mean 'projector'?"),
@@ -222,7 +222,7 @@ def test_a_push_that_never_gets_an_answer_ends_with_one_line(server, tmp_path):
     server.faults["SaveKernel"] = ["500"] * 20
     ran = command(server, tmp_path, "push", FIRST)
     assert (ran.returncode, ran.stderr) == (
-        1, "kaggle: ann/kdlib-distill could not be pushed in 6 tries; no version was made as far as can be seen\n",
+        1, "kaggle: ann/kdlib-distill could not be pushed in 6 attempts; no new version was found\n",
     )  # fmt: skip
     assert len(pushes(server)) == 6
 
@@ -241,7 +241,7 @@ def test_a_source_that_kaggle_does_not_find_is_no_success(server, tmp_path, vers
     server.invalid = {f"invalid{kind}Sources": ["ann/typo"]}
     ran = command(server, tmp_path, "push", FIRST, version)
     assert ran.returncode == 1
-    assert f"runs without what Kaggle did not find: {kind.lower()} ann/typo" in ran.stderr
+    assert f"runs without sources that Kaggle did not find: {kind.lower()} ann/typo" in ran.stderr
 
 
 def test_without_credentials_or_permission_one_line_says_so(server, tmp_path):
@@ -251,7 +251,7 @@ def test_without_credentials_or_permission_one_line_says_so(server, tmp_path):
     server.faults["SaveKernel"] = ["403"]
     ran = command(server, tmp_path, "push", FIRST)
     assert ran.returncode == 1
-    assert "the token valid?)" in ran.stderr and "0123456789abcdef" not in ran.stderr + ran.stdout
+    assert "the slug and the token)" in ran.stderr and "0123456789abcdef" not in ran.stderr + ran.stdout
 
 
 def test_nothing_is_sent_for_a_mistake_or_a_dry_run(server, tmp_path):

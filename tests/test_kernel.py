@@ -47,7 +47,7 @@ def check_paused(out):
     status = files.read_json(out / "status.json")
     path, groups, _, broken = checkpoint.newest(out / "checkpoints")
     assert (status["state"], broken) == ("paused", {})
-    assert f"goes on from {path.name}" in status["reason"]
+    assert f"resumes from {path.name}" in status["reason"]
     done = [r["step"] for r in files.read_records(out / "records.jsonl") if r["kind"] == "train"]
     assert path.name == checkpoint.folder_name(done[-1])
     assert "optimizer" in groups

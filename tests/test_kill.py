@@ -15,7 +15,7 @@ from processes import CONTEXT
 from kdlib import files
 from kdlib.config import Config
 from kdlib.report import html
-from kdlib.session import checkpoint, checkpoint_schedule, session
+from kdlib.session import checkpoint, session
 
 SAVE_STEPS = 3
 READ_FIRST = {"max_length": 160, "batch_size": 8, "max_steps": 12, "eval_steps": 4, "save_steps": 3, "control": "off"}
@@ -28,7 +28,7 @@ def drive(settings, out, by_the_clock, figures=True):
     if not figures:
         html.write_report = lambda folder: None
     if by_the_clock:
-        checkpoint_schedule.SAVE_EVERY_S, checkpoint_schedule.SAVE_SHARE = 0.05, 1.0
+        checkpoint.SAVE_EVERY_S, checkpoint.SAVE_SHARE = 0.05, 1.0
     for _ in session.distill(Config.from_dict(settings), out):
         pass
 

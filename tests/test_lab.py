@@ -26,12 +26,12 @@ KERNELS = {"newest": "", "6.17.1": "kernels/6.17.1", "6.30.1": "kernels/6.30.1"}
 """Kaggle's image has 6.17.1; the newest one of the 6 is another piece of code; all are run with the tests' own packages."""
 CELL = """
 import torch
-from kdlib import Config, cli, dashboard, distill
+import kdlib
 torch.set_num_threads(1)
-cli.quiet()
-panel = dashboard.Panel()
-for record in distill(Config.from_dict({settings!r}), "run", wishes=panel.wishes):
-    panel.show(record)
+kdlib.quiet()
+panel = kdlib.LivePanel()
+for record in kdlib.distill(kdlib.Config.from_dict({settings!r}), "run", wishes=panel.wishes):
+    panel.update(record)
 panel.close()
 print("ended", record["kind"], panel.problem, "share under a hundredth:", panel.share < 0.01)
 """
@@ -103,7 +103,7 @@ def test_each_button_does_what_it_says(settings, tmp_path, kernel):
     told = json.loads(ran.stdout.splitlines()[-1])
     run = run_folder.RunFolder(tmp_path / "run")
     looks = [r for r in files.read_records(run.records.path) if r.get("asked")]
-    assert told["evaluate"] == f"step {looks[0]['step']}: {looks[0]['bits_per_byte']:.4f} bits per byte, for a look"
+    assert told["evaluate"] == f"step {looks[0]['step']}: {looks[0]['bits_per_byte']:.4f} bits per byte, on request"
     assert len(looks) == 1
     step, name = told["save"].split(": saved as ")
     assert name == f"step-{int(step.split()[1]):08d}"

@@ -16,23 +16,23 @@ PACKAGES = {
     "models": {"align", "data", "losses"},
     "training": {"align", "data", "losses", "models"},
     "evaluation": {"align", "data", "losses", "models", "report"},
-    "session": {"align", "data", "losses", "models", "training", "evaluation", "report", "machine", "keys"},
+    "session": {"align", "data", "losses", "models", "training", "evaluation", "report", "machine"},
 }
 """What each package may import, beside the small modules."""
 STANDARD_LIBRARY_ONLY = {
-    "clock", "config", "environment", "files", "keys", "session.alerts", "session.requests",
-    "session.run_folder", "session.time_budget", "report.findings", "training.schedule",
+    "clock", "config", "environment", "files", "session.alerts", "session.requests",
+    "session.run_folder", "session.time_budget", "report.findings",
 }  # fmt: skip
 ROOMS = [
-    (r"\blog_softmax\b", {"losses.divergences"}),
+    (r"(?<!divergences\.)\blog_softmax\b", {"losses.divergences"}),
     (r"\bplt\.|matplotlib", {"report.style"}),
     (r"-100", {"data.windowing", "losses.divergences", "models.loading"}),
     (r"\btokenizer\(", {"data.tokenize", "data.chat", "evaluation.samples"}),
-    (r"\.from_pretrained\(", {"models.loading", "session.export", "report.html"}),
+    (r"\.from_pretrained\(", {"models.loading", "session.finish", "report.html"}),
     (r"\.backward\(|optimizer\.step\(", {"training.loop", "training.peak_memory"}),
     (r"os\.replace|safetensors", {"session.checkpoint", "files", "environment", "models.teacher_cache"}),
     (r"os\.environ|/kaggle/", {"environment"}),
-    (r"\btime\.", {"clock"}),
+    (r"\btime\.\w", {"clock"}),
     (r"inference_mode\(", {"models.teacher"}),
     (r"Interface\.register|register_forward", {"models.hooks"}),
     (r"reduction=", {"losses.divergences"}),

@@ -62,15 +62,15 @@ def test_a_tally_counts_what_is_alive_once():
         a = before + 1
         b = a.view(10, 100)[2:]  # no memory of its own
         before.add_(1)
-        assert (tally.now, tally.mark()[0]) == (4000, 4000)
+        assert (tally.current, tally.mark()[0]) == (4000, 4000)
         a = a.double()
-        assert tally.now == 12000
+        assert tally.current == 12000
         del b
-        assert (tally.now, tally.mark()[0], tally.mark()[0]) == (8000, 12000, 8000)
+        assert (tally.current, tally.mark()[0], tally.mark()[0]) == (8000, 12000, 8000)
         with torch.inference_mode():
             torch.nn.functional.linear(torch.ones(5, 10), torch.ones(20, 10), torch.ones(20))
-        assert (tally.now, tally.mark()[0]) == (8000, 8000 + 4 * (50 + 200 + 20 + 100))
-    assert torch.ones(7).sum() == 7 and tally.now == 8000
+        assert (tally.current, tally.mark()[0]) == (8000, 8000 + 4 * (50 + 200 + 20 + 100))
+    assert torch.ones(7).sum() == 7 and tally.current == 8000
 
 
 def test_a_machine_tells_its_memory():
@@ -132,7 +132,7 @@ def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
     with memory.AllocationTracker("cpu") as tally:
         for _ in range(3):
             next(steps)
-    assert predicted == pytest.approx(tally.most, rel=0.02)
+    assert predicted == pytest.approx(tally.peak, rel=0.02)
     assert peak_memory.predicted_bytes(training) - USED == pytest.approx(
         predicted - 8 * sum(p.numel() for p in training.objective.parameters()), rel=0.02
     )  # the moments are there now
@@ -150,15 +150,15 @@ def test_a_pass_over_all_windows_needs_no_other(settings, monkeypatch, chunk_siz
 
 def test_what_an_allocator_keeps_grows_with_the_windows():
     """Points of 2 and of 4 windows: 100 and 160 bytes alive, 20 and 50 more in use; ten windows."""
-    assert peak_memory._height(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)
-    assert peak_memory._height(4, 4, 4, 1000, (100, 990), (100, 990)) == (100, 0)
+    assert peak_memory._extrapolate(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)
+    assert peak_memory._extrapolate(4, 4, 4, 1000, (100, 990), (100, 990)) == (100, 0)
 
 
 def test_what_was_alive_elsewhere_is_not_counted_again():
     """A point with little alive, where the allocator still holds what an earlier pass has let go."""
     lively, less, idle = ((200, 1010), (220, 1010)), ((150, 1020), (160, 1045)), ((8, 1000), (16, 1133))
-    assert peak_memory._top(1, 2, 8, 1000, [lively, idle]) == 220 + 6 * 20 + 10
-    assert peak_memory._top(1, 2, 8, 1000, [idle, less, lively]) == (160 + 6 * 10) + (45 + 6 * 25)
+    assert peak_memory._peak(1, 2, 8, 1000, [lively, idle]) == 220 + 6 * 20 + 10
+    assert peak_memory._peak(1, 2, 8, 1000, [idle, less, lively]) == (160 + 6 * 10) + (45 + 6 * 25)
 
 
 def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_p
     assert peak_memory.predicted_bytes(training) == math.inf
     found = distil({**settings, "control": "off"}, tmp_path / "run")
     (alert,) = [r for r in found if r["kind"] == "alert"]
-    assert alert["meaning"].endswith("of memory, and training will take more than that")
+    assert alert["meaning"].startswith("the predicted peak exceeds")
     assert {r["memory"]["predicted_bytes"] for r in found if r["kind"] == "train"} == {None}
 
 
@@ -190,7 +190,7 @@ def test_layers_made_anew_give_the_same_loss_and_gradients(settings, tmp_path, k
         with memory.AllocationTracker("cpu") as tally:
             _, values = training._gradients_that_fit(training.windows[:8], training.objective.weights(), True, None)
         gradients = {name: p.grad for name, p in training.objective.named_parameters()}
-        found.append((values, gradients, tally.most))
+        found.append((values, gradients, tally.peak))
     (values, gradients, most), (again, anew, less) = found
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
     for (parts, squares), (others, measured) in zip(values, again, strict=True):
@@ -251,13 +251,13 @@ def test_layers_are_made_anew_where_a_step_would_not_fit(tight, tmp_path, monkey
     )
     found = distil(settings, tmp_path / "run")
     (alert,) = [r for r in found if r["kind"] == "alert"]
-    assert (alert["sign"], alert["step"], "made anew" in alert["meaning"]) == ("memory", 0, True)
+    assert (alert["sign"], alert["step"], "gradient checkpointing is on" in alert["meaning"]) == ("memory", 0, True)
     assert {r["memory"]["predicted_bytes"] for r in found if r["kind"] == "train"} == {anew}
     assert seen[-3:] == [True] * 3
     seen.clear()
     found = distil({**settings, "gradient_checkpointing": "off"}, tmp_path / "off")
     (alert,) = [r for r in found if r["kind"] == "alert"]
-    assert "will take" in alert["meaning"] and not any(seen)
+    assert "exceeds" in alert["meaning"] and not any(seen)
     assert {r["memory"]["predicted_bytes"] for r in found if r["kind"] == "train"} == {plain}
 
 
@@ -291,7 +291,7 @@ def test_every_process_does_as_the_first_one(settings, monkeypatch):
 def test_the_control_decides_for_itself(tight, tmp_path, monkeypatch):
     """It has no teacher signal to keep: with room for that alone it runs plain, and its steps are timed so."""
     settings, *_ = tight
-    config = Config.from_dict(settings).plain().to_dict()
+    config = Config.from_dict(settings).control_config().to_dict()
     plain, _ = heights(config, monkeypatch)
     whole, anew = heights(settings, monkeypatch)
     assert max(plain, anew) < whole

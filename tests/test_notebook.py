@@ -213,7 +213,7 @@ def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
             (tmp_path / "run" / name).write_text(json.dumps(content))
     shown = kernel_of("results", run="run")
     assert "There is no verdict yet." in shown and shown.count("image/png") == 5
-    assert ("running" if "status" in files else "begun, status.json can't be read") in shown
+    assert ("running" if "status" in files else "started, status.json cannot be read") in shown
     assert not (tmp_path / "status.json").exists()
 
 
@@ -221,20 +221,20 @@ def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
 def test_results_of_no_run_end_their_kernel_well(kernel_of, tmp_path):
     kernel_of("results", run="nowhere")
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status["reason"].startswith("ValueError: nowhere holds no run")
+    assert status["reason"].startswith("ValueError: nowhere is not a run folder")
 
 
 def test_ways_that_are_finished_are_shown_where_the_time_ends(kernel_of, settings, tmp_path):
     config = Config.from_dict({**settings, **OF_A_KERNEL, "control": "full"})
-    list(distill(config.replace(kd_method="shared_prefix"), tmp_path / "ways" / "shared_prefix"))
-    ways = {"methods": ["shared_prefix", "shared_vocab", "inside_tokens"], "parts": {}, "out": "ways"}
+    list(distill(config.replace(kd_method="first_token"), tmp_path / "ways" / "first_token"))
+    ways = {"methods": ["first_token", "shared_vocab", "byte_prefix"], "parts": {}, "out": "ways"}
     changes = {name: value for name, value in settings.items() if name not in ("teacher", "student", "dataset")}
     shown = kernel_of("losses_compared", **ways, settings={**changes, **OF_A_KERNEL}, time_budget=SPENT)
     assert "shared_vocab was paused: " in shown
-    assert "| shared_prefix |" in shown and "| shared_vocab |" not in shown
+    assert "| first_token |" in shown and "| shared_vocab |" not in shown
     assert shown.count("image/png") == 2
-    assert not (tmp_path / "ways" / "inside_tokens").exists()
-    assert (tmp_path / "ways" / "shared_prefix" / "verdict.json").exists()
+    assert not (tmp_path / "ways" / "byte_prefix").exists()
+    assert (tmp_path / "ways" / "first_token" / "verdict.json").exists()
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_a_notebook_whose_time_is_over_at_once_ends_its_kernel_well(kernel_of, t
 def test_a_comparison_of_caches_may_pause(kernel_of, tmp_path, pair, settings):
     """The cache is whole, and no time is left to train from it."""
     named = {name: str(pair / file) for name, file in NAMED.items()}
-    list(cache_writer.write(Config.from_dict({"kd_top_k": 64, **OF_A_KERNEL, **named}), tmp_path / "made"))
+    list(cache_writer.cache_teacher(Config.from_dict({"kd_top_k": 64, **OF_A_KERNEL, **named}), tmp_path / "made"))
     shown = kernel_of("teacher_cache", out="made", settings=OF_A_KERNEL, time_budget=SPENT)
     assert "The cache is complete." in shown and "live teacher was paused: " in shown
     assert not (tmp_path / "status.json").exists()
@@ -257,7 +257,7 @@ def test_a_comparison_of_caches_may_pause(kernel_of, tmp_path, pair, settings):
 
 def test_every_cell_that_may_fail_is_guarded():
     """A batch kernel that ends with an error loses its files: what runs, reads or draws stands under `kaggle.guard`."""
-    risky = re.compile(r"\b(distill|cache\.write|examine|sentence|read_\w+|write_report|plots\.\w+|charts\.\w+)\(")
+    risky = re.compile(r"\b(distill|cache_teacher|diagnose|align_sentence|demo_config|Run|plot\w*|report|loads)\(")
     for path in NOTEBOOKS:
         for cell in cells(path):
             for node in ast.parse("".join(cell["source"])).body:
@@ -265,6 +265,18 @@ def test_every_cell_that_may_fail_is_guarded():
                     "guard" in ast.unparse(item) for item in ast.walk(node) if isinstance(item, ast.With)
                 ]  # fmt: skip
                 assert any(guards) or not risky.search(ast.unparse(node)), (path.stem, ast.unparse(node))
+
+
+def test_every_notebook_uses_the_public_interface_alone():
+    """`import kdlib` and its public names: no module of the package is imported or reached through it."""
+    import kdlib
+
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                assert not (isinstance(node, ast.ImportFrom) and node.module.startswith("kdlib")), path.stem
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kdlib":
+                    assert node.attr in kdlib.__all__, (path.stem, node.attr)
 
 
 def test_what_is_stale_is_seen():

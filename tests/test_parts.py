@@ -19,15 +19,14 @@ from kdlib.config import Config
 from kdlib.data import batching, tokenize, windowing
 from kdlib.losses import divergences, partial_tokens
 from kdlib.models import hooks, trie
-from kdlib.models.projector import FeatureMap, Standard
-from kdlib.models.router import FLOOR, LayerRouter
+from kdlib.models.projector import FLOOR, FeatureMap, LayerRouter, Standard
 from kdlib.session import inputs
 from kdlib.training import loop, terms
 
 EVERYTHING = {
     "attention_layers": 2,
     "layerwise_weight": 0.3, "attention_weight": 0.2, "attention_alignment_weight": 0.2, "routing_feature_weight": 0.4,
-    "contrastive_weight": 0.1, "kd_method": "shared_prefix",
+    "contrastive_weight": 0.1, "kd_method": "first_token",
 }  # fmt: skip
 FEATURES = sorted(terms.FEATURES)
 
@@ -77,7 +76,7 @@ def test_every_part_is_finite_and_teaches_the_student(loaded):
         assert loss.item() == pytest.approx(EVERYTHING[f"{name}_weight"] * found[name].item(), rel=1e-5)
         norm = sum(float(p.grad.square().sum()) for p in objective.student.parameters() if p.grad is not None)
         assert norm > 0, name
-        assert all(p.grad is not None and p.grad.any() for p in objective.beside.parameters()), name
+        assert all(p.grad is not None and p.grad.any() for p in objective.adapters.parameters()), name
 
 
 def test_the_teachers_head_is_not_decoded_for_nothing(loaded, monkeypatch):
@@ -154,7 +153,7 @@ def test_features_are_fed_from_the_aligned_positions_of_both_models(loaded):
         batch.rows_by_window,
     )
     for name in ("layerwise", "routing_feature", "contrastive"):
-        expected = terms.FEATURES[name].values(objective, match).mean().item()
+        expected = terms.FEATURES[name].fn(objective, match).mean().item()
         assert found[name].item() == pytest.approx(expected, rel=1e-4), name
 
 
@@ -181,12 +180,12 @@ def test_gradient_norms_are_those_of_each_part_alone(loaded):
                 lambda _, __, out, keep=keep: keep("state", out.last_hidden_state)
             ),
             layers[-1].register_forward_hook(lambda _, __, out, keep=keep: keep("layers", out)),
-            layers[lowest - 1].register_forward_hook(lambda _, __, out, keep=keep: keep("below", out)),
+            layers[lowest - 1].register_forward_hook(lambda _, __, out, keep=keep: keep("attention_input", out)),
         ]
         loss, _, squares = told(loaded, only, batch, measure=True)
         for handle in handles:
             handle.remove()
-        place = only.parts[name].on
+        place = only.terms[name].reads
         place = "state" if place == "logits" else place
         assert lowest > 0
         (gradient,) = torch.autograd.grad(loss, touched[place])
@@ -203,7 +202,7 @@ def test_a_part_that_is_off_costs_nothing_and_gives_zero_gradients(loaded):
     loss, found, _ = objective(batch, loaded.pair.teacher(batch, **wanted), counts_of(batch), weights)
     assert set(found) == {"lm", "kd"}
     loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for p in objective.beside.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in objective.adapters.parameters())
 
 
 def parts_free_taps():
@@ -261,13 +260,13 @@ def twins(tmp_path, texts, **changes):
     return inputs.load(config_of(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "chunk_likelihood"])
+@pytest.mark.parametrize("method", ["shared_vocab", "first_token", "chunk_likelihood"])
 def test_is_zero_when_student_equals_teacher(tmp_path, texts, method):
     loaded = twins(tmp_path, texts)
     objective = made(loaded, kd_method=method)
     batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
     with torch.no_grad():
-        for each in objective.beside["layerwise"]:
+        for each in objective.adapters["layerwise"]:
             each.weight.copy_(torch.eye(16))
     _, found, _ = told(loaded, objective, batch)
     for name in ("kd", "attention", "attention_alignment", "layerwise"):
@@ -356,9 +355,12 @@ def test_the_router_learns_and_asks_nothing_of_the_student():
 def test_contrastive_negatives_stay_within_their_window():
     match = terms.FeatureBatch(None, type("Signal", (), {"hidden": torch.randn(7, 6)})(), torch.randn(7, 4), (3, 4))
     beside = torch.nn.ModuleDict({"contrastive": FeatureMap(4, 6)})
-    found = terms.contrastive(type("Objective", (), {"beside": beside})(), match)
+    found = terms.contrastive(type("Objective", (), {"adapters": beside})(), match)
     mapped, target = beside["contrastive"](match.state, match.teacher.hidden)
-    cosine = torch.nn.functional.cosine_similarity(mapped[:, None], target[None], dim=-1).detach() / terms.CONTRAST
+    cosine = (
+        torch.nn.functional.cosine_similarity(mapped[:, None], target[None], dim=-1).detach()
+        / terms.CONTRASTIVE_TEMPERATURE
+    )
     for row, window in itertools.chain(((i, range(3)) for i in range(3)), ((i, range(3, 7)) for i in range(3, 7))):
         whole = sum(math.exp(cosine[row, j]) for j in window)
         assert found[row].item() == pytest.approx(-math.log(math.exp(cosine[row, row]) / whole), rel=1e-4)
@@ -371,7 +373,7 @@ def small_pair(folder, texts):
     return inputs.load(config_of(folder))
 
 
-@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix"])
+@pytest.mark.parametrize("method", ["shared_vocab", "first_token"])
 def test_temperature_softens_buckets_and_not_tokens(tmp_path, texts, method):
     loaded = small_pair(tmp_path, texts)
     objective = made(loaded, kd_method=method, kd_temperature=3.0, kd_divergence="reverse_kl")
@@ -388,7 +390,7 @@ def test_temperature_softens_buckets_and_not_tokens(tmp_path, texts, method):
         soft = sums ** (1 / 3.0)
         told_by.append(soft / soft.sum(-1, keepdim=True))
     ours, theirs = told_by
-    agree = partial_tokens.agreeing(buckets, batch)
+    agree = partial_tokens.agreement_mask(buckets, batch)
     assert 0.5 < agree.float().mean() < 1.0
     expected = 9.0 * (ours * (ours / theirs).log()).sum(-1).where(agree, 0.0).mean()
     assert found["kd"].item() == pytest.approx(expected.item(), rel=1e-4)
@@ -442,20 +444,20 @@ def test_a_span_ends_at_the_next_boundary_and_holds_no_token_that_was_changed_or
         off = [~np.isin(every, places) for places in (changed, marks, prompts)]
         return tokenize.Encoded(every, every, off[0], off[0], every, off[1], off[2])
 
-    assert windowing._spans(side(7), side(6), boundaries).tolist() == [True, True, True, True, False]
-    assert windowing._spans(side(7, changed=[2]), side(6), boundaries).tolist() == [True, False, True, True, False]
-    assert windowing._spans(side(7, marks=[4]), side(6), boundaries).tolist() == [True, True, False, True, False]
-    assert windowing._spans(side(7, prompts=[5]), side(6), boundaries).tolist() == [True, True, True, False, False]
-    assert windowing._spans(side(7), side(6, changed=[1]), boundaries).tolist() == [False, True, True, True, False]
-    assert windowing._spans(side(7), side(6, marks=[5]), boundaries).tolist() == [True, True, True, False, False]
-    assert windowing._spans(side(7), side(6, prompts=[5]), boundaries).tolist() == [True, True, True, True, False]
-    assert windowing._spans(side(7), side(6), Alignment(*(np.zeros(0, int),) * 3, np.zeros(0, bool))).tolist() == []
+    assert windowing._has_span(side(7), side(6), boundaries).tolist() == [True, True, True, True, False]
+    assert windowing._has_span(side(7, changed=[2]), side(6), boundaries).tolist() == [True, False, True, True, False]
+    assert windowing._has_span(side(7, marks=[4]), side(6), boundaries).tolist() == [True, True, False, True, False]
+    assert windowing._has_span(side(7, prompts=[5]), side(6), boundaries).tolist() == [True, True, True, False, False]
+    assert windowing._has_span(side(7), side(6, changed=[1]), boundaries).tolist() == [False, True, True, True, False]
+    assert windowing._has_span(side(7), side(6, marks=[5]), boundaries).tolist() == [True, True, True, False, False]
+    assert windowing._has_span(side(7), side(6, prompts=[5]), boundaries).tolist() == [True, True, True, True, False]
+    assert windowing._has_span(side(7), side(6), Alignment(*(np.zeros(0, int),) * 3, np.zeros(0, bool))).tolist() == []
 
 
 def test_the_plug_board_holds_every_part_of_the_mission():
     assert set(terms.FEATURES) == {"layerwise", "attention", "attention_alignment", "routing_feature", "contrastive"}
-    assert set(terms.KD) == {"none", "shared_vocab", "shared_prefix", "inside_tokens", "projector", "chunk_likelihood"}
+    assert set(terms.KD) == {"none", "shared_vocab", "first_token", "byte_prefix", "projector", "chunk_likelihood"}
     for part in (*terms.LM.values(), *terms.FEATURES.values(), *(p for row in terms.KD.values() for p in row.values())):
-        assert part.values.__doc__
+        assert part.fn.__doc__
     for part in (*terms.FEATURES.values(), *(row["kd"] for row in terms.KD.values() if row)):
-        assert part.values.__doc__.count("Cost:") == part.values.__doc__.count("Start:") == 1
+        assert part.fn.__doc__.count("Cost:") == part.fn.__doc__.count("Start:") == 1

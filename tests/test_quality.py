@@ -212,7 +212,7 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
         found[key] = objective.total({n: float(v) for n, v in parts.items()}, weights)[0]
         gradient = torch.cat([p.grad.flatten() for p in loaded.pair.student.parameters()])
         found[key + " gradient"] = gradient.clone()
-        found[key + " projector"] = {n: p.grad.clone() for n, p in objective.beside.named_parameters()}
+        found[key + " projector"] = {n: p.grad.clone() for n, p in objective.adapters.named_parameters()}
     assert found["mixed"] == pytest.approx(0.5 * (found["one"] + found["other"]), rel=1e-5)
     middle = 0.5 * (found["one gradient"] + found["other gradient"])
     assert np.allclose(found["mixed gradient"], middle, atol=1e-5)
@@ -224,7 +224,7 @@ def test_a_mixture_is_half_of_each(loaded, make, other):
 
 
 def test_caches_that_hold_other_things_are_told_apart():
-    names = (methods.CACHED, "shared_prefix from a cache", "from a cache of 16", methods.PART_CACHED)
+    names = (methods.CACHED, "first_token from a cache", "from a cache of 16", methods.PART_CACHED)
     keys = [variants.kept_as({**METHODS[name].changes, **METHODS[name].cells()[0]}) for name in names]
     assert len(set(keys)) == len(names)
     assert variants.kept_as(Config(**METHODS[methods.CACHED].changes).to_dict()) == keys[0]
@@ -241,8 +241,8 @@ def test_half_the_shared_tokens_leaves_fewer_buckets(loaded):
 @pytest.mark.parametrize("rank", [2, 5])
 def test_a_narrow_projector_is_the_best_of_its_rank(loaded, rank):
     setting, config = types.SimpleNamespace(inputs=loaded, kept={}), Config(kd_method="projector")
-    whole = methods.ours(setting, config, loaded.pair.student)[0].beside["projector"].weight.detach().double()
-    narrow = variants.low_rank(rank)(setting, config, loaded.pair.student)[0].beside["projector"]
+    whole = methods.ours(setting, config, loaded.pair.student)[0].adapters["projector"].weight.detach().double()
+    narrow = variants.low_rank(rank)(setting, config, loaded.pair.student)[0].adapters["projector"]
     found = (narrow.up @ narrow.down).detach().double()
     lost = np.linalg.svd(whole.numpy(), compute_uv=False)[rank:]
     assert float((whole - found).norm()) == pytest.approx(float(np.sqrt((lost**2).sum())), rel=1e-4)

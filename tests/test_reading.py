@@ -58,7 +58,7 @@ def test_it_learns_as_from_a_cache_that_was_written_before(config, tmp_path):
     assert kinds(found) == [*phases, ("start", None), ("verdict", None)]
     assert len(shards) > 3
     assert not (tmp_path / "auto" / "teacher_cache").exists()  # nobody needs it any more
-    list(cache_writer.write(config, tmp_path / "cache"))
+    list(cache_writer.cache_teacher(config, tmp_path / "cache"))
     list(session.distill(config.replace(teacher_cache=str(tmp_path / "cache")), tmp_path / "cached"))
     assert weights(tmp_path / "auto") == weights(tmp_path / "cached")
     live = config.replace(teacher_cache="live")
@@ -131,10 +131,10 @@ def test_a_session_that_ends_while_the_teacher_reads_says_what_is_kept(config, t
     assert (last["kind"], last["step"]) == ("paused", 0)
     told = status(tmp_path / "run")
     assert told["state"] == "paused"
-    assert told["reason"] == "asked to pause; what the teacher has read is kept"
+    assert told["reason"] == "asked to pause; the teacher cache written so far is kept"
     assert told["shards_read"] == 1
     assert told["read_s"] > 0
-    assert run_folder.RunFolder(tmp_path / "run").has_begun()
+    assert run_folder.RunFolder(tmp_path / "run").can_resume()
 
 
 def test_a_budget_that_is_over_ends_it_between_two_shards(config, tmp_path):
@@ -206,7 +206,7 @@ def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, m
         gradient_checkpointing, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
-            self.step_s = 3.0 if "kd" in objective.parts else 1.0
+            self.step_s = 3.0 if "kd" in objective.terms else 1.0
 
         def __iter__(self):
             return iter([type("Record", (), {"step_s": self.step_s})] * 1000)
@@ -223,9 +223,9 @@ def test_the_control_gets_the_time_in_which_the_teacher_read(config, tmp_path, m
     arm = plan._new_arm("ce_only", 0)
     assert (arm.num_steps, arm.compare_step) == (210, 210)
     plan.arms[0].step, plan.arms[0].train_s = 20, 7.0
-    assert plan._at(plan.arms[0])["elapsed_s"] == pytest.approx(17.0)
+    assert plan._place_of(plan.arms[0])["elapsed_s"] == pytest.approx(17.0)
     arm.step, arm.train_s = 20, 7.0
-    assert plan._at(arm)["elapsed_s"] == 7.0
+    assert plan._place_of(arm)["elapsed_s"] == 7.0
 
 
 def test_the_verdict_says_what_reading_took(config, tmp_path):
@@ -251,7 +251,7 @@ def no_room_for_a_cache(folder):
 def test_without_room_on_the_disk_the_teacher_is_read_live(config, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "free_bytes", no_room_for_a_cache)
     found = list(session.distill(config, tmp_path / "run"))
-    assert (found[0]["phase"], found[0]["told"][:25]) == ("skipped", "The teacher is read live,")
+    assert (found[0]["phase"], found[0]["told"][:24]) == ("skipped", "The teacher runs during ")
     assert found[1]["kind"] == "start"
     list(session.distill(config.replace(teacher_cache="live"), tmp_path / "live"))
     assert weights(tmp_path / "run") == weights(tmp_path / "live")
@@ -278,7 +278,7 @@ def test_people_are_told(config, tmp_path, capsys):
     flags = [f"--{name}={value}" for name, value in config.to_dict().items() if value != getattr(Config(), name)]
     assert cli.main(["distill", *flags, "--out", str(tmp_path / "run")]) == 0
     told = capsys.readouterr()
-    assert "the teacher reads it first (1.4 MB in" in told.out
+    assert "outputs are cached first (1.4 MB in" in told.out
     assert "distilled 1/1: 100%" in told.err
 
 

@@ -96,7 +96,7 @@ def test_outputs_of_another_session_are_not_taken_for_ours(server, tmp_path, mon
     monkeypatch.setattr(kaggle_server.Handler, "ListKernelSessionOutput", late)
     ran = relayed(server, tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert "What lies there is of another session" in ran.stdout
+    assert "The outputs belong to another session" in ran.stdout
     assert [each["step"] for each in state_of(tmp_path)] == [1, 2, 3]
 
 
@@ -113,14 +113,14 @@ def test_three_lost_sessions_in_a_row_are_enough(server, tmp_path):
     server.fates = ["complete", "error", "error", "cancel", "complete", "complete"]
     ran = relayed(server, tmp_path)
     assert (ran.returncode, len(pushes(server))) == (1, 4)
-    assert "3 sessions in a row left nothing" in ran.stdout
+    assert "3 consecutive sessions have no outputs" in ran.stdout
 
 
 def test_sessions_that_get_nowhere_are_enough_too(server, tmp_path):
     server.leave = leaving(state="paused", step=5, max_steps=9, reason="the start took all of the time")
     ran = relayed(server, tmp_path)
     assert (ran.returncode, len(pushes(server))) == (1, 3)
-    assert "did not get beyond step 5: the start took all" in ran.stdout
+    assert "stayed at step 5: the start took all" in ran.stdout
 
 
 def test_a_failed_run_is_told_and_stops(server, tmp_path):
@@ -148,8 +148,8 @@ def test_where_kaggle_has_no_room_it_waits_and_says_how_long(server, tmp_path):
     ]
     ran = relayed(server, tmp_path)
     assert (ran.returncode, len(server.kernels[REF])) == (0, 3), ran.stderr
-    assert ran.stdout.count("Kaggle has no room: Maximum") == 2
-    assert ran.stdout.count("Next try at 20") == 2
+    assert ran.stdout.count("No session can start: Maximum") == 2
+    assert ran.stdout.count("Next attempt at 20") == 2
 
 
 def test_a_session_that_quota_ends_at_once_is_no_loss(server, tmp_path, monkeypatch):
@@ -164,9 +164,9 @@ def test_a_session_that_quota_ends_at_once_is_no_loss(server, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("limit", "pushed", "says"),
     [
-        (["--sessions", "2"], 2, "--sessions 2 are used"),
-        (["--budget-hours", "0.033"], 2, "--budget-hours 0.033 are used"),
-        (["--until", "2020-01-01"], 0, "--until 2020-01-01 is reached"),
+        (["--sessions", "2"], 2, "--sessions 2 reached"),
+        (["--budget-hours", "0.033"], 2, "--budget-hours 0.033 reached"),
+        (["--until", "2020-01-01"], 0, "--until 2020-01-01 reached"),
     ],
 )
 def test_a_limit_of_the_relay_is_a_pause(server, tmp_path, limit, pushed, says):
@@ -190,7 +190,7 @@ def test_a_session_is_no_longer_than_what_is_left_of_the_hours(server, tmp_path)
         (["--param", "max_stpes=3"], "did you mean"),
         (["--until", "soon"], "--until takes a date"),
         (["--poll", "0"], "take numbers above 0"),
-        (["--slug", "other-one"], "holds a relay of something else: kernel was 'ann/kdlib-distill'"),
+        (["--slug", "other-one"], "holds another relay: kernel was 'ann/kdlib-distill'"),
         (["--param", "seed=3"], "parameters was ['max_steps=7']"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_mistake_is_one_line_and_nothing_is_pushed(server, tmp_path, words, sa
 def test_two_relays_do_not_share_a_folder(server, tmp_path):
     holds = "import fcntl, os\nos.makedirs('relay')\nheld = open('relay/.lock', 'a')\nfcntl.flock(held, fcntl.LOCK_EX)"
     ran = relayed(server, tmp_path, more=holds)
-    assert ran.returncode == 2 and "another relay works on" in ran.stderr
+    assert ran.returncode == 2 and "another relay uses" in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_an_outage_of_kaggle_is_waited_for(server, tmp_path, method):
     server.faults[method] = ["500"] * 8
     ran = relayed(server, tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert "Next try in" in ran.stdout
+    assert "Next attempt in" in ran.stdout
     assert [each["state"] for each in state_of(tmp_path)] == ["paused", "paused", "complete"]
     assert len(server.kernels[REF]) == 3
 
@@ -298,7 +298,7 @@ def test_the_pushed_notebook_needs_no_kdlib_and_no_network(image, attached, tmp_
     finally:
         server.close()
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
-    assert "nothing tells whether it helped" in ran.stdout  # control: off
+    assert "it is unknown whether distillation helped" in ran.stdout  # control: off
     run = tmp_path / "relay" / "outputs" / "run"
     assert files.read_json(run / "env.json")["image"] == "gcr.io/an-image@sha256:0"
     assert files.read_json(run / "env.json")["versions"]["kdlib"]

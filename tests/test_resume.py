@@ -308,7 +308,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun(begun):
     for path in (out / "checkpoints").glob("*/manifest.json"):
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint to go on with \(step-00000004: manifest.json is missing; step-"
+        ValueError, match=r"no valid checkpoint to resume from \(step-00000004: manifest.json is missing; step-"
     ):
         distil(settings, out)
 
@@ -360,7 +360,7 @@ def test_two_processes_never_work_on_one_folder(begun, tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", hold, str(out)], stdout=subprocess.PIPE, cwd=HOUSE, text=True)
     with owner:
         owner.stdout.readline()
-        with pytest.raises(ValueError, match="another process works on --out"):
+        with pytest.raises(ValueError, match="another process uses --out"):
             distil(settings, out)
         owner.kill()
     assert distil(settings, out)[-1]["kind"] == "verdict"
@@ -398,14 +398,14 @@ def test_a_signal_ends_the_session_with_everything_saved(settings, tmp_path, num
 def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(settings, tmp_path, monkeypatch):
     """The evaluation is done by the next session, and everything is as if nothing had happened."""
     settings = {**settings, **PLAN, "control": "off", "batch_size": 2}
-    real, calls, when = scoring._Tally.add_text, itertools.count(), [None]
+    real, calls, when = scoring._Accumulator.add_text, itertools.count(), [None]
 
     def interrupted(self, *given):
         if next(calls) == when[0]:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, *given)
 
-    monkeypatch.setattr(scoring._Tally, "add_text", interrupted)
+    monkeypatch.setattr(scoring._Accumulator, "add_text", interrupted)
     distil(settings, tmp_path / "whole")
     when[0] = 2 * next(calls) - next(calls) // 3  # two thirds through the second run
     found = distil(settings, tmp_path / "run")
@@ -429,7 +429,7 @@ def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings
     with pytest.raises(KeyboardInterrupt):
         distil(settings, tmp_path / "run")
     status = files.read_json(tmp_path / "run" / "status.json")
-    assert (status["state"], status["reason"]) == ("paused", "interrupted at once; goes on from step-00000004")
+    assert (status["state"], status["reason"]) == ("paused", "interrupted immediately; resumes from step-00000004")
     monkeypatch.setattr(loop.TrainLoop, "_gradients", real)
     assert distil(settings, tmp_path / "run")[-1]["kind"] == "verdict"
 
@@ -458,8 +458,8 @@ def test_a_full_disk_pauses_the_run_with_its_last_checkpoint(settings, tmp_path,
         found.append(record)
         free[0] = 10**12 if record.get("step", 0) < 5 else 10**6
     assert found[-1]["kind"] == "paused"
-    assert "the disk is full (a checkpoint takes" in found[-1]["reason"]
-    assert "goes on from step-00000004" in found[-1]["reason"]
+    assert "the disk is full (a checkpoint needs" in found[-1]["reason"]
+    assert "resumes from step-00000004" in found[-1]["reason"]
     assert files.read_json(tmp_path / "run" / "status.json")["state"] == "paused"
     free[0] = 10**12
     assert distil(settings, tmp_path / "run")[0]["step"] == 4

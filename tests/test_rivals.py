@@ -296,7 +296,7 @@ def test_a_step_of_each_rival_lowers_its_own_loss(loaded, name):
     config, found = loaded
     torch.manual_seed(0)
     objective = RivalObjective(RIVALS[name], found.pair, copy.deepcopy(found.pair.student), config)
-    assert all(p.requires_grad for p in objective.beside.parameters())
+    assert all(p.requires_grad for p in objective.adapters.parameters())
     before = objective.rival.kd(whole_of(found, objective))
     before.backward()
     assert sum(float(p.grad.abs().sum()) for p in objective.student.parameters() if p.grad is not None) > 0
@@ -317,8 +317,8 @@ def test_rows_shared_by_several_windows_change_nothing(loaded):
         torch.manual_seed(0)
         objective = RivalObjective(rival, found.pair, copy.deepcopy(found.pair.student), config).eval()
         values = []
-        for widest in ((0, 0), (96, 96)):
-            batch = batching.collate(found.train[:4], *found.pair.pads, widest)
+        for max_row_width in ((0, 0), (96, 96)):
+            batch = batching.collate(found.train[:4], *found.pair.pads, max_row_width)
             counts = {"labels": batch.num_labels}
             weights = objective.weights()
             loss, parts, _ = objective(batch, WholeTeacher(found.pair.teacher)(batch), counts, weights)
@@ -359,7 +359,7 @@ def test_mined_matches_the_same_tokens_one_to_one(pair, loaded):
     objective = RivalObjective(RIVALS["MinED"], found.pair, found.pair.student, config)
     whole = whole_of(found, objective)
     objective.rival.kd(whole)
-    for place, right in zip(whole.batch.places, whole.by_window("teacher"), strict=True):
+    for place, right in zip(whole.batch.window_ids, whole.by_window("teacher"), strict=True):
         against, fits = objective.rival.known[place]
         assert fits[: len(right)].all()
         assert against[: len(right)].tolist() == list(range(len(right)))

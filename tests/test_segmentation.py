@@ -31,7 +31,7 @@ from kdlib.models.pair import Pair
 from kdlib.session import inputs
 
 METHODS = [name for name in KD_METHODS if name != "none"]
-BY_BUCKETS = ("shared_vocab", "shared_prefix", "inside_tokens")
+BY_BUCKETS = ("shared_vocab", "first_token", "byte_prefix")
 WIDTH, SURE = 64, 2000.0
 CODE = (
     "def total(values):\n    s = 0\n    for v in values:\n        s += v\n\n    return s\n\n\nclass A:\n\n    x = 1\n"
@@ -91,8 +91,8 @@ def told(pair, config, batch, states, theirs):
     hidden, inner = theirs[batch.teacher_rows], theirs[batch.inner_rows]
     if config.kd_method == "projector":  # one that has learned all there is
         hidden = states.detach().flatten(0, 1)[batch.student_rows]
-        made.beside["projector"] = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-        made.beside["projector"].weight.data = torch.eye(WIDTH)
+        made.adapters["projector"] = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        made.adapters["projector"].weight.data = torch.eye(WIDTH)
     signal = TeacherSignal(hidden, torch.zeros(batch.num_aligned), partial_hidden=inner)
     if made.teacher_head and config.teacher_cache == "auto":
         signal = in_short(pair, config, batch, signal)
@@ -108,11 +108,11 @@ def in_short(pair, config, batch, signal):
     """The signal as a cache holds it."""
     wanted, head = teacher_cache.settings_of(config, len(pair.shared)), pair.teacher.head
     buckets = trie.buckets_of(pair, config.kd_method)
-    top = teacher_cache.shortlist(pair, buckets, wanted).of(head.decode(signal.hidden).log_softmax(-1))
+    top = teacher_cache.topk_spec(pair, buckets, wanted).select(head.decode(signal.hidden).log_softmax(-1))
     said = None
-    if config.kd_method == "inside_tokens":
+    if config.kd_method == "byte_prefix":
         tries, bucket_of = trie.tries_of(pair), head.by_column(buckets.teacher)
-        said = partial_tokens.PartialTokens.build(tries, batch).shortlists(
+        said = partial_tokens.PartialTokens.build(tries, batch).top_k_outcomes(
             tries, signal, head.decode, bucket_of, teacher_cache.INSIDE_K, 1.0
         )
     return TeacherSignal(None, signal.span_log_probs, top, partial_topk=said)
@@ -152,8 +152,8 @@ def test_partings_are_counted_at_boundaries_and_inside_tokens():
         return types.SimpleNamespace(**dict(zip(names, ours + theirs, strict=True)))
 
     text = [window([1, 4], 3), window([1, 4], 3), window([1, 2], 3), window([2, 1], 3), window([2], 2)]
-    assert trie.partings(text, buckets, spellings) == ({(2, 4): 2, (2, 1): 1}, 5)
-    assert trie.times_next(text, buckets).tolist() == [0, 4, 2, 0, 0, 0]
+    assert trie.count_conflicts(text, buckets, spellings) == ({(2, 4): 2, (2, 1): 1}, 5)
+    assert trie.count_buckets(text, buckets).tolist() == [0, 4, 2, 0, 0, 0]
 
 
 LETTERS = st.text(st.sampled_from("  \n\n\tabcdefTt.:()'“é東"), min_size=8, max_size=80)
@@ -182,11 +182,11 @@ def test_nor_do_real_tokenizers_on_code_and_prose(names):
     texts = [real_text(name, 4000) for name in ("python_peps.txt", "standardebooks_emma.txt")]
     windows = cut(*readers, [Document(text) for text in (*texts, CODE, JAPANESE)])
     pair = pair_of(*readers, windows)
-    for method in ("shared_prefix", "inside_tokens", "shared_vocab"):
+    for method in ("first_token", "byte_prefix", "shared_vocab"):
         assert max(learned(pair, windows[:6], method)) < 1e-4
-    apart = trie.buckets_apart(pair)
-    found, total = trie.partings(windows, apart, trie.spellings_of(pair))
-    left, _ = trie.partings(windows, trie.buckets_of(pair, "inside_tokens"), trie.spellings_of(pair))
+    apart = trie.unjoined_buckets(pair)
+    found, total = trie.count_conflicts(windows, apart, trie.spellings_of(pair))
+    left, _ = trie.count_conflicts(windows, trie.buckets_of(pair, "byte_prefix"), trie.spellings_of(pair))
     assert sum(found.values()) > 0.01 * total
     assert sum(left.values()) < 0.75 * sum(found.values())
     assert max(left.values()) < max(found.values())
@@ -259,11 +259,11 @@ def test_where_the_two_know_the_same_the_students_own_view_is_the_least(names):
     """In expectation over the texts, wherever teacher and student stand behind the same texts' beginnings. Elsewhere the
     teacher's cut tells it what is to come: that is left.
     """
-    expected, alike, windows = in_the_world(names, "shared_prefix")
+    expected, alike, windows = in_the_world(names, "first_token")
     assert len(alike) > 30
     assert max(expected[read] for read in alike) < 1e-5
     off = [read for read, gradient in expected.items() if gradient > 1e-4]
     assert len(off) <= 4
-    inside, _, _ = in_the_world(names, "inside_tokens")
+    inside, _, _ = in_the_world(names, "byte_prefix")
     rows = {tuple(w.student_ids[: row + 1].tolist()) for w in windows for row in w.student_rows}
     assert max(inside[read] for read in alike if read in rows) < 0.05

@@ -58,9 +58,9 @@ def stand_in(tmp_path, monkeypatch, cuda):
     made.reference, made.reserved = trained(), 2**30
     monkeypatch.setattr(demo, "is_ready", lambda folder: True)
     monkeypatch.setattr(demo, "prepare", lambda *_, **__: [])
-    monkeypatch.setattr(cache_writer, "write", lambda *_: [])
+    monkeypatch.setattr(cache_writer, "cache_teacher", lambda *_: [])
     monkeypatch.setattr(session, "distill", running(*trained(), VERDICT))
-    monkeypatch.setattr(machine, "cards", list)
+    monkeypatch.setattr(machine, "list_gpus", list)
     for name, value in {
         "max_memory_allocated": 2**20, "reset_peak_memory_stats": None, "set_per_process_memory_fraction": None,
         "is_bf16_supported": True, "device_count": 2, "get_device_properties": types.SimpleNamespace(total_memory=2**34),
@@ -76,9 +76,9 @@ def outcome(name, bench):
 def test_the_machine_fails_where_the_doctor_finds_something_wrong(bench, monkeypatch):
     monkeypatch.setattr(doctor, "diagnose", lambda config: [Finding("machine", "Python", "3.11.7")])
     assert outcome("machine", bench)[0] == "ok"
-    wrong = Finding("machine", "kernels, card 0", "do not work", "wrong", "", "install another torch")
+    wrong = Finding("machine", "kernels, GPU 0", "do not work", "error", "", "install another torch")
     monkeypatch.setattr(doctor, "diagnose", lambda config: [wrong])
-    assert outcome("machine", bench)[:2] == ("failed", "kernels, card 0: do not work")
+    assert outcome("machine", bench)[:2] == ("failed", "kernels, GPU 0: do not work")
 
 
 def test_the_demo_fails_without_a_verdict_or_a_number(bench, monkeypatch):
@@ -131,13 +131,13 @@ def test_what_this_machine_has_not_is_skipped_with_a_reason(tmp_path, monkeypatc
     bench = stand_in(tmp_path, monkeypatch, cuda=False)
     for name in ("fp16 with a loss scaler", "teacher on another device", "out of memory, real"):
         state, text, _ = outcome(name, bench)
-        assert (state, "CUDA card" in text) == ("skipped", True)
+        assert (state, "CUDA GPU" in text) == ("skipped", True)
     card = stand_in(tmp_path, monkeypatch, cuda=True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert outcome("bf16", card)[:2] == ("skipped", "the card has no bf16 units")
+    assert outcome("bf16", card)[:2] == ("skipped", "the GPU has no native bf16")
     monkeypatch.setattr(demo, "is_ready", lambda folder: False)
     assert outcome("live = cached loss", bench)[:2] == (
-        "skipped", "the embedded default is missing: the demo failed",
+        "skipped", "the demo models are missing because the demo check failed",
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_a_resumed_run_fails_with_other_weights_or_from_the_beginning(bench, mon
     allowed = 1.01 if bench.cuda else 1.0
     assert outcome("cut and resume", bench)[0] == ("ok" if factor <= allowed else "failed")
     monkeypatch.setattr(session, "distill", running(*trained(resumed=None)))
-    assert outcome("cut and resume", bench)[:2] == ("failed", "the second session began at step 0")
+    assert outcome("cut and resume", bench)[:2] == ("failed", "the second session started at step 0")
 
 
 def test_a_peak_that_was_predicted_badly_fails(bench, monkeypatch):
@@ -226,7 +226,7 @@ def test_a_product_that_is_wrong_fails(tmp_path, monkeypatch):
     assert outcome("product of true shape", bench)[0] == "ok"
     monkeypatch.setattr(devices, "teacher_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(torch, "ones", torch.zeros)
-    assert outcome("product of true shape", bench)[:2] == ("failed", "a sum of 576 ones is 0")
+    assert outcome("product of true shape", bench)[:2] == ("failed", "a sum of 576 ones returned 0")
 
 
 def test_a_step_far_over_the_floor_fails(bench, monkeypatch):
@@ -249,7 +249,7 @@ def test_a_notebook_that_did_not_end_well_fails(bench, monkeypatch, tmp_path):
 def test_a_process_that_fails_or_takes_too_long_fails_its_check(bench, monkeypatch):
     for code, words in (
         ("raise ValueError('no card')", "exit status 1: ValueError: no card"),
-        ("while True: pass", "not done"),
+        ("while True: pass", "timed out"),
     ):
         monkeypatch.setattr(self_checks, "MIN_S", 1.0 if "while" in code else 60.0)
         bench.left_s = 0.0
@@ -267,10 +267,10 @@ def test_benchmarks_on_a_processor_have_one_thread(bench, monkeypatch):
 
 def test_without_a_checkout_or_papermill_a_check_is_skipped(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(self_checks.importlib.util, "find_spec", lambda name: None)
-    assert outcome("distill notebook", bench)[:2] == ("skipped", "papermill and ipykernel is not here")
+    assert outcome("distill notebook", bench)[:2] == ("skipped", "requires papermill and ipykernel")
     monkeypatch.setattr(self_checks, "checkout", lambda: tmp_path)
     for name in ("predicted peak", "step to floor"):
-        assert outcome(name, bench)[:2] == ("skipped", "benchmarks are in a checkout of kdlib only")
+        assert outcome(name, bench)[:2] == ("skipped", "benchmarks require a checkout of kdlib")
 
 
 def fine(bench):
@@ -305,7 +305,7 @@ def test_no_check_begins_after_the_limit(three, tmp_path, monkeypatch):
     monkeypatch.setattr(self_test, "LIMIT_S", {"cuda": 1.2, "cpu": 1.2})
     results = [result for _, result in self_test.run(tmp_path, Clock()) if result]
     assert [result.state for result in results] == ["failed", "skipped", "skipped"]
-    assert results[-1].text == "1 s are over"
+    assert results[-1].text == "the limit of 1 s is reached"
 
 
 def test_the_command_prints_checks_a_page_and_the_path_of_the_numbers(three, tmp_path, capsys, monkeypatch):
@@ -324,7 +324,7 @@ def test_the_command_prints_checks_a_page_and_the_path_of_the_numbers(three, tmp
 def test_the_command_refuses_what_it_does_not_know(three, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for words, match in (
-        (["--out", str(tmp_path)], "holds files; give a new folder"),
+        (["--out", str(tmp_path)], "is not empty; give a new folder"),
         (["--batch-size", "2"], "--self-test takes --out DIR only, got batch_size"),
         (["config.json"], "--self-test takes --out DIR only, got config.json"),
     ):

@@ -19,7 +19,7 @@ from kdlib import environment, files
 from kdlib.config import Config
 from kdlib.evaluation import scoring
 from kdlib.report import html
-from kdlib.session import checkpoint, experiment, inputs, plan, session
+from kdlib.session import checkpoint, experiment, inputs, session, time_budget
 from kdlib.training import terms
 
 
@@ -55,7 +55,7 @@ def test_train_records_have_the_fields_of_the_contract(run):
 def test_time_left_falls_to_what_the_verdict_takes(run):
     """At every step, in both students of both repeats."""
     left = [r["left_s"] for r in run[1] if r["kind"] == "train"]
-    assert left[-1] == pytest.approx(plan.GUESSED_S["conclude"], abs=0.1)
+    assert left[-1] == pytest.approx(time_budget.GUESSED_S["conclude"], abs=0.1)
     assert all(before > after for before, after in itertools.pairwise(left))
 
 
@@ -190,7 +190,7 @@ def test_a_short_control_compares_both_at_a_tenth_of_the_plan(settings, tmp_path
     steps = [r["step"] for r in found if r["kind"] == "train" and r["run"] == "ce_only"]
     assert steps[-1] == verdict["steps"]["ce_only"] < 20
     assert "at a tenth of the plan" in verdict["sentence"]
-    assert "do not read their difference as a gain" in (tmp_path / "run" / "report.html").read_text()
+    assert "their difference is not a gain" in (tmp_path / "run" / "report.html").read_text()
     tests = [r["step"] for r in found if r["kind"] == "eval" and (r["run"], r["split"]) == ("distilled", "test")]
     assert tests == [2, 20]
 
@@ -199,7 +199,7 @@ def test_without_a_control_nothing_is_claimed(settings, tmp_path):
     found = drive(settings, tmp_path / "run", control="off")
     assert {r["run"] for r in found if r["kind"] == "train"} == {"distilled"}
     assert found[-1]["helped"] is None
-    assert "nothing tells whether it helped" in (tmp_path / "run" / "report.html").read_text()
+    assert "it is unknown whether distillation helped" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_patience_ends_a_run_that_no_longer_improves(settings, tmp_path):
@@ -233,7 +233,7 @@ def test_a_run_that_is_broken_off_says_so(settings, tmp_path):
             break
     steps.close()
     status = files.read_json(tmp_path / "run" / "status.json")
-    assert (status["state"], status["reason"]) == ("paused", "broken off by its caller; goes on from step-00000001")
+    assert (status["state"], status["reason"]) == ("paused", "stopped by the caller; resumes from step-00000001")
 
 
 def test_a_run_does_the_same_twice(settings, tmp_path):
@@ -262,13 +262,13 @@ def test_the_cost_of_a_step_is_measured_in_turn(settings, monkeypatch, tmp_path)
         gradient_checkpointing, prepared = False, torch.nn.Linear(1, 1)
 
         def __init__(self, objective, *_, **__):
-            self.step_s = 3.0 if "kd" in objective.parts else 1.0
+            self.step_s = 3.0 if "kd" in objective.terms else 1.0
 
         def __iter__(self):
             return (Record(self.step_s) for _ in itertools.count())
 
     monkeypatch.setattr(experiment, "TrainLoop", Steps)
-    made = session.Session(Config.from_dict({**settings, "kd_method": "shared_prefix"}), tmp_path / "run", Fake())
+    made = session.Session(Config.from_dict({**settings, "kd_method": "first_token"}), tmp_path / "run", Fake())
     made.experiment.arms.append(made.experiment._new_arm("distilled", 0))
     assert made.experiment._step_cost_ratio() == 3.0
 
@@ -295,7 +295,7 @@ def by_the_library(settings, out):
     together(2, drive, settings, out)
 
 
-ALL = {"preset": "documents", "balance": "auto", "share_steps": 2, "kd_method": "inside_tokens"}
+ALL = {"preset": "documents", "balance": "auto", "share_steps": 2, "kd_method": "byte_prefix"}
 
 
 @pytest.mark.parametrize(("launch", "more"), [(by_the_command, {}), (by_the_library, ALL)], ids=["kd", "all"])

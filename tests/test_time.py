@@ -10,7 +10,7 @@ import pytest
 from kdlib import clock, environment, files
 from kdlib.config import Config
 from kdlib.evaluation import scoring
-from kdlib.session import checkpoint, experiment, finish, inputs, plan, session, time_budget
+from kdlib.session import checkpoint, experiment, finish, inputs, session, time_budget
 from kdlib.training import loop
 
 COSTS = {"load": 45.0, "step": 18.0, "evaluation": 20.0, "save": 8.0, "export": 4.0}
@@ -28,14 +28,14 @@ class World:
             (finish, "write_student", "export"),
         ):
             monkeypatch.setattr(owner, name, self._timed(getattr(owner, name), task))
-        real = scoring._Tally.add_text
+        real = scoring._Accumulator.add_text
 
         def part_of_an_evaluation(tally, *given):
             self.spend("evaluation", 0.5)
             return real(tally, *given)
 
-        monkeypatch.setattr(scoring._Tally, "add_text", part_of_an_evaluation)
-        monkeypatch.setattr(checkpoint.BackgroundWriter, "begin", lambda writer, *given: writer._write(given))
+        monkeypatch.setattr(scoring._Accumulator, "add_text", part_of_an_evaluation)
+        monkeypatch.setattr(checkpoint.BackgroundWriter, "start", lambda writer, *given: writer._write(given))
 
     def now(self):
         return self.time
@@ -124,7 +124,7 @@ def test_a_budget_shorter_than_one_evaluation_is_kept(long_run, tmp_path, monkey
     world = World(monkeypatch, load=1.0)
     found, took_s = run({**long_run, "teacher_cache": "live"}, tmp_path / "run", world, time_budget="25s")
     assert (found[-1]["kind"], took_s <= 25.0) == ("paused", True)
-    assert "it begins anew" in found[-1]["reason"]
+    assert "starts from the beginning" in found[-1]["reason"]
     found, took_s = run(long_run, tmp_path / "run", world, time_budget="10m")
     assert (found[-1]["kind"], found[-1]["step"] > 10, took_s <= 600.0) == ("paused", True, True)
     found, took_s = run(long_run, tmp_path / "run", world, time_budget="40s")
@@ -235,7 +235,7 @@ def test_the_end_of_a_session_is_kept_free_for_what_it_can_afford():
     for seconds, affordable in ((25.0 + 100.0, True), (25.0 + 99.0, False)):  # 1.25 * 20 of them before the first step
         budget = time_budget.TimeBudget(seconds, None, 0.0, costs)
         assert budget.final_tasks() == ["save"] + ["evaluate", "export"] * affordable
-        assert budget.per_session() == pytest.approx(seconds * 0.98 - 25.0 - 12.5 - 25.0 * affordable)
+        assert budget.training_seconds() == pytest.approx(seconds * 0.98 - 25.0 - 12.5 - 25.0 * affordable)
 
 
 def test_the_plan_counts_what_is_left():
@@ -243,7 +243,9 @@ def test_the_plan_counts_what_is_left():
         name, repeat, step, last_step, train_s = "distilled", 0, 10, 100, 50.0
 
     config = Config(max_steps=100, control="short", repeats=2)
-    left = plan.seconds_left(config, 10, Arm, {"evaluate": 2.0, "test": 3.0, "conclude": 7.0}.get, saving=0.1)
+    left = time_budget.seconds_left(
+        config, 10, Arm, {"evaluate": 2.0, "test": 3.0, "conclude": 7.0}.get, saving_share=0.1
+    )
     training = 450.0 + 0.1 * 500.0 + 1.1 * 500.0  # what is left of it, its control, the second pair
     assert left == pytest.approx(1.1 * training + (10 * 2.0 + 2 * 3.0) * training / 500.0 + 7.0)
 
@@ -256,7 +258,7 @@ def test_interrupts_are_wishes_and_the_second_one_is_not():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert heard.asked == "asked to stop (SIGTERM)"
+        assert heard.reason == "asked to stop (SIGTERM)"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:

@@ -59,7 +59,7 @@ def test_a_half_made_default_is_never_taken_for_whole(tmp_path, monkeypatch):
     home = demo.folder(tmp_path)
     assert {p.name for p in home.iterdir()} == {"teacher", "student", "train.jsonl", "held_out.jsonl", "complete.json"}
     config = demo.config(tmp_path, max_steps=7)
-    assert (config.max_steps, config.control, config.kd_method) == (7, "full", "inside_tokens")
+    assert (config.max_steps, config.control, config.kd_method) == (7, "full", "byte_prefix")
 
 
 def test_of_two_processes_one_makes_the_default_and_the_other_waits(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_of_two_processes_one_makes_the_default_and_the_other_waits(tmp_path, mo
     monkeypatch.setattr(demo, "WAIT_S", 0.01)
     first, second = demo.prepare(tmp_path, steps=2), demo.prepare(tmp_path, steps=2)
     assert next(first)[0] == "reading the standard library's docstrings"
-    assert [next(second)[0] for _ in range(2)] == ["another process makes the embedded default"] * 2
+    assert [next(second)[0] for _ in range(2)] == ["waiting for another process to build the demo"] * 2
     assert len(list(first)) == 3
     assert list(second) == []
     assert demo.is_ready(tmp_path)

@@ -14,9 +14,10 @@ from kdlib.data import batching
 from kdlib.losses import divergences
 from kdlib.models import trie
 from kdlib.session import inputs
-from kdlib.training import loop, optimizer, schedule
+from kdlib.training import loop, optimizer
+from kdlib.training.optimizer import Balance, learning_rate_factor, ramp
 
-METHODS = ("shared_vocab", "shared_prefix", "projector", "none")
+METHODS = ("shared_vocab", "first_token", "projector", "none")
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def kd_by_hand(loaded, config, batch, student_logits):
     return total / len(batch.student_rows)
 
 
-@pytest.mark.parametrize("method", ["shared_vocab", "shared_prefix", "none"])
+@pytest.mark.parametrize("method", ["shared_vocab", "first_token", "none"])
 def test_two_steps_equal_a_loop_in_plain_torch(loaded, settings, method):
     changes = {"kd_weight": 0.7, "lm_weight": 0.3, "batch_size": 3, "weight_decay": 10.0}
     config = config_of(settings, kd_method=method, warmup=0.5, **changes)
@@ -82,7 +83,7 @@ def test_two_steps_equal_a_loop_in_plain_torch(loaded, settings, method):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * schedule.learning_rate_factor(step, 2, 0.5)
+            group["lr"] = 1e-3 * learning_rate_factor(step, 2, 0.5)
         optimizer.step()
         optimizer.zero_grad()
         assert record.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -131,7 +132,7 @@ def test_chunking_the_head_changes_neither_value_nor_gradient(loaded, settings, 
 
 def test_padding_changes_nothing(loaded, settings):
     """A short window beside a long one gives the loss it gives alone."""
-    config = config_of(settings, kd_method="shared_prefix")
+    config = config_of(settings, kd_method="first_token")
     objective = fresh(loaded, config).eval()
     short, long = sorted(loaded.train, key=lambda w: len(w.student_ids))[:: len(loaded.train) - 1]
     assert len(short.student_ids) < len(long.student_ids)
@@ -177,7 +178,7 @@ def gradients(loaded, config):
         {"labels": batch.num_labels, "aligned": batch.num_aligned, "spans": batch.num_spans},
     )
     loss.backward()
-    beside = objective.beside["projector"].weight.grad if len(objective.beside) else None
+    beside = objective.adapters["projector"].weight.grad if len(objective.adapters) else None
     return beside, [p.grad for p in objective.student.parameters()]
 
 
@@ -199,7 +200,7 @@ def test_the_projectors_loss_is_cross_entropy_through_the_live_head(loaded, sett
         batch, signal, {"labels": batch.num_labels, "aligned": batch.num_aligned, "spans": batch.num_spans}
     )
     head = objective.student.get_output_embeddings().weight.double()
-    projected = signal.hidden.double() @ objective.beside["projector"].weight.double().T @ head.T
+    projected = signal.hidden.double() @ objective.adapters["projector"].weight.double().T @ head.T
     labels = batch.labels.flatten()[batch.student_rows]
     assert parts["projector"].item() == pytest.approx(F.cross_entropy(projected, labels).item(), rel=1e-5)
     states = objective.student.model(batch.student_ids, attention_mask=batch.student_mask).last_hidden_state
@@ -217,19 +218,19 @@ def test_the_projector_is_in_the_optimizer_with_its_own_rate_and_clip(loaded, se
     config = config_of(settings, kd_method="projector", projector_learning_rate=0.05, max_grad_norm=1e-3)
     objective = fresh(loaded, config)
     made = optimizer.make_optimizer(objective, config)
-    (group,) = [g for g in made.param_groups if any(p is objective.beside["projector"].weight for p in g["params"])]
+    (group,) = [g for g in made.param_groups if any(p is objective.adapters["projector"].weight for p in g["params"])]
     assert (group["lr"], len(group["params"])) == (0.05, 1)
-    before = objective.beside["projector"].weight.detach().clone()
+    before = objective.adapters["projector"].weight.detach().clone()
     run(loaded, config, num_steps=1, objective=objective)
-    assert (objective.beside["projector"].weight - before).abs().max() > 1e-4
+    assert (objective.adapters["projector"].weight - before).abs().max() > 1e-4
     norms = []
-    for p in (objective.beside, objective.student):
+    for p in (objective.adapters, objective.student):
         for q in p.parameters():
             q.grad = torch.ones_like(q)
         norms.append(sum(q.numel() for q in p.parameters()) ** 0.5)
     found = loop._clip(objective, 1.0, accelerate.Accelerator(cpu=True), made)
     assert float(found) == pytest.approx(norms[1], rel=1e-5)
-    assert objective.beside["projector"].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
+    assert objective.adapters["projector"].weight.grad.norm().item() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_what_is_kept_of_a_training_does_not_change_with_it(loaded, settings):
@@ -241,13 +242,13 @@ def test_what_is_kept_of_a_training_does_not_change_with_it(loaded, settings):
     )
     steps = iter(training)
     next(steps)
-    kept = training.tensors()
+    kept = training.state_tensors()
     before = copy.deepcopy(kept)
     next(steps)
-    assert set(kept) == {"student", "beside", "optimizer", "average", "random"}
+    assert set(kept) == {"student", "adapters", "optimizer", "average", "random"}
     for group, tensors in kept.items():
         assert all(torch.equal(tensor, before[group][name]) for name, tensor in tensors.items()), group
-    after = training.tensors()
+    after = training.state_tensors()
     assert all(any(not torch.equal(after[g][name], t) for name, t in kept[g].items()) for g in set(kept) - {"random"})
 
 
@@ -269,14 +270,14 @@ def test_shares_add_up_and_leave_the_projectors_own_loss_out(loaded, settings):
 
 
 def test_the_loop_learns(loaded, settings):
-    config = config_of(settings, kd_method="shared_prefix", learning_rate=1e-2, batch_size=8)
+    config = config_of(settings, kd_method="first_token", learning_rate=1e-2, batch_size=8)
     records, _ = run(loaded, config, num_steps=25)
     assert records[-1].parts["lm"] < 0.8 * records[0].parts["lm"]
     assert records[-1].parts["kd"] < 0.95 * records[0].parts["kd"]
 
 
 def test_rate_rises_then_falls_to_a_tenth():
-    factors = [schedule.learning_rate_factor(step, 100, 0.1) for step in range(101)]
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == pytest.approx(1.0)
     assert all(a > b for a, b in itertools.pairwise(factors[9:100]))
@@ -291,16 +292,16 @@ def test_windows_that_fill_no_step_are_refused_and_not_waited_for(loaded):
 
 
 def test_buckets_of_a_pair_are_made_once_for_each_method(loaded):
-    first = {method: trie.buckets_of(loaded.pair, method) for method in ("shared_vocab", "shared_prefix")}
-    assert first["shared_vocab"].student.tolist() != first["shared_prefix"].student.tolist()
+    first = {method: trie.buckets_of(loaded.pair, method) for method in ("shared_vocab", "first_token")}
+    assert first["shared_vocab"].student.tolist() != first["first_token"].student.tolist()
     assert all(trie.buckets_of(loaded.pair, method) is found for method, found in first.items())
 
 
 def test_a_part_comes_in_smoothly_at_its_time():
-    assert [schedule.ramp(progress, 0.0) for progress in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
-    assert [schedule.ramp(progress, 0.3) for progress in (0.0, 0.3, 0.35, 1.0)] == [0.0, 0.0, 1.0, 1.0]
-    assert schedule.ramp(0.325, 0.3) == pytest.approx(0.5)
-    rising = [schedule.ramp(0.3 + 0.0005 * i, 0.3) for i in range(101)]
+    assert [ramp(progress, 0.0) for progress in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert [ramp(progress, 0.3) for progress in (0.0, 0.3, 0.35, 1.0)] == [0.0, 0.0, 1.0, 1.0]
+    assert ramp(0.325, 0.3) == pytest.approx(0.5)
+    rising = [ramp(0.3 + 0.0005 * i, 0.3) for i in range(101)]
     assert all(0.0 <= b - a < 0.02 for a, b in itertools.pairwise(rising))
 
 
@@ -312,11 +313,11 @@ def test_the_curriculum_has_three_phases(loaded, settings):
     assert on[0.0] == on[0.29] == {"lm", "kd"}
     assert on[0.31] == on[0.59] == {"lm", "kd"} | features
     assert on[0.61] == on[1.0] == {"lm", "kd", "contrastive"} | features
-    assert objective.weights(1.0) == {name: getattr(config, f"{name}_weight") for name in objective.parts}
+    assert objective.weights(1.0) == {name: getattr(config, f"{name}_weight") for name in objective.terms}
 
 
 def test_balance_gives_each_part_its_share_of_the_loss():
-    balance = schedule.Balance({"kd": 0.6, "lm": 0.2, "layerwise": 0.2})
+    balance = Balance({"kd": 0.6, "lm": 0.2, "layerwise": 0.2})
     given, whole = (
         {"lm": 0.5, "kd": 0.5, "layerwise": 0.1, "projector": 1.0},
         dict.fromkeys(("lm", "kd", "layerwise"), 1.0),
@@ -336,7 +337,7 @@ def test_balance_gives_each_part_its_share_of_the_loss():
 
 
 def test_balance_in_the_loop_holds_the_shares(loaded, settings):
-    config = config_of(settings, balance="kd=0.7,lm=0.3", batch_size=4, kd_method="shared_prefix")
+    config = config_of(settings, balance="kd=0.7,lm=0.3", batch_size=4, kd_method="first_token")
     records, _ = run(loaded, config, num_steps=30)
     late = [record.shares["kd"] for record in records[10:]]
     assert sum(late) / len(late) == pytest.approx(0.7, abs=0.03)
@@ -369,7 +370,7 @@ class Broken(torch.nn.Module):
 
 @pytest.mark.parametrize(("how", "said"), [("loss", "kd not finite"), ("gradient", "gradient not finite")])
 def test_a_step_that_is_no_number_changes_no_weight_and_is_told(loaded, settings, how, said):
-    config = config_of(settings, kd_method="shared_prefix", batch_size=4)
+    config = config_of(settings, kd_method="first_token", batch_size=4)
     objective = Broken(fresh(loaded, config), {2}, how)
     machine = accelerate.Accelerator(cpu=True)
     weights, records = [], []
@@ -383,7 +384,7 @@ def test_a_step_that_is_no_number_changes_no_weight_and_is_told(loaded, settings
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[1], weights[2], strict=True))
     assert all(torch.isfinite(p).all() for p in objective.inner.student.parameters())
-    assert records[2].lr == pytest.approx(1e-3 * schedule.learning_rate_factor(2, 3, config.warmup))
+    assert records[2].lr == pytest.approx(1e-3 * learning_rate_factor(2, 3, config.warmup))
 
 
 def test_too_many_such_steps_in_a_row_stop_the_run_with_a_reason(loaded, settings):

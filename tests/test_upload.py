@@ -35,7 +35,7 @@ def test_the_first_copy_makes_a_private_data_set_and_later_ones_its_versions(kag
 @BOTH
 def test_an_upload_that_fails_is_told_once_and_tried_again_with_the_next_checkpoint(kaggle, run, monkeypatch, version):
     monkeypatch.syspath_prepend(str(CLIENTS[version]))
-    run.copies.every = 2
+    run.copies.interval = 2
     kaggle.puts = [200, 400]
     for step in (1, 2):
         run.save(step)
@@ -78,8 +78,8 @@ def test_a_failure_tells_no_credential(kaggle, run):
     run.save(1)
     run.sent()
     assert KEY not in str(run.pop_alerts())
-    run.copies.problem, run.copies.was_told = "", False
-    run.copies._failed(f"PUT https://storage.example/path/{KEY}?signature=abc\n said {KEY}")
+    run.copies.problem, run.copies.was_reported = "", False
+    run.copies._record_failure(f"PUT https://storage.example/path/{KEY}?signature=abc\n said {KEY}")
     assert run.pop_alerts()[0]["meaning"].endswith("failed: PUT https://storage.example/... said ...")
 
 
@@ -107,12 +107,12 @@ def test_a_hub_that_fails_is_told_without_the_token(tmp_path, hub):
     (alert,) = run.pop_alerts()
     assert "403" in alert["meaning"] and "hf_abcdefgh" not in alert["meaning"]
     hub.loses = "records.jsonl"
-    run.copies.problem, run.copies.was_told = "", False
+    run.copies.problem, run.copies.was_reported = "", False
     run.save(2)
     run.sent()
     assert "records.jsonl is missing there" in run.pop_alerts()[0]["meaning"]
     hub.private = False
-    run.copies.problem, run.copies.was_told = "", False
+    run.copies.problem, run.copies.was_reported = "", False
     run.save(3)
     run.sent()
     assert "is public" in run.pop_alerts()[0]["meaning"] and len(hub.commits) == 1

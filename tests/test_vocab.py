@@ -76,7 +76,7 @@ def test_a_tokenizer_without_a_fast_form_is_refused():
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match=r"Slow has no fast form.*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"Slow has no fast implementation.*tokenizer\.json"):
         vocab.read_vocabulary(Slow())
 
 
@@ -94,7 +94,7 @@ def test_tail_buckets_hold_shared_tokens_apart_and_the_rest_together():
 
 def test_joined_buckets_hold_chains_and_never_the_tail():
     buckets = vocab.Buckets(np.arange(7), np.arange(7)[::-1], np.arange(10, 16))
-    found = vocab.joined(buckets, [(1, 3), (2, 3), (0, 6), (5, 4)])
+    found = vocab.merge_buckets(buckets, [(1, 3), (2, 3), (0, 6), (5, 4)])
     assert found.student.tolist() == [0, 1, 1, 1, 2, 2, 3]
     assert found.teacher.tolist() == [3, 2, 2, 1, 1, 1, 0]
     assert found.student_ids.tolist() == [10, 11, 14]

@@ -29,7 +29,7 @@ def by_hand(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
     for number, document in enumerate(documents):
         coded = tokenize.encode(document, ours), tokenize.encode(document, theirs)
         made += windowing.cut_windows(document, *coded, ours, theirs, max_length, number)
-    return [dataclasses.replace(window, place=place) for place, window in enumerate(made)]
+    return [dataclasses.replace(window, window_id=place) for place, window in enumerate(made)]
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +215,7 @@ def test_a_full_disk_is_told_and_the_windows_are_made_in_memory(cache, monkeypat
             return made
 
         patched.setattr(datasets.arrow_writer.pa, "RecordBatchStreamWriter", writer)
-        with pytest.warns(UserWarning, match=r"does not take the tokenized text \(No space left on device\)"):
+        with pytest.warns(UserWarning, match=r"cannot cache the tokenized text .*\(No space left on device\)"):
             found = build_windows()
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
     assert_same(found, by_hand())
@@ -226,10 +226,10 @@ def test_a_cache_that_takes_nothing_is_told(cache, several, request):
     if several:
         request.getfixturevalue("two_processes")
     cache.write_text("in the way")
-    with pytest.warns(UserWarning, match=r"the cache folder .*kdlib does not take the tokenized text"):
+    with pytest.warns(UserWarning, match=r"cannot cache the tokenized text in .*kdlib "):
         found = build_windows()
     assert_same(found, by_hand())
-    assert [window.place for window in found] == list(range(len(found)))
+    assert [window.window_id for window in found] == list(range(len(found)))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -240,9 +240,7 @@ def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request
     rude = other(PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "Hello"))
     named = [dataclasses.replace(each, source=f"a.jsonl record {i}") for i, each in enumerate(DOCUMENTS, start=1)]
     first = 1 + DOCUMENTS.index(CHAT)
-    with pytest.raises(
-        ValueError, match=rf"^a.jsonl record {first}: .* leaves out or changes a user message$"
-    ) as raised:
+    with pytest.raises(ValueError, match=rf"^a.jsonl record {first}: .* drops or changes a user message$") as raised:
         build_windows(named, ours=dataclasses.replace(PAIR[0], tokenizer=rude))
     assert "\n" not in str(raised.value)
     assert {path.name for path in cache.glob("*/*")} == {"lock"}
@@ -338,9 +336,9 @@ def test_only_what_takes_long_shows_a_bar(capfd, monkeypatch):
     build_windows()
     assert capfd.readouterr().err == ""
     assert not datasets.are_progress_bars_disabled()
-    monkeypatch.setattr(dataset, "SHOWN_CHARS", 10)
+    monkeypatch.setattr(dataset, "PROGRESS_CHARS", 10)
     build_windows(max_length=30)
-    assert "Tokenizing the text, once" in capfd.readouterr().err
+    assert "Tokenizing the dataset (cached)" in capfd.readouterr().err
     monkeypatch.setenv("RANK", "1")
     build_windows(max_length=31)
     assert capfd.readouterr().err == ""

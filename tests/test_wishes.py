@@ -58,7 +58,7 @@ def unasked(out):
 FALLING, RISING, BETTER_BETWEEN = (
     {"learning_rate": 0.1},
     {"learning_rate": 3.0},
-    {"learning_rate": 0.5, "max_steps": 4, "kd_method": "shared_prefix", "kd_weight": 0.5, "lm_weight": 0.5},
+    {"learning_rate": 0.5, "max_steps": 4, "kd_method": "first_token", "kd_weight": 0.5, "lm_weight": 0.5},
 )
 
 
@@ -94,7 +94,7 @@ def test_a_look_scores_the_weights_of_now(plan, tmp_path):
     said = [r for r in untimed(tmp_path / "often") if r["kind"] == "eval" and r["step"] == 4 and not r["averaged"]]
     assert look == said[0]["bits_per_byte"]
     answers = [(r["step"], r["answer"]) for r in found if r["kind"] == "wish"]
-    assert answers == [(4, "evaluated for a look"), (12, "it was evaluated at this very step")]
+    assert answers == [(4, "evaluated on request"), (12, "this step was already evaluated")]
 
 
 def test_alerts_count_no_looks(plan, tmp_path):
@@ -126,7 +126,7 @@ def test_a_save_is_there_when_it_is_told(plan, tmp_path):
 def test_weights_that_are_no_numbers_are_not_said_to_be_saved(plan, tmp_path, monkeypatch):
     monkeypatch.setattr("kdlib.training.loop.TrainLoop.is_finite", lambda self: False)
     found = wishing(plan, tmp_path / "run", {2: "save", 3: "pause"})
-    assert [r["answer"] for r in found if r["kind"] == "wish"] == ["not saved: the weights are no numbers"]
+    assert [r["answer"] for r in found if r["kind"] == "wish"] == ["not saved: the weights contain NaN or infinity"]
 
 
 def test_a_pause_is_gone_on_with_as_if_it_never_was(plan, tmp_path):
@@ -136,7 +136,7 @@ def test_a_pause_is_gone_on_with_as_if_it_never_was(plan, tmp_path):
     for step in (3, 4, 9):
         found = wishing(plan, tmp_path / "cut", {step: "pause"}, words)
         name = f"step-{step:08d}"
-        assert (found[-1]["kind"], found[-1]["reason"]) == ("paused", f"asked to pause; goes on from {name}")
+        assert (found[-1]["kind"], found[-1]["reason"]) == ("paused", f"asked to pause; resumes from {name}")
         assert files.read_json(tmp_path / "cut" / "status.json")["state"] == "paused"
         assert words == set()
     assert wishing(plan, tmp_path / "cut", {}, words)[-1]["kind"] == "verdict"
@@ -146,7 +146,7 @@ def test_a_pause_is_gone_on_with_as_if_it_never_was(plan, tmp_path):
 
 def test_a_pause_does_not_wait_for_an_evaluations_end(plan, tmp_path, monkeypatch):
     """Wished for in the second of its eight batches, it is heard before the third."""
-    real, calls, heard = scoring._Tally.add_text, itertools.count(1), []
+    real, calls, heard = scoring._Accumulator.add_text, itertools.count(1), []
 
     class Words(set):
         def discard(self, wish):
@@ -158,7 +158,7 @@ def test_a_pause_does_not_wait_for_an_evaluations_end(plan, tmp_path, monkeypatc
         real(self, *given)
 
     words = Words()
-    monkeypatch.setattr(scoring._Tally, "add_text", wished_for_meanwhile)
+    monkeypatch.setattr(scoring._Accumulator, "add_text", wished_for_meanwhile)
     found = wishing(plan, tmp_path / "run", {}, words)
     assert found[-1]["reason"].startswith("asked to pause")
     assert (found[-1]["step"], heard) == (4, [18])
@@ -183,7 +183,7 @@ def test_a_look_takes_no_time_that_the_end_needs(plan, tmp_path, monkeypatch):
     plan |= {"eval_steps": 100}
     for most, looks in ((2, 2), (1, 0)):
         monkeypatch.setattr(
-            time_budget.TimeBudget, "allows", lambda self, *tasks, most=most: tasks.count("evaluate") <= most
+            time_budget.TimeBudget, "fits", lambda self, *tasks, most=most: tasks.count("evaluate") <= most
         )
         found = wishing(plan, tmp_path / f"run{most}", {2: "evaluate", 6: "pause"})
         assert sum(bool(r.get("asked")) for r in found) == looks

@@ -35,7 +35,7 @@ class Whole:
         windows = getattr(self.batch, f"{side}_windows").flatten()
         rows = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         ordered = rows[windows[rows].argsort(stable=True)]
-        return ordered.split(torch.bincount(windows[rows], minlength=len(self.batch.places) + 1)[1:].tolist())
+        return ordered.split(torch.bincount(windows[rows], minlength=len(self.batch.window_ids) + 1)[1:].tolist())
 
 
 class WholeTeacher:
@@ -54,7 +54,7 @@ class Uld:
     """ULD over positions paired by their number in the window."""
 
     def __init__(self, pair, student, config):
-        self.beside = torch.nn.ModuleDict()
+        self.adapters = torch.nn.ModuleDict()
         self.teacher_head = pair.teacher.head
 
     def kd(self, whole):
@@ -69,7 +69,7 @@ class Gold:
     """GOLD's hybrid over the spans that both tokenizations delimit."""
 
     def __init__(self, pair, student, config):
-        self.beside = torch.nn.ModuleDict()
+        self.adapters = torch.nn.ModuleDict()
         self.teacher_head, student_head = pair.teacher.head, loading.Head(student, pair.student_reader.vocabulary)
         self.student_ids = student_head.columns(torch.from_numpy(pair.shared.student_ids))
         self.teacher_ids = self.teacher_head.columns(torch.from_numpy(pair.shared.teacher_ids))
@@ -103,14 +103,14 @@ class Dskd:
         self.student, self.teacher, self.temperature = student, pair.teacher.model, config.kd_temperature
         self.head, self.teacher_head = loading.Head(student, pair.student_reader.vocabulary), pair.teacher.head
         widths = student.config.hidden_size, pair.teacher.config.hidden_size
-        self.beside = torch.nn.ModuleDict({"rival": dskd.Projectors(*widths)})
+        self.adapters = torch.nn.ModuleDict({"rival": dskd.Projectors(*widths)})
 
     def kd(self, whole):
         ours = self._side(whole, "student", whole.student_hidden, whole.batch.labels, self.student)
         theirs = self._side(whole, "teacher", whole.teacher_hidden, whole.batch.teacher_labels, self.teacher)
         logits = whole.student_logits[torch.cat(whole.by_window("student"))], self.teacher_head.decode(theirs.states)
         heads = self.head.weight, self.teacher_head.weight
-        return sum(dskd.losses(self.beside["rival"], ours, theirs, *logits, *heads, self.temperature).values())
+        return sum(dskd.losses(self.adapters["rival"], ours, theirs, *logits, *heads, self.temperature).values())
 
     @staticmethod
     def _side(whole, side, hidden, labels, model):
@@ -125,7 +125,7 @@ class MinEd:
     """MinED; alignments of windows are made once and kept, as the paper makes them before training."""
 
     def __init__(self, pair, student, config):
-        self.beside = torch.nn.ModuleDict()
+        self.adapters = torch.nn.ModuleDict()
         self.teacher_head, self.num_student = pair.teacher.head, pair.student_reader.vocabulary.num_rows
         if "mined" not in pair.buckets:  # seconds for two vocabularies, and every run asks
             tokens = [reader.vocabulary.tokens for reader in (pair.student_reader, pair.teacher.reader)]
@@ -136,7 +136,7 @@ class MinEd:
     def kd(self, whole):
         batch, ours, theirs = whole.batch, whole.by_window("student"), whole.by_window("teacher")
         chosen, matched = [], []
-        for place, left, right in zip(batch.places, ours, theirs, strict=True):
+        for place, left, right in zip(batch.window_ids, ours, theirs, strict=True):
             if place not in self.known:
                 self.known[place] = self._aligned(batch.student_ids.flatten()[left], batch.teacher_ids.flatten()[right])
             against, fits = self.known[place]
@@ -172,9 +172,9 @@ class RivalObjective(torch.nn.Module):
         self.student, self.config = student, config
         self.head = loading.Head(student, pair.student_reader.vocabulary)
         self.rival = rival(pair, student, config)
-        self.beside = self.rival.beside
-        self.parts = {"lm": terms.LM["lm"], "kd": terms.KD["shared_prefix"]["kd"]}
-        self.rows_at_once = None
+        self.adapters = self.rival.adapters
+        self.terms = {"lm": terms.LM["lm"], "kd": terms.KD["first_token"]["kd"]}
+        self.chunk_sizes = None
 
     def weights(self, progress=1.0):
         return {"lm": self.config.lm_weight, "kd": self.config.kd_weight}
@@ -194,6 +194,6 @@ class RivalObjective(torch.nn.Module):
         return sum(weights[name] * value for name, value in found.items()), found, {}
 
     def total(self, parts, weights):
-        weighted = {name: weights[name] * parts[name] for name in self.parts}
+        weighted = {name: weights[name] * parts[name] for name in self.terms}
         loss = sum(weighted.values())
         return loss, {name: value / loss for name, value in weighted.items()}

@@ -1,1 +1,1 @@
-"""Where two tokenizations of one text meet: common byte boundaries, shared vocabulary, one's tokens in the other's."""
+"""Alignment of two tokenizations: common byte boundaries, and vocabularies shared between tokenizers."""

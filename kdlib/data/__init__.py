@@ -1,1 +1,1 @@
-"""From files to batches: documents, conversations, token ids, windows, padded batches."""
+"""Data pipeline from files to batches: documents, conversations, token ids, windows, padded batches."""

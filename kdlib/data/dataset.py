@@ -1,7 +1,7 @@
-"""The windows of a whole text, made once and kept: rows of memory-mapped Arrow files in the cache folder of `datasets`.
+"""Windows of a dataset, tokenized once and cached as memory-mapped Arrow files in the cache folder of `datasets`.
 
-A file holds only what can't be made again from the rest, six to eight bytes for each byte of text. It is named by all that
-decides its content, so it is found again or it is another one; and it counts only when it is whole.
+Files hold only what cannot be derived, six to eight bytes per byte of text. The folder name is a hash of everything
+that determines the content. A cache is used only if all its files are complete.
 """
 
 import collections.abc
@@ -23,26 +23,27 @@ from kdlib.data.corpus import Document
 from kdlib.files import read_json, write_json
 
 FORMAT = 3
-"""Goes up when what is made of the same text changes, in `tokenize`, `chat`, `windowing`, `boundaries` or `vocab`."""
-PARALLEL_CHARS, SHOWN_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
-"""Text for each process beyond the first; text that takes so long that a bar is shown; text in one batch of a file."""
+"""Increment when `tokenize`, `chat`, `windowing`, `boundaries` or `vocab` produce different windows for the same text.
+"""
+PARALLEL_CHARS, PROGRESS_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
+"""Characters per process, characters from which a progress bar is shown, and characters per batch of a file."""
 
 LISTS = ("student_ids", "teacher_ids", "student_rows", "teacher_rows", "student_span_ends", "teacher_span_ends")
 MARKS = ("student_learned", "teacher_learned", "student_scored", "teacher_scored")
 NUMBERS = ("num_bytes", "num_positions", "document")
 COUNTS = ("student_faithful", "student_text", "teacher_faithful", "teacher_text")
-"""Of a document, with its first window: text tokens that are the bytes that stand there, and all of them."""
+"""Faithful text tokens and all text tokens of a document, stored with its first window."""
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.int32())) for name in LISTS]
     + [(name, pa.list_(pa.bool_())) for name in MARKS]
     + [(name, pa.int64()) for name in NUMBERS + COUNTS]
 )
 DOCUMENT = pa.schema([(name, pa.large_string()) for name in ("text", "messages", "source")] + [("number", pa.int64())])
-"""A document on its way to the processes that tokenize it."""
+"""Schema of the documents file, which the tokenizing processes read."""
 
 
 class WindowDataset(collections.abc.Sequence):
-    """`windowing.Window`s as rows of an Arrow table: one is made when it is asked for."""
+    """Sequence of `windowing.Window`s backed by an Arrow table; a window is built on access."""
 
     def __init__(self, table):
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
@@ -51,7 +52,7 @@ class WindowDataset(collections.abc.Sequence):
 
     @classmethod
     def from_list(cls, windows):
-        """Any sequence of windows as one of these."""
+        """Converts a sequence of windows."""
         return windows if isinstance(windows, cls) else cls(pa.table(table_of(windows)))
 
     def __len__(self):
@@ -60,37 +61,35 @@ class WindowDataset(collections.abc.Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        which = int(np.searchsorted(self._starts, place, "right")) - 1
-        row = self._batches[which].slice(place - self._starts[which], 1)
-        held = {name: _values(row.column(name)) for name in LISTS + MARKS}
-        labels = {
-            f"{side}_labels": windowing.labels_of(held[f"{side}_ids"].astype(np.int64), held.pop(f"{side}_learned"))
-            for side in ("student", "teacher")
-        }
+        index = range(len(self))[index]
+        batch = int(np.searchsorted(self._starts, index, "right")) - 1
+        row = self._batches[batch].slice(index - self._starts[batch], 1)
+        arrays = {name: _values(row.column(name)).astype(np.int64) for name in LISTS}
+        arrays |= {name: _values(row.column(name)) for name in MARKS}
+        for side in ("student", "teacher"):
+            arrays[f"{side}_labels"] = windowing.labels_of(arrays[f"{side}_ids"], arrays.pop(f"{side}_learned"))
         numbers = {name: row.column(name)[0].as_py() for name in NUMBERS}
-        lists = {name: array.astype(np.int64) if name in LISTS else array for name, array in held.items()}
-        return windowing.Window(**lists, **labels, **numbers, place=place)
+        return windowing.Window(**arrays, **numbers, window_id=index)
 
     def column(self, name):
-        """One number a window, int64: what stands in a column, or how many entries its lists have."""
+        """Returns one number per window, int64: the column's value, or the length of its lists."""
         if name not in self._columns:
             columns = (batch.column(name) for batch in self._batches)
-            counts = [_numbers(column.value_lengths() if name in LISTS else column) for column in columns]
-            self._columns[name] = np.concatenate([np.zeros(0, np.int64), *counts])
+            arrays = [_numbers(column.value_lengths() if name in LISTS else column) for column in columns]
+            self._columns[name] = np.concatenate([np.zeros(0, np.int64), *arrays])
         return self._columns[name]
 
     def total(self, name):
-        """The sum of a column."""
+        """Returns the sum of `column`."""
         return int(self.column(name).sum())
 
     def labels(self, side):
-        """The labels of one side (`student` or `teacher`), an array for some windows at a time."""
+        """Yields the labels of one side (`student` or `teacher`), one array per batch of windows."""
         for ids, learned in zip(self._flat(f"{side}_ids"), self._flat(f"{side}_learned"), strict=True):
             yield np.append(ids[1:], 0)[learned]
 
     def digest(self):
-        """A hash of the content: of the tokens of both sides, which are learned, and where windows begin."""
+        """Returns a hash of the token ids of both sides, of the targets, and of the window boundaries."""
         digest = hashlib.sha256()
         for name in ("student_ids", "student_learned", "teacher_ids"):
             for batch in self._batches:
@@ -104,82 +103,82 @@ class WindowDataset(collections.abc.Sequence):
 
 
 def window_lengths(windows, side="student"):
-    """Tokens of each of some windows on one side, int64."""
+    """Returns the number of tokens of each window on one side, int64."""
     if isinstance(windows, WindowDataset):
         return windows.column(f"{side}_ids")
     return np.array([len(getattr(window, f"{side}_ids")) for window in windows], dtype=np.int64)
 
 
 def longest_windows(windows, count):
-    """The `count` windows with most student tokens, the longest last."""
+    """Returns the `count` windows with most student tokens, longest last."""
     return [windows[i] for i in np.argsort(window_lengths(windows), kind="stable")[-count:]]
 
 
-def spread(windows, num_tokens):
-    """Yields windows of about `num_tokens` student tokens, spread over the documents; the same ones every time."""
-    size, lengths = 0, window_lengths(windows)
+def sample_windows(windows, num_tokens):
+    """Yields a fixed random sample of windows with about `num_tokens` student tokens in total."""
+    total, lengths = 0, window_lengths(windows)
     for index in np.random.default_rng(0).permutation(len(windows)):
-        if size >= num_tokens:
+        if total >= num_tokens:
             return
         yield windows[index]
-        size += lengths[index]
+        total += lengths[index]
 
 
 def table_of(windows, counts=()):
-    """`{column: Arrow array}` of some windows; `counts` `[len(windows)][4]` as in COUNTS (default: none)."""
-    made = {name: _lists([getattr(w, name) for w in windows], np.int32) for name in LISTS}
+    """Converts windows to `{column: Arrow array}`; `counts` `[len(windows)][4]` as in COUNTS (default: zeros)."""
+    columns = {name: _lists([getattr(w, name) for w in windows], np.int32) for name in LISTS}
     for side in ("student", "teacher"):
         labels = [getattr(w, f"{side}_labels") for w in windows]
-        made[f"{side}_learned"] = _lists([row != windowing.IGNORE for row in labels], bool)
-        made[f"{side}_scored"] = _lists([getattr(w, f"{side}_scored") for w in windows], bool)
+        columns[f"{side}_learned"] = _lists([row != windowing.IGNORE for row in labels], bool)
+        columns[f"{side}_scored"] = _lists([getattr(w, f"{side}_scored") for w in windows], bool)
     for name in NUMBERS:
-        made[name] = pa.array([getattr(w, name) for w in windows], pa.int64())
-    counts = (
-        np.array(counts, np.int64).reshape(-1, len(COUNTS)) if len(counts) else np.zeros((len(windows), len(COUNTS)))
-    )
-    made |= {name: pa.array(counts[:, i].astype(np.int64)) for i, name in enumerate(COUNTS)}
-    return {name: made[name] for name in SCHEMA.names}
+        columns[name] = pa.array([getattr(w, name) for w in windows], pa.int64())
+    counts = np.array(counts, np.int64).reshape(-1, len(COUNTS))
+    counts = counts if len(counts) else np.zeros((len(windows), len(COUNTS)), np.int64)
+    columns |= {name: pa.array(counts[:, i]) for i, name in enumerate(COUNTS)}
+    return {name: columns[name] for name in SCHEMA.names}
 
 
 def build_windows(documents, student, teacher, max_length):
-    """The `WindowDataset` of all `documents` (`windowing.cut_windows` of each, in order) as two `tokenize.TextTokenizer`s read them.
+    """Tokenizes `documents` with two `tokenize.TextTokenizer`s and cuts them into a `WindowDataset`, in order.
 
-    What was made before is found again. Where the cache folder takes nothing they are made in memory, with a warning.
+    Uses the cache if it has the windows. If the cache folder is not writable, they are built in memory, with a warning.
     """
     import datasets
 
-    how = {"student": student, "teacher": teacher, "max_length": max_length}
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "kdlib" / f"windows-{_key(documents, **how)}"
+    settings = {"student": student, "teacher": teacher, "max_length": max_length}
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "kdlib" / f"windows-{_key(documents, **settings)}"
     try:
-        table = _kept(folder)
-        return WindowDataset(_make(folder, documents, how) if table is None else table)
+        table = _load(folder)
+        return WindowDataset(_build(folder, documents, settings) if table is None else table)
     except OSError as error:
         warnings.warn(
-            f"the cache folder {folder.parent} does not take the tokenized text ({error.strerror or error}); it is kept in "
-            "memory, and made again at the next start",
+            f"cannot cache the tokenized text in {folder.parent} ({error.strerror or error}); it is kept in memory and "
+            "will be tokenized again at the next start. Set HF_DATASETS_CACHE to a writable folder with free space",
             stacklevel=2,
         )
     batches = (_document_columns(batch) for batch in _batched(documents))
-    return WindowDataset(pa.concat_tables([SCHEMA.empty_table(), *(_read(batch, **how) for batch in batches)]))
+    tables = (_tokenize_batch(batch, **settings) for batch in batches)
+    return WindowDataset(pa.concat_tables([SCHEMA.empty_table(), *tables]))
 
 
 def _key(documents, student, teacher, max_length):
-    """A hash of all that decides what the windows are."""
+    """Returns a hash of everything that determines the windows."""
     versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
     digest = hashlib.sha256(repr((FORMAT, versions, max_length)).encode())
     for reader in (student, teacher):
-        used = reader.tokenizer
-        marks = used.chat_template, sorted(map(repr, used.special_tokens_map.items())), used.all_special_ids
-        facts = [used.backend_tokenizer.to_str(), *map(repr, (marks, reader.prefix, reader.eos, reader.context))]
-        digest.update(json.dumps(facts).encode())
+        tokenizer = reader.tokenizer
+        special = sorted(map(repr, tokenizer.special_tokens_map.items())), tokenizer.all_special_ids
+        settings = (tokenizer.chat_template, *special), reader.prefix, reader.eos, reader.context
+        digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), *map(repr, settings)]).encode())
     for document in documents:
-        piece = document.text.encode() if not document.messages else json.dumps(document.messages).encode()
-        digest.update(f"{bool(document.messages)} {len(piece)} ".encode() + piece)
+        content = document.text.encode() if not document.messages else json.dumps(document.messages).encode()
+        digest.update(f"{bool(document.messages)} {len(content)} ".encode() + content)
     return digest.hexdigest()[:32]
 
 
-def _kept(folder):
-    """The table that lies whole in a folder; None where there is none."""
+def _load(folder):
+    """Returns the cached table of a folder, or None if it is missing or incomplete."""
     try:
         files = read_json(folder / "whole.json")
         if any((folder / name).stat().st_size != size for name, size in files.items()):
@@ -187,76 +186,76 @@ def _kept(folder):
         maps = [pa.memory_map(str(folder / name)) for name in files]
         tables = [pa.ipc.open_stream(file).read_all().replace_schema_metadata(None) for file in maps]
         return pa.concat_tables([SCHEMA.empty_table(), *tables])
-    except (FileNotFoundError, ValueError):  # of JSON and of Arrow
+    except (FileNotFoundError, ValueError):  # JSON and Arrow errors are ValueErrors
         return None
 
 
-def _make(folder, documents, how):
-    """Make the table in its folder; one process at a time, the others wait for it."""
+def _build(folder, documents, settings):
+    """Builds the table in its folder and returns it. One process builds at a time; the others wait."""
     import datasets
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (table := _kept(folder)) is not None:
+        if (table := _load(folder)) is not None:
             return table
         try:
             _clear(folder)
             _write_documents(folder / "documents.arrow", documents)
-            given = datasets.Dataset.from_file(str(folder / "documents.arrow"))
-            with _mapping(_num_chars(documents), len(documents)) as num_processes:
-                given.map(
-                    _read, batched=True, batch_size=_batch_size(documents), fn_kwargs=how, remove_columns=given.column_names,
-                    features=datasets.Features.from_arrow_schema(SCHEMA), cache_file_name=str(folder / "windows.arrow"),
-                    num_proc=num_processes, new_fingerprint=folder.name, desc="Tokenizing the text, once",
+            rows = datasets.Dataset.from_file(str(folder / "documents.arrow"))
+            with _map_environment(_num_chars(documents), len(documents)) as num_processes:
+                rows.map(
+                    _tokenize_batch, batched=True, batch_size=_batch_size(documents), fn_kwargs=settings,
+                    remove_columns=rows.column_names, features=datasets.Features.from_arrow_schema(SCHEMA),
+                    cache_file_name=str(folder / "windows.arrow"), num_proc=num_processes, new_fingerprint=folder.name,
+                    desc="Tokenizing the dataset (cached)",
                 )  # fmt: skip
             files = sorted(folder.glob("windows*.arrow"))
-            for file in files:
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
+            for path in files:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
             (folder / "documents.arrow").unlink()
-            write_json(folder / "whole.json", {file.name: file.stat().st_size for file in files})
+            write_json(folder / "whole.json", {path.name: path.stat().st_size for path in files})
         except BaseException:
             _clear(folder)
             raise
-    return _kept(folder)
+    return _load(folder)
 
 
 @contextlib.contextmanager
-def _mapping(num_chars, num_documents):
-    """The number of processes to read a text with (None: this one), and the surroundings they need meanwhile."""
+def _map_environment(num_chars, num_documents):
+    """Yields the number of processes for `datasets.map` (None: this one), with warnings and progress bars configured."""
     import datasets
 
     num_processes = min(environment.num_processors(), num_documents, num_chars // PARALLEL_CHARS)
-    shown = num_chars >= SHOWN_CHARS and environment.is_main_process()
-    hidden = datasets.are_progress_bars_disabled()
+    show_progress = num_chars >= PROGRESS_CHARS and environment.is_main_process()
+    were_disabled = datasets.are_progress_bars_disabled()
     with warnings.catch_warnings(), environment.single_tokenizer_thread():
-        # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread may hold
+        # Python 3.12 warns about fork in a process with threads; these children use nothing that a thread may lock
         warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-        if not shown:
+        if not show_progress:
             datasets.disable_progress_bars()
         try:
             yield num_processes if num_processes > 1 else None
         finally:
-            if not hidden:
+            if not were_disabled:
                 datasets.enable_progress_bars()
 
 
-def _read(batch, student, teacher, max_length):
-    """The table of the windows of some documents."""
+def _tokenize_batch(batch, student, teacher, max_length):
     windows, counts = [], []
     for text, messages, source, number in zip(*(batch[name] for name in DOCUMENT.names), strict=True):
         document = Document(text, tuple(map(tuple, json.loads(messages))), source)
-        ours, theirs = (tokenize.encode(document, reader) for reader in (student, teacher))
-        cut = windowing.cut_windows(document, ours, theirs, student, teacher, max_length, number)
-        told = [int(n) for side in (ours, theirs) for n in ((side.faithful & side.is_text).sum(), side.is_text.sum())]
+        sides = [tokenize.encode(document, reader) for reader in (student, teacher)]
+        cut = windowing.cut_windows(document, *sides, student, teacher, max_length, number)
+        masks = [mask for side in sides for mask in (side.faithful & side.is_text, side.is_text)]
         windows += cut
-        counts += ([told] + [[0] * len(COUNTS)] * len(cut))[: len(cut)]
+        counts += ([[int(mask.sum()) for mask in masks]] + [[0] * len(COUNTS)] * len(cut))[: len(cut)]
     return pa.table(table_of(windows, counts), SCHEMA)
 
 
 def _batched(documents):
-    """`(number, document)`s in lists."""
+    """Yields lists of `(number, document)`."""
     size = _batch_size(documents)
     for start in range(0, len(documents), size):
         yield list(enumerate(documents[start : start + size], start))
@@ -280,27 +279,27 @@ def _document_columns(batch):
 
 
 def _write_documents(path, documents):
-    """The documents as a file that several processes can read."""
+    """Writes the documents to a file that several processes can read."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, DOCUMENT) as stream:
         for batch in _batched(documents):
             stream.write_table(pa.table(_document_columns(batch), DOCUMENT))
 
 
 def _clear(folder):
-    for left in folder.iterdir():
-        if left.name != "lock":
-            left.unlink()
+    for path in folder.iterdir():
+        if path.name != "lock":
+            path.unlink()
 
 
 def _lists(rows, dtype):
-    """Rows of different lengths as an Arrow array of lists."""
+    """Converts rows of different lengths to an Arrow array of lists."""
     ends = np.cumsum([0] + [len(row) for row in rows], dtype=np.int32)
     values = np.concatenate([np.zeros(0, dtype), *rows]).astype(dtype)
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
 
 
 def _values(lists):
-    """All entries of an Arrow array of lists."""
+    """Returns the concatenated entries of an Arrow array of lists."""
     return _numbers(lists.flatten())
 
 

@@ -1,6 +1,6 @@
-"""A look inside a pair: how two tokenizations of a text meet, where teacher and students look, which layers are alike.
+"""Internals of a pair: alignment of the tokenizations, attention maps, and similarity of layers.
 
-What is found is plain values, written as `figures/inside.json` and drawn by `charts`.
+The results are plain values, written to `figures/inside.json` and drawn by `report.charts`.
 """
 
 import itertools
@@ -12,166 +12,155 @@ from kdlib.data import corpus, tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.losses import features
 from kdlib.models import hooks, loading, teacher_cache
+from kdlib.report.html import AlignedSpans
 
 SHOWN_SPANS, SHOWN_CHARS = 24, 240
-"""How much of a text is shown: spans of an attention map, characters of an alignment."""
-COMPARED_POSITIONS = 512
-"""Aligned positions on which layers are compared."""
-MANY = 4
-"""Spans of so many tokens or more on a side are counted together."""
+"""Spans in an attention map, and characters in a displayed alignment."""
+MAX_POSITIONS = 512
+"""Aligned positions for the similarity of layers."""
+MAX_SPAN_TOKENS = 4
+"""Token count of a span from which longer spans share one bin."""
 COVERAGE_BINS = 20
 
 
 def look(config, inputs, students):
-    """What is told of a run's `inputs.Inputs`; `students`: weights by name. A teacher that was let go is loaded again. Where
-    a model can't be watched, or the memory has no room, `without` says why.
+    """Returns the content of `inside.json` for a run.
+
+    `inputs`: `session.inputs.Inputs`. `students`: state dicts by name. Reloads a teacher that was released. If a model
+    cannot be observed, or memory runs out, `without` gives the reason.
     """
     pair = inputs.pair
+    result = {"spans": [], "sizes": sizes(pair.sample), "coverage": coverage(inputs.train)}
     windows = [window for group in inputs.test.windows for window in group if len(window.student_rows) > 1]
     if not windows:
-        return {"spans": [], "sizes": sizes(pair.sample), "coverage": coverage(inputs.train),
-                "without": "no held-out window has an aligned position to show"}  # fmt: skip
-    window = _shown(windows)
-    readers = pair.student_reader, pair.teacher.reader
-    told = {
-        "spans": spans(window, *readers)[: SHOWN_SPANS + 1],
-        "sizes": sizes(pair.sample),
-        "coverage": coverage(inputs.train),
-    }
+        return {**result, "without": "no held-out window has an aligned position to show"}
+    window = _window_to_show(windows)
+    result["spans"] = spans(window, pair.student_reader, pair.teacher.reader)[: SHOWN_SPANS + 1]
     if pair.teacher.model is None and config.cached:
-        return {**told, "without": "the teacher came from its cache, which keeps none of its layers"}
+        return {**result, "without": "the teacher cache contains no hidden layers"}
     try:
-        teacher = pair.teacher.model or _loaded_again(config, pair)
-        told |= {"attention": {"teacher": attention_map(teacher, window, "teacher")}, "similarity": {}}
-        theirs = layer_states(teacher, windows, "teacher")
+        teacher = pair.teacher.model or _reload_teacher(config, pair)
+        result |= {"attention": {"teacher": attention_map(teacher, window, "teacher")}, "similarity": {}}
+        teacher_layers = layer_states(teacher, windows, "teacher")
         for name, weights in students.items():
             loading.load_cpu_state_dict(pair.student, weights)
-            told["attention"][name] = attention_map(pair.student, window, "student")
-            ours = layer_states(pair.student, windows, "student")
-            told["similarity"][name] = [[round(cka(a, b), 4) for b in theirs] for a in ours]
-    except Exception as error:  # noqa: BLE001 - a look at models of any kind, on a run that is complete
+            result["attention"][name] = attention_map(pair.student, window, "student")
+            layers = layer_states(pair.student, windows, "student")
+            result["similarity"][name] = [[round(cka(a, b), 4) for b in teacher_layers] for a in layers]
+    except Exception as error:  # noqa: BLE001 - the run is complete, and models of any kind may fail here
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        told["without"] = f"the models could not be watched: {reason}".splitlines()[0]
-    return told
+        result["without"] = f"the models could not be observed: {reason}".splitlines()[0]
+    return result
 
 
-def _loaded_again(config, pair):
+def _reload_teacher(config, pair):
     dtype = getattr(torch, pair.teacher.identity["teacher_dtype"].removeprefix("torch."))
     return loading.load_model(config.teacher, "teacher", dtype, pair.student.device, config.teacher_quantization)
 
 
-def sentence(config):
-    """The spans of the beginning of a config's text, both tokenizers having read it: nothing but tokenizers is loaded."""
+def align_sentence(config):
+    """Returns the `AlignedSpans` of the first characters of a config's text. Loads the tokenizers, but no models."""
     student = loading.load_reader(config.student, "student")
     if config.cached:
         teacher = teacher_cache.CachedTeacher(teacher_cache.folders_of(config.teacher_cache)).reader
     else:
         teacher = loading.load_reader(config.teacher, "teacher")
     text = next(iter(corpus.read_documents(config.dataset, config.text_field))).text
-    document = Document(_beginning(text, SHOWN_CHARS))
-    windows = windowing.cut_windows(
-        document,
-        tokenize.encode(document, student),
-        tokenize.encode(document, teacher),
-        student,
-        teacher,
-        4 * SHOWN_CHARS,
-    )
-    return spans(windows[0], student, teacher) if windows else []
+    document = Document(_truncate(text, SHOWN_CHARS))
+    encodings = tokenize.encode(document, student), tokenize.encode(document, teacher)
+    windows = windowing.cut_windows(document, *encodings, student, teacher, 4 * SHOWN_CHARS)
+    return AlignedSpans(spans(windows[0], student, teacher) if windows else [])
 
 
 def spans(window, student, teacher):
-    """The pieces of a window that both tokenizations delimit: `[{"student": [text of each token], "teacher": [...]}]`. What
-    stands between two positions where both have read the same bytes is one piece.
-    """
-    ours = _pieces(student, window.student_ids, window.student_rows)
-    theirs = _pieces(teacher, window.teacher_ids, window.teacher_rows)
-    return [{"student": a, "teacher": b} for a, b in zip(ours, theirs, strict=True)]
+    """Returns the token texts of each span between aligned positions: `[{"student": [...], "teacher": [...]}]`."""
+    student_spans = _split_tokens(student, window.student_ids, window.student_rows)
+    teacher_spans = _split_tokens(teacher, window.teacher_ids, window.teacher_rows)
+    return [{"student": a, "teacher": b} for a, b in zip(student_spans, teacher_spans, strict=True)]
 
 
-def _pieces(reader, ids, rows):
-    """The texts of one side's tokens, in a list for each piece, torn characters as their bytes; what the tokenizer put
-    around the text is left out.
-    """
-    vocabulary, last = reader.vocabulary, len(ids)
+def _split_tokens(reader, ids, rows):
+    """Returns the token texts of each span, without special tokens. Incomplete characters become escaped bytes."""
+    vocabulary, end = reader.vocabulary, len(ids)
     if reader.eos and ids[-1] == reader.eos[-1]:
-        last -= len(reader.eos)
+        end -= len(reader.eos)
     texts = [(vocabulary.tokens[index] or b"").decode("utf-8", "backslashreplace") for index in ids]
-    first = (
-        len(reader.prefix) if list(ids[: len(reader.prefix)]) == reader.prefix else 0
-    )  # a chat template may write none
-    edges = [first, *(int(row) + 1 for row in rows), last]
+    has_prefix = list(ids[: len(reader.prefix)]) == reader.prefix  # a chat template may write none
+    edges = [len(reader.prefix) if has_prefix else 0, *(int(row) + 1 for row in rows), end]
     return [texts[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 def sizes(windows):
-    """Shares of spans by their tokens: `[MANY][MANY]`, row i: i + 1 of the student's tokens, column j: j + 1 of the
-    teacher's; the last row and column are for so many or more.
+    """Returns the shares of spans with i + 1 student tokens (rows) and j + 1 teacher tokens (columns). The last row and
+    column include longer spans.
     """
-    counts = np.zeros((MANY, MANY))
+    counts = np.zeros((MAX_SPAN_TOKENS, MAX_SPAN_TOKENS))
     for window in windows:
-        ours, theirs = window.student_span_ends - window.student_rows, window.teacher_span_ends - window.teacher_rows
-        known = ours > 0
-        np.add.at(counts, (np.minimum(ours[known], MANY) - 1, np.minimum(theirs[known], MANY) - 1), 1)
+        student = window.student_span_ends - window.student_rows
+        teacher = window.teacher_span_ends - window.teacher_rows
+        bins = [np.minimum(lengths[student > 0], MAX_SPAN_TOKENS) - 1 for lengths in (student, teacher)]
+        np.add.at(counts, tuple(bins), 1)
     return (counts / max(1, counts.sum())).round(5).tolist()
 
 
 def coverage(windows):
-    """How many training windows have which share of their positions with teacher signal, in bins of equal width."""
+    """Returns a histogram of the training windows by their share of aligned positions, with bins of equal width."""
     shares = windows.column("student_rows") / np.maximum(1, windows.column("num_positions"))
     return np.histogram(shares, bins=COVERAGE_BINS, range=(0.0, 1.0))[0].tolist()
 
 
 def attention_map(model, window, side):
-    """Attention between the first spans of a window `[K, K]`: the mean of `features.span_map` over all heads and all
-    layers that are attentions.
+    """Returns attention between a window's first spans, `[K][K]`: mean of `features.span_map` over heads and layers.
+
+    Raises ValueError if no layer is an attention layer that can be observed.
     """
     rows = torch.from_numpy(getattr(window, f"{side}_rows")[: SHOWN_SPANS + 1]).to(model.device)
     layers = range(model.config.num_hidden_layers)
-    seen = _watched(model, getattr(window, f"{side}_ids")[: int(rows[-1]) + 1], attention_of=layers)
+    seen = _observe(model, getattr(window, f"{side}_ids")[: int(rows[-1]) + 1], attention_of=layers)
     if not seen.attention:
-        raise ValueError(f"no layer of {type(model).__name__} is an attention that can be watched")
+        raise ValueError(f"no layer of {type(model).__name__} is an attention layer that can be observed")
     maps = []
-    for layer in sorted(seen.attention):  # in a hybrid model some layers are none
+    for layer in sorted(seen.attention):  # not all layers of a hybrid model
         query, key, _, scaling = seen.attention[layer]
         maps.append(features.span_map(query[0][:, rows], key[0], rows, scaling).exp()[1:, 1:].cpu())
     return [[round(x, 4) for x in row] for row in torch.stack(maps).double().mean(dim=0).tolist()]
 
 
 def layer_states(model, windows, side):
-    """Each layer's output at the aligned positions of some windows, centred by nothing: a list of float64 `[N, D]`."""
-    found, count = [], 0
+    """Returns each layer's output at the aligned positions of the first windows, a list of float64 `[N, D]`."""
+    states, count = [], 0
     for window in windows:
-        if count >= COMPARED_POSITIONS:
+        if count >= MAX_POSITIONS:
             break
-        rows = torch.from_numpy(getattr(window, f"{side}_rows"))[: COMPARED_POSITIONS - count]
-        seen = _watched(model, getattr(window, f"{side}_ids"), layers=range(model.config.num_hidden_layers))
-        found.append([seen.layers[i][0][rows.to(model.device)].double().cpu() for i in sorted(seen.layers)])
+        rows = torch.from_numpy(getattr(window, f"{side}_rows"))[: MAX_POSITIONS - count]
+        seen = _observe(model, getattr(window, f"{side}_ids"), layers=range(model.config.num_hidden_layers))
+        states.append([seen.layers[i][0][rows.to(model.device)].double().cpu() for i in sorted(seen.layers)])
         count += len(rows)
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return [torch.cat(layer) for layer in zip(*states, strict=True)]
 
 
-def cka(ours_ND, theirs_NE):
-    """How alike two layers see the same N positions, 1 for the same up to rotation and scale, about 0 for unrelated ones:
-    linear centred kernel alignment, Kornblith et al. 2019, arXiv 1905.00414, with the unbiased estimate of Nguyen et al.
-    2021, arXiv 2010.15327, eq. 3, since positions may be fewer than dimensions.
+def cka(student_ND, teacher_NE):
+    """Returns the linear centred kernel alignment of two layers over N positions.
+
+    It is 1 if they are equal up to rotation and scale, and about 0 if they are unrelated: Kornblith et al. 2019, arXiv
+    1905.00414. Uses the unbiased estimate of Nguyen et al. 2021, arXiv 2010.15327, eq. 3, for few positions.
     """
-    grams = [states @ states.T for states in (ours_ND, theirs_NE)]
-    a, b = (gram.fill_diagonal_(0.0) for gram in grams)
-    scale = (_alike(a, a) * _alike(b, b)) ** 0.5
-    return float(_alike(a, b) / scale) if scale > 0 else 0.0
+    a, b = (gram.fill_diagonal_(0.0) for gram in (states @ states.T for states in (student_ND, teacher_NE)))
+    scale = (_hsic(a, a) * _hsic(b, b)) ** 0.5
+    return float(_hsic(a, b) / scale) if scale > 0 else 0.0
 
 
-def _alike(a, b):
+def _hsic(a, b):
+    """Returns the unbiased Hilbert-Schmidt independence criterion of two Gram matrices without their diagonals."""
     num = len(a)
     sums = a.sum(dim=1), b.sum(dim=1)
-    crossed = (a * b).sum() + sums[0].sum() * sums[1].sum() / ((num - 1) * (num - 2))
-    return float(crossed - 2.0 / (num - 2) * (sums[0] @ sums[1])) / (num * (num - 3))
+    trace = (a * b).sum() + sums[0].sum() * sums[1].sum() / ((num - 1) * (num - 2))
+    return float(trace - 2.0 / (num - 2) * (sums[0] @ sums[1])) / (num * (num - 3))
 
 
 @torch.no_grad()
-def _watched(model, ids, layers=(), attention_of=()):
-    """The `hooks.Seen` of one forward pass over `ids`, the model in evaluation mode for so long."""
+def _observe(model, ids, layers=(), attention_of=()):
+    """Returns the `hooks.Watched` of one forward pass over `ids` in evaluation mode."""
     was_watched, was_training = model.config._attn_implementation == hooks.WATCHED_SDPA, model.training
     hooks.watch_attention(model, bool(attention_of) or was_watched)
     model.eval()
@@ -184,13 +173,13 @@ def _watched(model, ids, layers=(), attention_of=()):
     return seen
 
 
-def _shown(windows):
-    """The held-out window whose beginning is shown: one that has enough spans, the longest else."""
-    enough = [window for window in windows if len(window.student_rows) > SHOWN_SPANS]
-    return max(enough or windows, key=lambda window: (len(window.student_rows), -window.place))
+def _window_to_show(windows):
+    """Returns a window with enough spans, or else the one with the most."""
+    long_windows = [window for window in windows if len(window.student_rows) > SHOWN_SPANS]
+    return max(long_windows or windows, key=lambda window: (len(window.student_rows), -window.window_id))
 
 
-def _beginning(text, size):
-    """The beginning of a text up to its last whole word."""
-    cut = text.strip()[:size]
-    return cut[: cut.rindex(" ")] if len(text.strip()) > size and " " in cut.strip() else cut
+def _truncate(text, size):
+    """Returns at most `size` characters of a text, up to the end of a word."""
+    start = text.strip()[:size]
+    return start[: start.rindex(" ")] if len(text.strip()) > size and " " in start.strip() else start

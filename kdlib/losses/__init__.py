@@ -1,1 +1,1 @@
-"""The mathematics of the loss terms, on plain tensors."""
+"""The loss formulas, as functions of plain tensors."""

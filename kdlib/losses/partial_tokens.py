@@ -1,4 +1,4 @@
-"""Where a text lies inside tokens of the other side: the walk of a micro-batch through both tries, block by block."""
+"""Positions of a micro-batch that lie inside a token of the other tokenizer, with their trie nodes, block by block."""
 
 import dataclasses
 
@@ -8,85 +8,88 @@ import torch
 from kdlib.losses import divergences
 from kdlib.losses.teacher_signal import TopKLogProbs
 
-AT_ONCE = 256
-"""Positions worked off at once where a teacher's words are put in short: a node may have as many outcomes as a vocabulary
-has tokens.
-"""
+MAX_POSITIONS = 256
+"""Positions reduced to top-k outcomes at once: a node may have as many outcomes as a vocabulary has tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PartialTokenBlock:
-    """What lies inside tokens of the other side in a block of rows: `at` the student's rows inside a teacher's token, and
-    `logits` `[k, U]` of the teacher's positions inside a student's token; with the known row that starts its span, `span_of`
-    and `inner_span_of`, and its `nodes` and `inner_nodes` of the tries, all arrays. From a teacher cache there are no
-    logits: `said` and `inner_log_probs` are the `Trie.shortlist`s.
+    """Part of `PartialTokens` in one block of rows.
+
+    `student_rows`: rows of the block inside a teacher token. `inner_logits` `[k, U]`: the teacher's logits at its
+    positions inside a student token, or None with a teacher cache. For both kinds of positions, `span_of` and
+    `inner_span_of` are the aligned row that starts their span, `nodes` and `inner_nodes` their trie nodes (arrays), and
+    `topk` and `inner_topk` the cached teacher's `Trie.shortlist`.
     """
 
-    at: np.ndarray
+    student_rows: np.ndarray
     span_of: np.ndarray
     nodes: np.ndarray
-    said: TopKLogProbs | None
+    topk: TopKLogProbs | None
     inner_span_of: np.ndarray
     inner_nodes: np.ndarray
-    inner_log_probs: TopKLogProbs | None
-    logits: torch.Tensor | None
+    inner_topk: TopKLogProbs | None
+    inner_logits: torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PartialTokens:
-    """Where the positions of a micro-batch lie inside tokens of the other side, N spans, as arrays: of the student's
-    `positions` (flat) their spans and `nodes`; of the teacher's positions inside a student's token, span by span, their
-    places `inner` in `Batch.inner_rows`, their spans and nodes; `more` `[N]`: how many a span has of these. `said`: what a
-    cached teacher said at both, or None.
+    """Positions inside a token of the other side, in a micro-batch of N spans, as arrays.
+
+    `positions`: the student's (flat) positions inside a teacher token, with their spans `span_of` and trie `nodes`.
+    `inner_positions`: the teacher's positions inside a student token, as indices into `Batch.inner_rows`, span by span,
+    with `inner_span_of` and `inner_nodes`. `num_inner` `[N]` counts them by span. `partial_topk`: the cached teacher's
+    `TopKLogProbs` for both kinds of positions, or Nones.
     """
 
     positions: np.ndarray
     span_of: np.ndarray
     nodes: np.ndarray
-    inner: np.ndarray
+    inner_positions: np.ndarray
     inner_span_of: np.ndarray
     inner_nodes: np.ndarray
-    more: np.ndarray
-    said: tuple = (None, None)
+    num_inner: np.ndarray
+    partial_topk: tuple = (None, None)
 
     @classmethod
-    def build(cls, tries, batch, said=None):
-        """The walk of a `Batch` through both `tries` (`trie.tries_of`)."""
-        ours, theirs = batch.spans_of("student"), batch.spans_of("teacher")
-        whole = _agreeing(tries[0], ours, theirs)
-        (_, firsts, stops), (at, spans, nodes) = theirs, _agreeing(tries[1], theirs, ours)
-        sizes = np.maximum(stops - firsts - 1, 0)
-        inner = at - firsts[spans] - 1 + (np.cumsum(sizes) - sizes)[spans]
-        more = np.bincount(spans, minlength=len(firsts))
-        return cls(*whole, inner, spans, nodes, more, said or (None, None))
+    def build(cls, tries, batch, partial_topk=None):
+        """Matches a `Batch` against both `tries` (`trie.tries_of`)."""
+        student, teacher = batch.spans_of("student"), batch.spans_of("teacher")
+        (_, starts, ends), (positions, spans, nodes) = teacher, _matches(tries[1], teacher, student)
+        num_inner_rows = np.maximum(ends - starts - 1, 0)
+        inner_positions = positions - starts[spans] - 1 + (np.cumsum(num_inner_rows) - num_inner_rows)[spans]
+        student_side, num_inner = _matches(tries[0], student, teacher), np.bincount(spans, minlength=len(starts))
+        return cls(*student_side, inner_positions, spans, nodes, num_inner, partial_topk or (None, None))
 
-    def shortlists(self, tries, signal, decode, bucket_of, sizes, temperature):
-        """What the teacher of a `TeacherSignal` with `inner` states says at both kinds of positions, in short:
-        `Trie.shortlist`s of so many outcomes, in their order. `decode` makes logits of states; `bucket_of` `[Vt]` is the
-        bucket of each.
+    def top_k_outcomes(self, tries, signal, decode, bucket_of, sizes, temperature):
+        """Returns the teacher's top-k outcomes at both kinds of positions, as two `Trie.shortlist`s.
+
+        `signal` has `partial_hidden`. `decode` maps hidden states to logits, `bucket_of` `[Vt]` logits to buckets.
+        `sizes` are the two values of k.
         """
 
-        def told(trie, states):
+        def log_probs_of(trie, states):
             log_probs = divergences.log_softmax(decode(states))
-            if trie.student == "pieces":
+            if trie.student_side == "inner":
                 return log_probs
             return divergences.bucket_log_probs(log_probs, bucket_of.to(log_probs.device), trie.tail + 1)
 
         kinds = (
-            (tries[0], signal.hidden, self.span_of, self.nodes), (tries[1], signal.partial_hidden, self.inner, self.inner_nodes)
-        )  # fmt: skip
-        found = []
+            (tries[0], signal.hidden, self.span_of, self.nodes),
+            (tries[1], signal.partial_hidden, self.inner_positions, self.inner_nodes),
+        )
+        results = []
         for (trie, states, rows, nodes), k in zip(kinds, sizes, strict=True):
-            parts = [trie.shortlist(told(trie, states[:0]), rows[:0], nodes[:0], k)]
-            for i in range(0, len(rows), AT_ONCE):
-                which, row = np.unique(rows[i : i + AT_ONCE], return_inverse=True)
-                log_probs = told(trie, states[torch.from_numpy(which).to(states.device)])
-                parts.append(trie.shortlist(log_probs, row, nodes[i : i + AT_ONCE], k, temperature))
-            found.append(TopKLogProbs.cat(parts))
-        return tuple(found)
+            parts = [trie.shortlist(log_probs_of(trie, states[:0]), rows[:0], nodes[:0], k)]
+            for i in range(0, len(rows), MAX_POSITIONS):
+                unique_rows, row = np.unique(rows[i : i + MAX_POSITIONS], return_inverse=True)
+                log_probs = log_probs_of(trie, states[torch.from_numpy(unique_rows).to(states.device)])
+                parts.append(trie.shortlist(log_probs, row, nodes[i : i + MAX_POSITIONS], k, temperature))
+            results.append(TopKLogProbs.cat(parts))
+        return tuple(results)
 
-    def by_window(self, rows_by_window):
-        """`(ours, theirs)`: how many of each kind of positions lie in each window, of as many spans as given."""
+    def count_by_window(self, rows_by_window):
+        """Returns how many positions of each kind lie in each window, as two lists; `rows_by_window` counts its spans."""
         window_of = np.repeat(np.arange(len(rows_by_window)), rows_by_window)
         return tuple(
             np.bincount(window_of[spans], minlength=len(rows_by_window)).tolist()
@@ -94,43 +97,40 @@ class PartialTokens:
         )
 
     def teacher_row_order(self, chunks):
-        """Which of a signal's states `[hidden; inner]` the blocks of `chunked_head.plan_blocks` are compared with, in
-        their order.
-        """
-        blocks = [block for chunk in chunks for block in chunk]
-        pieces = [(np.arange(b.known.start, b.known.stop), len(self.more) + self.inner[b.more]) for b in blocks]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(piece for both in pieces for piece in both)])
+        """Returns the blocks' teacher rows, in order, as indices into the teacher's `[hidden; partial_hidden]`."""
+        order = [np.zeros(0, dtype=np.int64)]
+        for block in (block for chunk in chunks for block in chunk):
+            inner_positions = self.inner_positions[block.extra]
+            order += [np.arange(block.aligned.start, block.aligned.stop), len(self.num_inner) + inner_positions]
+        return np.concatenate(order)
 
     def reordered(self, order):
-        """The same with `positions` as places in the flat positions `order` of `chunked_head.plan_blocks`; they stay
-        ascending.
-        """
-        place = np.full(1 + max(order.max(initial=0), self.positions.max(initial=0)), -1)
-        place[order] = np.arange(len(order))
-        return dataclasses.replace(self, positions=place[self.positions])
+        """Returns a copy whose `positions` are indices into the flat positions `order`; they stay ascending."""
+        index_of = np.full(1 + max(order.max(initial=0), self.positions.max(initial=0)), -1)
+        index_of[order] = np.arange(len(order))
+        return dataclasses.replace(self, positions=index_of[self.positions])
 
-    def for_block(self, other, block):
-        """A block's `PartialTokenBlock`, and the logits that its known rows are compared with, from `other`, which holds both (None
-        where a cache says it in short). After `reordered`.
-        """
-        num, known = block.known.stop - block.known.start, block.known.start
-        mine = slice(*np.searchsorted(self.positions, [block.rows.start, block.rows.stop]))
-        said, inner_log_probs = self.said[0] and self.said[0].rows(mine), self.said[1] and self.said[1].rows(block.more)
-        ours = self.positions[mine] - block.rows.start, self.span_of[mine] - known, self.nodes[mine], said
-        theirs = self.inner_span_of[block.more] - known, self.inner_nodes[block.more], inner_log_probs
-        return PartialTokenBlock(
-            *ours, *theirs, None if other is None else other[num:]
-        ), None if other is None else other[:num]
+    def for_block(self, logits, block):
+        """Splits a block's teacher logits (None with a cache) into `(PartialTokenBlock, aligned)`, after `reordered`."""
+        first, num_aligned = block.aligned.start, block.aligned.stop - block.aligned.start
+        student = slice(*np.searchsorted(self.positions, [block.rows.start, block.rows.stop]))
+        topk, inner_topk = self.partial_topk
+        topk, inner_topk = topk and topk.rows(student), inner_topk and inner_topk.rows(block.extra)
+        rows, spans = self.positions[student] - block.rows.start, self.span_of[student] - first
+        inner_spans, inner_nodes = self.inner_span_of[block.extra] - first, self.inner_nodes[block.extra]
+        aligned, inner = (None, None) if logits is None else (logits[:num_aligned], logits[num_aligned:])
+        student_side, inner_side = (rows, spans, self.nodes[student], topk), (inner_spans, inner_nodes, inner_topk)
+        return PartialTokenBlock(*student_side, *inner_side, inner), aligned
 
 
-def agreeing(buckets, batch):
-    """Whether at the aligned positions of a `Batch` the text's own next tokens lie in one bucket, `[N]`."""
-    ours, theirs = (labels[firsts] for labels, firsts, _ in map(batch.spans_of, ("student", "teacher")))
-    return torch.from_numpy(buckets.student[ours] == buckets.teacher[theirs])
+def agreement_mask(buckets, batch):
+    """Returns whether the text's own next tokens lie in one bucket at each aligned position of a `Batch`, bool `[N]`."""
+    student, teacher = (labels[starts] for labels, starts, _ in map(batch.spans_of, ("student", "teacher")))
+    return torch.from_numpy(buckets.student[student] == buckets.teacher[teacher])
 
 
-def _agreeing(trie, pieces, wholes):
-    """`Trie.walk` of the pieces' side, `(labels, firsts, stops)`, at the places where the text's own tokens agree."""
-    at, spans, nodes = trie.match(*pieces)
-    kept = trie.agrees(nodes, wholes[0][wholes[1][spans]], pieces[0][at])
-    return at[kept], spans[kept], nodes[kept]
+def _matches(trie, inner, outer):
+    """Returns `Trie.match` of the inner tokens at positions where the text's own tokens share an outcome."""
+    positions, spans, nodes = trie.match(*inner)
+    kept = trie.agrees(nodes, outer[0][outer[1][spans]], inner[0][positions])
+    return positions[kept], spans[kept], nodes[kept]

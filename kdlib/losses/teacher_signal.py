@@ -1,4 +1,4 @@
-"""What a teacher says of a batch, whole or in short, as the losses need it."""
+"""The teacher's outputs for one batch, full or as top-k log-probabilities, in the form that the losses use."""
 
 import dataclasses
 
@@ -9,31 +9,31 @@ from kdlib.losses import divergences
 
 @dataclasses.dataclass(frozen=True)
 class TopKLogProbs:
-    """The teacher's next token in short, at N positions: the K likeliest shared tokens and one tail for all else.
+    """The teacher's K most likely shared tokens at N positions, and one tail for all others.
 
-    `ids` `[N, K]`: student ids, the likeliest first; `log_probs` `[N, K + 1]`: of these and, last, of the tail; `best`
-    `[N]`: the student id with the bytes of the single likeliest teacher token, -1 where there is none, or None.
+    `ids` `[N, K]`: student ids, most likely first. `log_probs` `[N, K + 1]`: their log-probabilities, then the tail's.
+    `best` `[N]`: the student id with the same bytes as the teacher's most likely token, -1 if there is none; or None.
     """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
     best: torch.Tensor | None = None
 
-    def rows(self, part):
-        """The same of some of the positions (a slice, or indices)."""
-        return TopKLogProbs(self.ids[part], self.log_probs[part], None if self.best is None else self.best[part])
+    def rows(self, index):
+        """Returns the values at some positions (a slice or an index tensor)."""
+        return TopKLogProbs(self.ids[index], self.log_probs[index], None if self.best is None else self.best[index])
 
     @classmethod
     def cat(cls, parts):
-        """Several, one behind the other."""
-        every = [[getattr(part, name) for part in parts] for name in ("ids", "log_probs", "best")]
-        return cls(*(None if each[0] is None else torch.cat(each) for each in every))
+        """Concatenates several along the positions."""
+        columns = [[getattr(part, name) for part in parts] for name in ("ids", "log_probs", "best")]
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def to(self, device):
-        return _copied(self, lambda tensor: tensor.to(device))
+        return _map_tensors(self, lambda tensor: tensor.to(device))
 
     def truncate(self, k):
-        """The same with the likeliest `k` tokens only; the others join the tail."""
+        """Keeps the `k` most likely tokens and adds the others to the tail."""
         if k >= self.ids.shape[1]:
             return self
         tail = self.log_probs[:, k:].logsumexp(dim=-1, keepdim=True)
@@ -42,13 +42,12 @@ class TopKLogProbs:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSignal:
-    """What the losses need of the teacher at the batch's N aligned positions.
+    """The teacher's outputs at the N aligned positions of a batch. Fields that were not requested are None or empty.
 
-    `hidden` `[N, Dt]`: last hidden states (None where a cache holds none); `span_log_probs` `[N]`: log-likelihood of the text of the
-    span that starts there, in nats, 0 where none does (None where nobody asked); `topk`: `TopKLogProbs`, where these are all
-    that is known of the distribution; `layers`, `maps`, `vectors`: as in `loading.Features`; `partial_hidden` `[M, Dt]`: last hidden
-    states at `Batch.inner_rows` (None where nobody asked); `partial_topk`: from a cache, what the teacher said inside tokens, as
-    `trie.PartialTokens.shortlists` gives it (None where nobody asked).
+    `hidden` `[N, Dt]`: last hidden states. `span_log_probs` `[N]`: log-likelihood of the span that starts at each
+    position, in nats, 0 if none does. `topk`: `TopKLogProbs` from a teacher cache, instead of the full distribution.
+    `layers`, `maps`, `vectors`: as in `loading.Features`. `partial_hidden` `[M, Dt]`: last hidden states at
+    `Batch.inner_rows`. `partial_topk`: the cached result of `PartialTokens.top_k_outcomes`.
     """
 
     hidden: torch.Tensor | None
@@ -60,26 +59,26 @@ class TeacherSignal:
     partial_hidden: torch.Tensor | None = None
     partial_topk: tuple | None = None
 
-    def rows(self, part):
-        """Hidden states, spans and top tokens of some of the positions (a slice, or indices)."""
-        hidden, span_log_probs = (None if each is None else each[part] for each in (self.hidden, self.span_log_probs))
-        return TeacherSignal(hidden, span_log_probs, self.topk and self.topk.rows(part))
+    def rows(self, index):
+        """Returns hidden states, span likelihoods and top-k at some positions (a slice or an index tensor)."""
+        tensors = (None if tensor is None else tensor[index] for tensor in (self.hidden, self.span_log_probs))
+        return TeacherSignal(*tensors, self.topk and self.topk.rows(index))
 
-    def copied(self, copy):
-        """The signal of `copy(tensor)`s."""
-        return _copied(self, copy)
+    def map_tensors(self, function):
+        """Returns a copy with `function` applied to every tensor."""
+        return _map_tensors(self, function)
 
     def to(self, device):
-        """The same on a device."""
-        return self.copied(lambda tensor: tensor.to(device))
+        return self.map_tensors(lambda tensor: tensor.to(device))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopKSpec:
-    """How a `TopKLogProbs` is made: the `k` likeliest of `num_buckets` buckets at a `temperature`, the last of them the tail.
+    """Settings of `TopKLogProbs`: the `k` most likely of `num_buckets` buckets at a `temperature`. The last bucket is
+    the tail.
 
-    By column of the teacher's head, `bucket_of` `[Vt]` and `same` `[Vt]` (the student id with the same bytes, or -1);
-    `student_ids` `[num_buckets - 1]`: the student id that stands for a bucket.
+    Per column of the teacher's head: `bucket_of` `[Vt]`, and `same` `[Vt]`, the student id with the same bytes or -1.
+    `student_ids` `[num_buckets - 1]`: the student id that represents each bucket.
     """
 
     k: int
@@ -89,20 +88,21 @@ class TopKSpec:
     same: torch.Tensor
     student_ids: torch.Tensor
 
-    def of(self, log_probs_NV):
-        """The `TopKLogProbs` of a teacher's log-probabilities `[N, Vt]`."""
+    def select(self, log_probs_NV):
+        """Computes `TopKLogProbs` from the teacher's log-probabilities `[N, Vt]`."""
         device = log_probs_NV.device
-        told = divergences.bucket_log_probs(log_probs_NV, self.bucket_of.to(device), self.num_buckets)
+        bucket_logs = divergences.bucket_log_probs(log_probs_NV, self.bucket_of.to(device), self.num_buckets)
         if self.temperature != 1.0:
-            told = divergences.log_softmax(told, self.temperature)
-        likeliest = told[:, :-1].topk(min(self.k, self.num_buckets - 1), dim=-1).indices
+            bucket_logs = divergences.log_softmax(bucket_logs, self.temperature)
+        top = bucket_logs[:, :-1].topk(min(self.k, self.num_buckets - 1), dim=-1).indices
         best = self.same.to(device)[log_probs_NV.argmax(dim=-1)]
-        return TopKLogProbs(self.student_ids.to(device)[likeliest], divergences.gather_with_tail(told, likeliest), best)
+        return TopKLogProbs(self.student_ids.to(device)[top], divergences.gather_with_tail(bucket_logs, top), best)
 
 
-def _copied(found, copy):
-    if found is None or isinstance(found, torch.Tensor):
-        return None if found is None else copy(found)
-    parts = [getattr(found, f.name) for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else found
-    made = [_copied(part, copy) for part in parts]
-    return type(found)(*made) if dataclasses.is_dataclass(found) else type(found)(made)
+def _map_tensors(value, function):
+    if value is None or isinstance(value, torch.Tensor):
+        return None if value is None else function(value)
+    is_record = dataclasses.is_dataclass(value)
+    items = [getattr(value, field.name) for field in dataclasses.fields(value)] if is_record else value
+    results = [_map_tensors(item, function) for item in items]
+    return type(value)(*results) if is_record else type(value)(results)

@@ -1,8 +1,8 @@
-"""Which run is this? What a checkpoint must share with the session that goes on with it.
+"""Identity of a run: what must be equal between a checkpoint and the session that resumes it.
 
-The rule: **what decides what is learned, from what, must be the same; what decides how it is watched, saved, cut up or
-where it lies may differ.** Models, tokenizers and text are compared by their content, so folders may move. A changed
-`MAY_CHANGE_ON_RESUME` key is taken as it is now. Versions may differ, and are told: the run goes on, but not to the last bit.
+**Everything that affects what is learned must be equal; monitoring, saving, batching and paths may differ.** Models,
+tokenizers and text are compared by content, so folders may move. Changed `MAY_CHANGE_ON_RESUME` keys take their new
+value. Package versions may differ and are reported: the run resumes, but not bit by bit.
 """
 
 import hashlib
@@ -22,43 +22,42 @@ MAY_CHANGE_ON_RESUME = {
 NAMES = {
     "student": "the student's weights",
     "teacher": "the teacher's weights",
-    "signal": "what is known of the teacher (live, or a cache)",
+    "signal": "the source of the teacher's signal (live, or a cache)",
     "student_tokenizer": "the student's tokenizer",
     "teacher_tokenizer": "the teacher's tokenizer",
     "text": "the text",
-    "windows": "how the text is cut into tokens",
+    "windows": "the tokenization of the text",
 }
 
 
 def fingerprint_inputs(teacher, student, teacher_reader, student_reader, documents, windows):
-    """`{name: hash}` of all that a run starts from. `teacher`: `fingerprint_teacher`, or what a cache knows of its own; `documents`
-    and `windows`: those of training, validation and test.
+    """Returns `{name: hash}` of all inputs of a run. `teacher`: `fingerprint_teacher`, or a cache's identity.
+    `documents` and `windows`: those of the three splits.
     """
     return {
         **teacher,
         "student": fingerprint_model(student),
         "student_tokenizer": _hash([repr(student_reader.vocabulary.tokens).encode()]),
         "teacher_tokenizer": _hash([repr(teacher_reader.vocabulary.tokens).encode()]),
-        "text": _hash(repr(document).encode() for part in documents for document in part),
-        "windows": _hash(WindowDataset.from_list(part).digest().encode() for part in windows),
+        "text": _hash(repr(document).encode() for split in documents for document in split),
+        "windows": _hash(WindowDataset.from_list(split).digest().encode() for split in windows),
     }
 
 
 def fingerprint_teacher(model):
-    """What a live teacher is known by."""
+    """Returns the identity of a live teacher."""
     return {"teacher": fingerprint_model(model), "teacher_dtype": str(model.dtype), "signal": "live"}
 
 
 def fingerprint_model(model):
-    """Hash of a model's weights, by name, shape and value. A quantised model is told by those that were left whole, and of
-    the others by their type: their rounding differs from device to device, and on a CPU bitsandbytes spoils them when they
-    are asked for.
+    """Returns a hash of a model's weights, by name, shape and value. Of quantised weights only the type counts: their
+    rounding differs between devices, and on a CPU bitsandbytes corrupts them when `state_dict` is called.
     """
     digest = hashlib.sha256()
     if getattr(model, "is_quantized", False):
         weights = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
-        rounded = [f"{name} {weight.dtype}" for name, weight in model.named_parameters() if name not in weights]
-        digest.update(" ".join(rounded).encode())
+        quantised = [f"{name} {weight.dtype}" for name, weight in model.named_parameters() if name not in weights]
+        digest.update(" ".join(quantised).encode())
     else:
         weights = model.state_dict()
     for name, tensor in weights.items():
@@ -67,37 +66,37 @@ def fingerprint_model(model):
     return digest.hexdigest()[:16]
 
 
-def diff_runs(then, now):
-    """`(refused, told)`: lines on what keeps a session from going on with a checkpoint, and on what only is to be known.
+def diff_runs(saved, now):
+    """Returns `(conflicts, notes)`: lines on differences that prevent resuming a checkpoint, and on those that do not.
 
-    Both are dicts with `config`, `identity` (or None: not compared), `windows_per_step`, `versions`.
+    Both arguments are dicts with `config`, `identity` (or None: not compared), `windows_per_step`, `versions`.
     """
-    refused, told = [], []
+    conflicts, notes = [], []
     for key, value in now["config"].items():
-        before = then["config"].get(key, value)
-        if before != value and key not in MAY_CHANGE_ON_RESUME:
-            refused.append(f"{key} was {before!r} and is {value!r}")
-    if then["windows_per_step"] != now["windows_per_step"]:
-        refused.append(
-            f"a step had {then['windows_per_step']} windows (batch_size x grad_accumulation x processes) and has "
+        old_value = saved["config"].get(key, value)
+        if old_value != value and key not in MAY_CHANGE_ON_RESUME:
+            conflicts.append(f"{key} was {old_value!r} and is {value!r}")
+    if saved["windows_per_step"] != now["windows_per_step"]:
+        conflicts.append(
+            f"a step had {saved['windows_per_step']} windows (batch_size x grad_accumulation x processes) and has "
             f"{now['windows_per_step']}"
         )
-    old, new = then["identity"], now["identity"]
+    old, new = saved["identity"], now["identity"]
     for key in NAMES if old and new else ():
         other_dtype = key == "teacher" and old["teacher_dtype"] != new["teacher_dtype"]
         if old[key] != new[key] and not other_dtype:
-            refused.append(f"{NAMES[key]} ({old[key][:8]} then, {new[key][:8]} now)")
+            conflicts.append(f"{NAMES[key]} ({old[key][:8]} then, {new[key][:8]} now)")
     if old and new and old["teacher_dtype"] != new["teacher_dtype"]:
-        told.append(f"the teacher ran in {old['teacher_dtype']} and runs in {new['teacher_dtype']}")
+        notes.append(f"the teacher ran in {old['teacher_dtype']} and runs in {new['teacher_dtype']}")
     for package, version in now["versions"].items():
-        if then["versions"].get(package) != version:
-            told.append(f"{package} was {then['versions'].get(package)} and is {version}")
-    return refused, told
+        if saved["versions"].get(package) != version:
+            notes.append(f"{package} was {saved['versions'].get(package)} and is {version}")
+    return conflicts, notes
 
 
-def _hash(pieces):
+def _hash(byte_strings):
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(len(piece).to_bytes(8, "little"))
-        digest.update(piece)
+    for data in byte_strings:
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A teacher on another device than the student's, one batch ahead of it."""
+"""A teacher on another device than the student's that computes one batch ahead."""
 
 import concurrent.futures
 import contextlib
@@ -10,53 +10,53 @@ from kdlib.models.teacher import Teacher
 
 
 class PrefetchingTeacher(Teacher):
-    """A live teacher whose work can be begun before it is needed: called like any `Teacher`, with the same result.
+    """A live teacher that can compute a batch before it is needed, with the same results as `Teacher`.
 
-    `prefetch` begins a batch in a thread, and the call with that batch and the same wants takes what it came to; any other call
-    makes its own. One thread runs the model, one batch at a time. The signal travels through the host's memory: copied from
-    card to card, it would make the student's work wait for what the teacher has begun since. What goes wrong in the thread
-    is raised by the call.
+    `prefetch` starts a batch in a thread. A call with the same batch and request returns its result; any other call
+    starts its own. One thread runs the model, one batch at a time. The signal is copied through host memory: a copy
+    between GPUs would make the student wait for work that the teacher started later. Errors in the thread are raised by
+    the call.
     """
 
     def __init__(self, model, reader, student_device):
         super().__init__(model, reader)
         self.student_side_head = self.head.on(student_device)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "teacher")
-        self._asked = None
+        self._pending = None
 
-    def prefetch(self, batch, **teacher_request):
-        """Begin this batch, best one that is in the host's memory; what was asked for before is forgotten."""
+    def prefetch(self, batch, **request):
+        """Starts this batch, preferably one in host memory, and discards the previous one."""
         self.cancel()
-        self._asked = self._begun(batch, teacher_request)
+        self._pending = self._submit(batch, request)
 
     def cancel(self):
-        """Let go of what was asked for; what has begun ends by itself."""
-        asked, self._asked = self._asked, None
-        _drop(asked)
+        """Discards the prefetched batch; a running computation ends by itself."""
+        pending, self._pending = self._pending, None
+        _cancel(pending)
 
     def __call__(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
-        teacher_request = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
+        request = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
         device = batch.student_ids.device
-        asked, self._asked = self._asked, None  # at once: a training left to the collector may forget at any time
-        if asked is None or asked[:2] != (batch.stamp, teacher_request):
-            _drop(asked)
-            asked = self._begun(batch, teacher_request)
-        return asked[2].result().copied(lambda tensor: tensor.to(device, non_blocking=True))
+        pending, self._pending = self._pending, None  # at once: a collected TrainLoop may cancel at any time
+        if pending is None or pending[:2] != (batch.batch_id, request):
+            _cancel(pending)
+            pending = self._submit(batch, request)
+        return pending[2].result().map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _begun(self, batch, teacher_request):
-        teacher_request = {"shortlist": None, "inner": False, **teacher_request}
-        return batch.stamp, teacher_request, self._thread.submit(self._on_host, batch, **teacher_request)
+    def _submit(self, batch, request):
+        request = {"shortlist": None, "inner": False, **request}
+        return batch.batch_id, request, self._thread.submit(self._read_to_host, batch, **request)
 
-    def _on_host(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
-        """The signal in the host's memory, pinned where it came from a card."""
+    def _read_to_host(self, batch, taps, spans=False, shortlist=None, inner=False):
+        """Returns the signal in host memory, pinned if it comes from a GPU."""
         device = self.model.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             signal = self.read(batch, taps, spans, shortlist, inner)
-            return signal.copied(
+            return signal.map_tensors(
                 lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
             )
 
 
-def _drop(asked):
-    if asked is not None:
-        asked[2].cancel()
+def _cancel(pending):
+    if pending is not None:
+        pending[2].cancel()

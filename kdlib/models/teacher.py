@@ -1,4 +1,4 @@
-"""The teacher: frozen, on its own device, reading its own ids of the text."""
+"""The live teacher: frozen, on its own device, with its own token ids."""
 
 import torch
 
@@ -8,10 +8,11 @@ from kdlib.models import loading
 
 
 class Teacher:
-    """A live teacher. Not an `nn.Module`: nothing that sets a whole model to training, moves or averages it gets here.
+    """A live teacher. Not an `nn.Module`, so that nothing trains, moves or averages it together with the student.
 
-    `teacher(batch)` gives the `TeacherSignal` on the batch's device; `taps` (`loading.Taps`), `spans`, `shortlist`
-    (`TopKSpec`) and `inner` ask for more of it. `head` decodes where the model is, `student_side_head` where the student is.
+    `teacher(batch)` returns the `TeacherSignal` on the batch's device. `taps` (`loading.Taps`), `spans`, `shortlist`
+    (`TopKSpec`) and `inner` add to it. `head` is on the model's device, `student_side_head` on the student's.
+    `num_columns` is the number of logits per row. Only a cache has a `score`.
     """
 
     def __init__(self, model, reader):
@@ -19,62 +20,62 @@ class Teacher:
         self.reader = reader
         self.head = self.student_side_head = loading.Head(model, reader.vocabulary)
         self.config = model.config
-        self.known = None
+        self.score = None
         self.num_columns = self.head.num_rows
-        """Logits of its own that a row is compared with."""
 
     def __call__(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
-        away = batch.student_ids.device
-        # copies made outside: a tensor born in inference mode can't be saved for a backward pass
-        return self.read(batch, taps, spans, shortlist, inner).copied(lambda tensor: tensor.clone().to(away))
+        device = batch.student_ids.device
+        # cloned outside: autograd cannot save a tensor that was created in inference mode
+        return self.read(batch, taps, spans, shortlist, inner).map_tensors(lambda tensor: tensor.clone().to(device))
 
     def read(self, batch, taps, spans, shortlist=None, inner=False):
-        """The signal where the teacher is, of tensors that only a copy makes fit for a backward pass."""
-        moved = batch.to(self.model.device)
+        """Returns the signal on the teacher's device. Its tensors must be copied before a backward pass uses them."""
+        batch = batch.to(self.model.device)
         with torch.inference_mode():
-            found = loading.read(
-                self.model, moved.teacher_ids, moved.teacher_windows, moved.teacher_rows, batch.rows_by_window, taps,
-                batch.teacher_positions,
+            features = loading.read(
+                self.model, batch.teacher_ids, batch.teacher_windows, batch.teacher_rows, batch.rows_by_window, taps,
+                batch.teacher_row_slices,
             )  # fmt: skip
-            last = found.last.flatten(0, 1)
-            told, top = self._decoded(last, moved, spans, shortlist) if spans or shortlist else (None, None)
-            more = last[moved.inner_rows] if inner else None
-            return TeacherSignal(last[moved.teacher_rows], told, top, found.layers, found.maps, found.vectors, more)
+            last = features.last.flatten(0, 1)
+            decoded = self._decode(last, batch, spans, shortlist) if spans or shortlist else (None, None)
+            partial_hidden = last[batch.inner_rows] if inner else None
+            layers, maps, vectors = features.layers, features.maps, features.vectors
+            return TeacherSignal(last[batch.teacher_rows], *decoded, layers, maps, vectors, partial_hidden)
 
     def states(self, batch):
-        """Last hidden states of all teacher tokens of a batch, `[B * L, Dt]`, where the teacher is."""
-        moved = batch.to(self.model.device)
+        """Returns the last hidden states of all teacher tokens of a batch, `[B * L, Dt]`, on the teacher's device."""
+        batch = batch.to(self.model.device)
         with torch.inference_mode():
-            states = loading.last_hidden(self.model, moved.teacher_ids, moved.teacher_windows, batch.teacher_packed)
+            states = loading.last_hidden(self.model, batch.teacher_ids, batch.teacher_windows, batch.teacher_packed)
             return states.flatten(0, 1)
 
-    def of(self, split):
-        """The teacher of one split of the text: a live one reads all."""
+    def for_split(self, split):
+        """Returns the teacher of one split of the text: a live one reads all splits."""
         return self
 
     def shared_rows(self, shared):
-        """Its head's rows for the tokens of a `vocab.SharedVocabulary`, `[S, Dt]`."""
+        """Returns the head's rows for the tokens of a `vocab.SharedVocabulary`, `[S, Dt]`."""
         return self.head.rows(torch.from_numpy(shared.teacher_ids))
 
-    def _decoded(self, last, batch, spans, shortlist, chunk_size=256):
-        """`(spans, top)`: log-likelihood of each aligned position's span by the teacher's own tokens, and its `TopKLogProbs`.
-        Every row is decoded once.
-        """
+    def _decode(self, last, batch, spans, shortlist, chunk_size=256):
+        """Returns `(log-likelihood of the span at each aligned position, TopKLogProbs there)`. Decodes every row once."""
         lengths = batch.teacher_span_ends - batch.teacher_rows if spans else torch.zeros_like(batch.teacher_rows)
         span_of = torch.repeat_interleave(torch.arange(len(lengths), device=last.device), lengths)
-        firsts = lengths.cumsum(0) - lengths
-        inside = batch.teacher_rows[span_of] + torch.arange(len(span_of), device=last.device) - firsts[span_of]
-        asked = batch.teacher_rows if shortlist else batch.teacher_rows[:0]
-        rows = torch.cat([inside, asked]).unique()
-        is_asked = torch.isin(rows, asked)
+        starts = lengths.cumsum(0) - lengths
+        span_rows = batch.teacher_rows[span_of] + torch.arange(len(span_of), device=last.device) - starts[span_of]
+        topk_rows = batch.teacher_rows if shortlist else batch.teacher_rows[:0]
+        rows = torch.cat([span_rows, topk_rows]).unique()
+        needs_topk = torch.isin(rows, topk_rows)
         labels = self.head.columns(batch.teacher_labels.flatten()[rows])
-        nats, tops = [last.new_zeros(0).float()], []
-        for part, label, wanted in zip(*(every.split(chunk_size) for every in (rows, labels, is_asked)), strict=True):
-            log_probs = divergences.log_softmax(self.head.decode(last[part]))
-            nats.append(divergences.cross_entropy(log_probs, label))
-            if shortlist and wanted.any():
-                tops.append(shortlist.of(log_probs[wanted]))
-        told = divergences.span_log_probs(torch.cat(nats)[torch.searchsorted(rows, inside)], span_of, len(lengths))
-        if not shortlist or not tops:
-            return told, shortlist and shortlist.of(last.new_zeros(0, self.head.num_rows))
-        return told, TopKLogProbs.cat(tops).rows(torch.searchsorted(rows[is_asked], asked))
+        nats, topks = [last.new_zeros(0).float()], []
+        chunks = (tensor.split(chunk_size) for tensor in (rows, labels, needs_topk))
+        for chunk_rows, chunk_labels, mask in zip(*chunks, strict=True):
+            log_probs = divergences.log_softmax(self.head.decode(last[chunk_rows]))
+            nats.append(divergences.cross_entropy(log_probs, chunk_labels))
+            if shortlist and mask.any():
+                topks.append(shortlist.select(log_probs[mask]))
+        nats = torch.cat(nats)[torch.searchsorted(rows, span_rows)]
+        span_log_probs = divergences.span_log_probs(nats, span_of, len(lengths))
+        if not shortlist or not topks:
+            return span_log_probs, shortlist and shortlist.select(last.new_zeros(0, self.head.num_rows))
+        return span_log_probs, TopKLogProbs.cat(topks).rows(torch.searchsorted(rows[needs_topk], topk_rows))

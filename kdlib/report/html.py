@@ -1,7 +1,6 @@
-"""One page that tells what a run came to: self-contained, for phone and laptop, light and dark."""
+"""Self-contained HTML report of a run, for small and large screens, light and dark."""
 
 import base64
-import dataclasses
 import html
 import json
 import os
@@ -11,9 +10,8 @@ import numpy as np
 
 from kdlib import files
 from kdlib.clock import format_duration
-from kdlib.files import read_known, read_records, write_text
-from kdlib.report import charts
-from kdlib.report import figures as plots
+from kdlib.files import read_json_or_empty, read_records, write_text
+from kdlib.report import charts, figures
 from kdlib.report.style import NAMES, known, written
 
 CSS = """
@@ -40,90 +38,119 @@ th:first-child, td:first-child { text-align: left; }
 SPAN_COLOURS = [
     "rgba(0,114,178,.25)", "rgba(230,159,0,.3)", "rgba(0,158,115,.28)", "rgba(204,121,167,.3)", "rgba(86,180,233,.3)",
 ]  # fmt: skip
-"""One a piece, in turn; they let light and dark pages shine through."""
+"""Colours of consecutive spans, transparent for light and dark pages."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run folder holds at any age of the run: what is missing yet, or half written, is empty (`verdict`: None)."""
+    """Content of a run folder at any stage of the run. Missing or incomplete files are empty (`verdict`: None).
 
-    path: Path
-    status: dict
-    config: dict
-    env: dict
-    records: list
-    verdict: dict | None
-    inside: dict
+    `status`, `config`, `env`, `verdict` and `inside` are dicts, `records` is the list of dicts in `records.jsonl`. Raises
+    ValueError if the folder holds no run.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.status, self.config, self.env, verdict, self.inside = (
+            read_json_or_empty(self.path / name)
+            for name in ("status.json", "config.json", "env.json", "verdict.json", "figures/inside.json")
+        )
+        self.verdict, records = verdict or None, self.path / "records.jsonl"
+        if "kd_method" not in self.config and "state" not in self.status and not records.exists():
+            raise ValueError(f"{path} is not a run folder: it has no config.json, status.json or records.jsonl")
+        self.records = read_records(records)
 
     @property
     def state(self):
-        """One line: the state, where it is, and why."""
-        status, place = self.status, []
+        """The state, progress and reason in one line."""
+        status, progress = self.status, []
         if "step" in status and "max_steps" in status:
-            place.append(f"step {written(status['step'], '')} of {written(status['max_steps'], '')}")
+            progress.append(f"step {written(status['step'], '')} of {written(status['max_steps'], '')}")
         if "sessions" in status:
-            place.append(f"session {written(status['sessions'], '')}")
-        said = [status.get("state") or "begun, status.json can't be read", *place, status.get("reason")]
-        return ", ".join(filter(None, said))
+            progress.append(f"session {written(status['sessions'], '')}")
+        state = status.get("state") or "started, status.json cannot be read"
+        return ", ".join(filter(None, [state, *progress, status.get("reason")]))
+
+    @property
+    def figures(self):
+        """Names of the figures that this run has data for."""
+        return sorted(_select_figures(self.records, self.verdict, self.inside))
+
+    def plot(self, name, theme="light"):
+        """Returns the figure `name` (one of `figures`), which a notebook shows as a PNG. `theme`: light or dark."""
+        plots = _select_figures(self.records, self.verdict, self.inside)
+        if name not in plots:
+            raise ValueError(f"no figure {name!r} for this run; available: {', '.join(sorted(plots))}")
+        function, data = plots[name]
+        return function(data, theme)
+
+    @property
+    def spans(self):
+        """`AlignedSpans` of held-out text, or None before the run is complete."""
+        return AlignedSpans(self.inside["spans"]) if "spans" in self.inside else None
+
+    def report(self):
+        """Writes `report.html` and its figures, and returns the report's path."""
+        return write_report(self.path)
 
 
-def read_run(path):
-    """The `Run` in a folder. Raises ValueError where the folder holds none."""
-    path = Path(path)
-    told = {name: read_known(path / f"{name}.json") for name in ("status", "config", "env", "verdict")}
-    if "kd_method" not in told["config"] and "state" not in told["status"] and not (path / "records.jsonl").exists():
-        raise ValueError(f"{path} holds no run: none of config.json, status.json and records.jsonl is there")
-    told["verdict"] = told["verdict"] or None
-    inside = read_known(path / "figures" / "inside.json")
-    return Run(path, **told, records=read_records(path / "records.jsonl"), inside=inside)
+def plot_runs(runs, name="learning_curves", theme="light"):
+    """Returns one figure of several `Run`s, `{title: run}`: `learning_curves`, or the `gains` of complete ones."""
+    if name == "gains":
+        return charts.gains({title: run.verdict for title, run in runs.items() if run.verdict}, theme)
+    if name == "learning_curves":
+        return figures.compared({title: run.records for title, run in runs.items()}, theme)
+    raise ValueError(f"no figure {name!r} of several runs; available: gains, learning_curves")
+
+
+class AlignedSpans(list):
+    """Spans of `internals.spans`. A notebook shows them as coloured text of both tokenizations."""
+
+    def _repr_html_(self):
+        return aligned(self)
 
 
 def write_report(path):
-    """Write `report.html` and `figures/*.png` of a run folder, from its files alone; the report's path. A folder that can't
-    be written, as a mounted one, is left as it is: they go to the working folder.
+    """Writes `report.html` and `figures/*.png` from the files of a run folder, and returns the report's path.
 
-    Raises ValueError where the folder holds no run.
+    A read-only folder stays unchanged: the files go to the working directory. Raises ValueError if there is no run.
     """
-    run = read_run(path)
+    run = Run(path)
     out = run.path if os.access(run.path, os.W_OK) else Path.cwd()
-    pictures = _pictures(run.records, run.verdict, run.inside)
-    drawn = {name: _draw(out / "figures", name, *picture) for name, picture in pictures.items()}
-    write_text(out / "report.html", _page(run, drawn))
+    plots = _select_figures(run.records, run.verdict, run.inside)
+    images = {name: _draw(out / "figures", name, *plot) for name, plot in plots.items()}
+    write_text(out / "report.html", _page(run, images))
     return out / "report.html"
 
 
-def _pictures(found, verdict, inside):
-    """`{name: (figure, its content)}`: all that can be drawn of what is there."""
-    pictures = {
-        name: (getattr(plots, name), found) for name in ("learning_curves", "loss_shares", "memory", "throughput")
+def _select_figures(records, verdict, inside):
+    """Returns `{name: (function, data)}` for every figure that has data."""
+    optional = {
+        "sessions": any(record["kind"] == "train" for record in records),
+        "gradient_shares": figures.measured(records, "grad_shares"),
+        "routing": figures.measured(records, "figures", "routing_0"),
+        "averaging": figures.has_averages(records),
     }
-    if any(record["kind"] == "train" for record in found):
-        pictures["sessions"] = plots.sessions, found
-    if plots.measured(found, "grad_shares"):
-        pictures["gradient_shares"] = plots.gradient_shares, found
-    if plots.measured(found, "figures", "routing_0"):
-        pictures["routing"] = plots.routing, found
-    if plots.has_averages(found):
-        pictures["averaging"] = plots.averaging, found
-    if verdict:
-        pictures |= {
-            name: (getattr(charts, name), verdict) for name in ("gain", "bits_per_byte", "agreement", "calibration")
-        }
-    if "coverage" in inside:
-        pictures["alignment"] = charts.alignment, inside
+    from_records = ["learning_curves", "loss_shares", "memory", "throughput"]
+    from_records += [name for name, has_data in optional.items() if has_data]
+    from_verdict = ["gain", "bits_per_byte", "agreement", "calibration"] if verdict else []
+    from_inside = ["alignment"] if "coverage" in inside else []
     if inside.get("similarity") and "without" not in inside:
-        pictures |= {name: (getattr(charts, name), inside) for name in ("attention_maps", "layer_similarity")}
-    return pictures
+        from_inside += ["attention_maps", "layer_similarity"]
+    return {
+        **{name: (getattr(figures, name), records) for name in from_records},
+        **{name: (getattr(charts, name), verdict) for name in from_verdict},
+        **{name: (getattr(charts, name), inside) for name in from_inside},
+    }
 
 
-def _draw(folder, name, plot, content):
-    """Draw one figure in both themes: PNGs in `folder`, and the HTML that shows the fitting one."""
+def _draw(folder, name, plot, data):
+    """Writes one figure as PNGs of both themes, and returns the HTML that shows the one of the reader's theme."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = {}
     for theme, suffix in (("light", ""), ("dark", "-dark")):
-        image = plot(content, theme).png()
-        with files.atomic(folder / f"{name}{suffix}.png") as beside:
-            beside.write_bytes(image)
+        image = plot(data, theme).png()
+        with files.atomic(folder / f"{name}{suffix}.png") as temporary:
+            temporary.write_bytes(image)
         sources[theme] = "data:image/png;base64," + base64.b64encode(image).decode()
     return (
         f'<picture><source srcset="{sources["dark"]}" media="(prefers-color-scheme: dark)">'
@@ -132,52 +159,52 @@ def _draw(folder, name, plot, content):
 
 
 SECTIONS = {
-    "How much each model knows": ("bits_per_byte",),
-    "Learning over time": ("learning_curves", "averaging"),
-    "What the student learned from": ("loss_shares", "gradient_shares", "routing"),
-    "Where the two tokenizers meet": ("alignment",),
-    "What was kept of the teacher": ("agreement", "calibration"),
-    "A look inside": ("attention_maps", "layer_similarity"),
-    "The machine and its sessions": ("sessions", "memory", "throughput"),
+    "Test scores": ("bits_per_byte",),
+    "Learning curves": ("learning_curves", "averaging"),
+    "Loss terms": ("loss_shares", "gradient_shares", "routing"),
+    "Alignment of the two tokenizers": ("alignment",),
+    "Agreement with the teacher": ("agreement", "calibration"),
+    "Inside the models": ("attention_maps", "layer_similarity"),
+    "Machine and sessions": ("sessions", "memory", "throughput"),
 }
-"""The page's parts after the verdict, with their figures."""
+"""Figures of each section after the verdict."""
 CAPTIONS = {
-    "learning_curves": "Both students start from the same weights. Time counts training, with the teacher's part in it.",
-    "averaging": "Above 0 the running average of the weights knows more than the weights themselves.",
-    "loss_shares": "Above: what each part adds to the loss. Below: its share of the whole.",
-    "gradient_shares": "What really competes: how hard each part pulls where it touches the student.",
-    "routing": "Which teacher layers the student's states chose to learn from.",
-    "alignment": "Left: the share of a window's positions where both have read the same bytes, and the teacher can say "
-    "something. Right: how many tokens stand between two such positions.",
-    "agreement": "How often the student finds the same token likeliest as its teacher. A token of the teacher's that the "
-    "student does not have can't be agreed with.",
-    "calibration": "On the diagonal a model is right as often as it says. Below it, too sure of itself.",
-    "attention_maps": "Each row is a distribution over what was read before; all heads and layers averaged. Marks at the "
-    "beginning of a text are left out.",
-    "layer_similarity": "Whether layers see the same positions alike. The control tells what training on text alone does.",
-    "sessions": "Training time only; what a session needs to start and to end is left out.",
-    "memory": "What was foretold is the peak of a training step; in use is what the machine counts after it.",
-    "throughput": "Both kinds of padding cost time: the student's rows and the teacher's.",
+    "learning_curves": "Both students start from the same weights. Training time includes the teacher's.",
+    "averaging": "Above 0 the averaged weights are better than the weights themselves.",
+    "loss_shares": "Top: each term's contribution to the loss. Bottom: its share of the total.",
+    "gradient_shares": "Each term's share of the gradient norm at the student's last hidden state.",
+    "routing": "The router's mean weights of the tapped teacher layers.",
+    "alignment": "Left: the share of a window's positions where both tokenizations end at the same byte, so that the "
+    "teacher has a signal. Right: the number of tokens between two such positions.",
+    "agreement": "How often student and teacher have the same most likely token. There is no agreement on a teacher "
+    "token that is missing in the student's vocabulary.",
+    "calibration": "On the diagonal, accuracy equals confidence. Below it, a model is overconfident.",
+    "attention_maps": "Each row is a distribution over the preceding spans, averaged over heads and layers. Special "
+    "tokens at the start of a text are excluded.",
+    "layer_similarity": "Similarity of layer outputs. The control shows the effect of plain training.",
+    "sessions": "Training time only, without the start and end of a session.",
+    "memory": "The predicted peak is within a training step; memory in use is measured after it.",
+    "throughput": "Padding of the student's rows and of the teacher's rows both cost time.",
 }
 
 
-def _page(run, drawn):
-    verdict, inside, found = run.verdict, run.inside, run.records
-    title = verdict["sentence"] if verdict else _standing(run)
+def _page(run, images):
+    verdict, inside = run.verdict, run.inside
+    title = verdict["sentence"] if verdict else _state_title(run)
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="soft">{html.escape(_subtitle(run))}</p>']
     if verdict:
         if known([verdict["gain"]]):
-            marks = "; the upright marks are single runs" if (verdict["num_runs"] or 1) > 1 else ""
-            parts.append(_figure(drawn["gain"], f"The interval is what this run can vouch for{marks}."))
+            marks = "; vertical marks are single runs" if (verdict["num_runs"] or 1) > 1 else ""
+            parts.append(_figure(images["gain"], f"Mean gain with its 95 % interval{marks}."))
         else:
-            parts.append(f"<figure>{drawn['bits_per_byte']}</figure>")
-        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, found, inside)]
+            parts.append(f"<figure>{images['bits_per_byte']}</figure>")
+        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, run.records, inside)]
     for head, names in SECTIONS.items():
-        shown = [_figure(drawn[name], CAPTIONS.get(name, "")) for name in names if name in drawn]
-        if shown:
-            parts += [f"<h2>{head}</h2>", *_opening(head, verdict, inside), *shown]
+        section = [_figure(images[name], CAPTIONS.get(name, "")) for name in names if name in images]
+        if section:
+            parts += [f"<h2>{head}</h2>", *_opening(names, verdict, inside), *section]
     if verdict and verdict["samples"]:
-        parts += ["<h2>What they write</h2>", *_samples(verdict["samples"], verdict.get("recut") or {})]
+        parts += ["<h2>Samples</h2>", *_samples(verdict["samples"], verdict.get("recut") or {})]
     parts += ["<h2>Settings</h2>", _settings(run.config, run.env)]
     body = "\n".join(parts)
     return (
@@ -187,74 +214,69 @@ def _page(run, drawn):
     )
 
 
-def _opening(head, verdict, inside):
-    """What stands above a section's figures."""
-    if head == "How much each model knows":
+def _opening(names, verdict, inside):
+    """Yields the HTML before a section's figures."""
+    if "bits_per_byte" in names:
         yield _table(verdict)
-    if head == "Where the two tokenizers meet" and "spans" in inside:
+    if "alignment" in names and "spans" in inside:
         yield f'<div class="wide">{aligned(inside["spans"])}</div>'
 
 
 def aligned(spans):
-    """HTML of a text as both tokenizers read it (`internals.spans`): a piece that both delimit has one colour, | stands
-    between the tokens within it.
-    """
+    """Returns HTML of both tokenizations in `internals.spans`: a colour per common span, | between its tokens."""
     lines = []
     for side in ("student", "teacher"):
-        pieces = []
-        for place, span in enumerate(spans):
+        parts = []
+        for i, span in enumerate(spans):
             text = "|".join(token.replace(" ", "\u00b7").replace("\n", "\u21b5") for token in span[side])
-            colour = SPAN_COLOURS[place % len(SPAN_COLOURS)]
+            colour = SPAN_COLOURS[i % len(SPAN_COLOURS)]
             style = f"background:{colour};border-radius:3px;padding:1px 2px;margin-right:3px"
-            pieces.append(f'<span style="{style}">{html.escape(text)}</span>')
+            parts.append(f'<span style="{style}">{html.escape(text)}</span>')
         lines.append(
             f'<div style="line-height:1.9;margin:.3rem 0"><b>{side}</b><br><code style="background:none">'
-            + "<wbr>".join(pieces)
+            + "<wbr>".join(parts)
             + "</code></div>"
         )
     return "".join(lines)
 
 
-def _standing(run):
-    """The state of a run that has no verdict and why, as far as its files say."""
-    state, reason = run.status.get("state") or "begun", run.status.get("reason")
+def _state_title(run):
+    """Returns the state of a run without a verdict, and the reason."""
+    state, reason = run.status.get("state") or "started", run.status.get("reason")
     if not run.status:
-        reason = "Its status.json can't be read"
+        reason = "Its status.json cannot be read"
     if state == "complete":
-        reason = "Its verdict.json can't be read"
-    trained = any(record["kind"] == "train" for record in run.records)
-    return (
-        f"The run is {state}" + (f". {reason}." if reason else ".") + ("" if trained else " Nothing was trained yet.")
-    )
+        reason = "Its verdict.json cannot be read"
+    is_trained = any(record["kind"] == "train" for record in run.records)
+    return f"The run is {state}." + (f" {reason}." if reason else "") + ("" if is_trained else " No step was trained.")
 
 
 def _subtitle(run):
-    named = {name: str(run.config.get(name) or "unknown").rstrip("/") for name in ("teacher", "student", "dataset")}
-    names = f"Teacher {Path(named['teacher']).name}, student {Path(named['student']).name}"
+    names = [Path(str(run.config.get(key) or "unknown").rstrip("/")).name for key in ("teacher", "student", "dataset")]
     step, last, seconds = (run.status.get(name) for name in ("step", "max_steps", "elapsed_s"))
-    steps = f"{written(step, '')} of {written(last, '')} steps, {_spoken(seconds)}"
-    return f"{names}, text {Path(named['dataset']).name}; {steps}."
+    steps = f"{written(step, '')} of {written(last, '')} steps, {_format_seconds(seconds)}"
+    return "Teacher {}, student {}, text {}; {}.".format(*names, steps)
 
 
-def _spoken(seconds):
+def _format_seconds(seconds):
     return format_duration(seconds) if known([seconds]) else "unknown time"
 
 
-def _figure(picture, caption):
-    told = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture}{told}</figure>"
+def _figure(image, caption):
+    caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{image}{caption}</figure>"
 
 
 def _table(verdict):
     heads = ["", "bits per byte", "perplexity", "KL to teacher (nats)", "top-1 agreement"]
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for name in ("teacher", "student_before", "ce_only", "distilled"):
-        figures = [verdict[key][name] for key in ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")]
-        if verdict["retention"][name] or known(figures):
+        metrics = [verdict[key][name] for key in ("bits_per_byte", "perplexity", "kl_to_teacher", "top1_agreement")]
+        if verdict["retention"][name] or known(metrics):
             forms = (".4f", ".2f", ".3f", ".1%")
-            cells = [NAMES[name], *(written(figure, form) for figure, form in zip(figures, forms, strict=True))]
+            cells = [NAMES[name], *(written(value, form) for value, form in zip(metrics, forms, strict=True))]
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    note = "Perplexity counts each model's own tokens: compare bits per byte across tokenizers, not perplexities."
+    note = "Perplexity is per token of each model's tokenizer. Compare bits per byte, not perplexity."
     return f'<div class="wide"><table>{"".join(rows)}</table></div><p class="soft">{note}</p>'
 
 
@@ -262,71 +284,65 @@ def _samples(samples, recut):
     shares = ", ".join(f"{NAMES[name]} {written(share, '.1%')}" for name, share in recut.items())
     if shares:
         yield (
-            f"<p>Tokens that the tokenizer would cut otherwise, in the text that each student wrote: {html.escape(shares)}. "
-            "A teacher with another tokenizer may teach its own cuts; then the share rises.</p>"
+            f"<p>Generated tokens that differ from the tokenizer's own segmentation: {html.escape(shares)}. "
+            "A rising share shows that the teacher teaches its own segmentation.</p>"
         )
-    yield f'<div class="sample"><b>held-out text begins</b>{html.escape(samples["opening"])}</div>'
+    yield f'<div class="sample"><b>prompt (held-out text)</b>{html.escape(samples["opening"])}</div>'
     for name in ("teacher", "student_before", "ce_only", "distilled"):
         if name in samples:
             text = samples[name] if samples[name].strip() else "(white space only)"
             yield f'<div class="sample"><b>{NAMES[name]}</b>{html.escape(text)}</div>'
 
 
-def _trust(verdict, found, inside):
-    told = verdict["alignment"]
-    signal = known(r["figures"].get("kd_positions") for r in found if r.get("figures"))
-    more = (
-        f"; {np.mean(signal):.0%} got teacher signal, the others inside tokens" if signal else " and got teacher signal"
+def _trust(verdict, records, inside):
+    alignment = verdict["alignment"]
+    signal = known(r["figures"].get("kd_positions") for r in records if r.get("figures"))
+    signal_text = f"; {np.mean(signal):.0%} had a teacher signal, including positions inside tokens" if signal else ""
+    coverage, of_student, of_teacher = (
+        written(alignment[name], ".0%") for name in ("coverage", "shared_student", "shared_teacher")
     )
-    coverage, ours, theirs = (written(told[name], ".0%") for name in ("coverage", "shared_student", "shared_teacher"))
     lines = [
-        f"{coverage} of the student's tokens lie where the two tokenizations meet{more}.",
-        f"{ours} of the student's vocabulary and {theirs} of the teacher's are the same byte strings.",
-        f"The test text was seen by nobody: {written(verdict['num_documents'], '')} documents, "
-        f"{written(verdict['num_bytes'], ',')} bytes. The best weights of each run were chosen on other documents "
-        "(validation).",
+        f"{coverage} of the student's tokens are at aligned positions{signal_text}.",
+        f"{of_student} of the student's vocabulary and {of_teacher} of the teacher's are shared byte strings.",
+        f"The test text was not used in training: {written(verdict['num_documents'], '')} documents, "
+        f"{written(verdict['num_bytes'], ',')} bytes. The best weights were chosen on validation documents.",
     ]
     if verdict["control"] == "off":
-        lines.append(
-            "No control was trained, so the numbers do not tell whether distillation did better than training."
-        )
+        lines.append("No control was trained, so the numbers do not show whether distillation beat plain training.")
     if verdict["control"] == "short":
         lines.append(
-            "The control was short: gain and interval compare both students at a tenth of the plan. The table and the bars "
-            "show the distilled student at its end beside the control at that tenth; do not read their difference as a gain."
+            "The control was short: gain and interval compare both students at a tenth of the plan. The table and bars "
+            "show the distilled student at its end and the control at that tenth; their difference is not a gain."
         )
     if verdict["num_runs"] == 1:
-        lines.append("One pair of runs: the interval covers the choice of documents, not the luck of a seed.")
+        lines.append("One pair of runs: the interval covers the choice of documents, not the variation between seeds.")
     if "ce_only" in verdict["train_s"]:
         seconds, steps = verdict["train_s"], verdict["steps"]
         lines.append(
-            f"The control had {written(steps['ce_only'], '')} steps in {_spoken(seconds['ce_only'])}, the distilled student "
-            f"{written(steps['distilled'], '')} in {_spoken(seconds['distilled'])} (of the first pair; the number was fixed "
-            "beforehand by timing both kinds of step in turn)."
+            f"In the first pair, the control had {written(steps['ce_only'], '')} steps in "
+            f"{_format_seconds(seconds['ce_only'])}, the distilled student {written(steps['distilled'], '')} in "
+            f"{_format_seconds(seconds['distilled'])}. The step counts follow from timing both kinds of step before."
         )
     if verdict.get("read_s"):
         lines.append(
-            f"The teacher read the text once, before training, in {_spoken(verdict['read_s'])}; each distilled step is "
-            "counted with its share of that. KL to the teacher is over its likeliest tokens and a tail: a lower bound."
+            f"The teacher's pass over the text before training took {_format_seconds(verdict['read_s'])}; each "
+            "distilled step includes its share. KL to the teacher is over top tokens and a tail bucket: a lower bound."
         )
     for side in ("student", "teacher"):
-        if any(share < 1.0 for share in known([told[f"faithful_{side}"]])):
-            lines.append(
-                f"The {side}'s tokenizer changes the text: only {told[f'faithful_{side}']:.1%} of its tokens are the bytes "
-                "that stand there; the others give and take no signal."
-            )
+        for share in known([alignment[f"faithful_{side}"]]):
+            if share < 1.0:
+                lines.append(
+                    f"The {side}'s tokenizer changes the text: only {share:.1%} of its tokens match the original "
+                    "bytes. The others have no teacher signal."
+                )
     if "without" in inside:
-        lines.append(f"No look inside the models: {inside['without']}.")
-    for alert in (record for record in found if record["kind"] == "alert"):
-        name = NAMES[alert["run"]]
-        lines.append(
-            f"Alert, {name}, step {written(alert['step'], '')}: {alert['meaning']}. What to try: {alert['advice']}."
-        )
+        lines.append(f"No analysis of the models: {inside['without']}.")
+    for alert in (record for record in records if record["kind"] == "alert"):
+        name, step = NAMES[alert["run"]], written(alert["step"], "")
+        lines.append(f"Alert, {name}, step {step}: {alert['meaning']}. What to try: {alert['advice']}.")
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _settings(config, env):
-    shown = json.dumps({**config, "machine": env}, indent=1)
-    return (
-        f'<details><summary>Every setting and version</summary><div class="sample">{html.escape(shown)}</div></details>'
-    )
+    text = html.escape(json.dumps({**config, "machine": env}, indent=1))
+    return f'<details><summary>All settings and versions</summary><div class="sample">{text}</div></details>'

@@ -1,12 +1,12 @@
-"""The panel of a run under way: what it is at, what it looks like, and buttons to pause it, save it, look at it.
+"""Live notebook panel of a run: progress, a figure, and buttons to pause, save and evaluate.
 
-    panel = dashboard.Panel()
+    panel = live_panel.LivePanel()
     for record in distill(config, out, wishes=panel.wishes, on_progress=panel.progress):
-        panel.show(record)
+        panel.update(record)
     panel.close()
 
-It takes less than a hundredth of the time, and whatever goes wrong in it is no business of the run's. Where nobody sits in
-front it writes a line of progress on stderr every minute and at `close` shows one plain figure.
+It uses less than 1 % of the time, and its errors never stop the run. Without an interactive front end, it writes a line of
+progress to stderr every minute, and shows one figure at `close`.
 """
 
 import contextlib
@@ -22,28 +22,25 @@ from kdlib.report.live_figure import live_figure
 from kdlib.report.style import NAMES, known, number, written
 
 TEXT_SHARE, FIGURE_SHARE = 0.0015, 0.006
-"""Of the time, what new text and new figures may take; what is left of a hundredth is for reading clicks."""
-GUESSED_TEXT_S, EMPTY_FIGURES = 0.01, 2.5
-"""What they take before that was measured: seconds for a text; for a figure so many times what an empty one takes."""
+"""Maximum shares of the time for text and figures. The rest of 1 % is for reading clicks."""
+INITIAL_TEXT_S, INITIAL_FIGURE_FACTOR = 0.01, 2.5
+"""Initial cost estimates: seconds of a text update, and cost of a figure as a multiple of an empty one's."""
 READ_EVERY_S = 0.2
-MOST_RECORDS = 1500
-"""Train records kept of one student; of longer runs every second, every fourth."""
-MOST_ALERTS = 4
+MAX_RECORDS = 1500
+"""Train records kept per student. Longer runs keep every second, then every fourth."""
+MAX_ALERTS = 4
 LINE_EVERY_S = 60.0
-"""Seconds between two lines of progress where nobody sits in front."""
+"""Seconds between two lines of progress without an interactive front end."""
 BUTTONS = {
-    "pause": ("Pause and save", "pause", "Stop here with everything saved; the same cell goes on from there"),
-    "save": ("Save now", "save", "Write a checkpoint and go on"),
-    "evaluate": (
-        "Evaluate now",
-        "search",
-        "Score the student on the validation text, for a look: nothing depends on it",
-    ),
+    "pause": ("Pause and save", "pause", "Save everything and stop; run the same cell again to resume"),
+    "save": ("Save now", "save", "Write a checkpoint and continue"),
+    "evaluate": ("Evaluate now", "search", "Score the student on the validation text; this does not affect training"),
 }
-HOW_TO_STOP = "To pause, interrupt this cell (■): the run saves itself, and the same cell goes on from there."
-LOOK = """<style>
+HOW_TO_STOP = "To pause, interrupt this cell (■): the run saves a checkpoint. Run the cell again to resume."
+STYLE = """<style>
 .kdlib-panel { font-size: 13px; line-height: 1.5; max-width: 1040px; color: var(--jp-ui-font-color1, inherit); }
-.kdlib-panel table { border-spacing: 0; } .kdlib-panel td { padding: 0 12px 0 0; white-space: nowrap; text-align: left; }
+.kdlib-panel table { border-spacing: 0; }
+.kdlib-panel td { padding: 0 12px 0 0; white-space: nowrap; text-align: left; }
 .kdlib-panel progress { width: 320px; height: 12px; accent-color: #0072B2; vertical-align: middle; }
 .kdlib-panel .alert { border-left: 4px solid #D55E00; padding: 1px 8px; margin: 4px 0; }
 .kdlib-panel .quiet { opacity: 0.75; }
@@ -52,18 +49,18 @@ body[data-jp-theme-light="false"] .kdlib-figure, body.vscode-dark .kdlib-figure 
   filter: invert(0.95) hue-rotate(180deg) brightness(1.3);
 }
 </style>"""
-"""Pictures are drawn for a light page; in front of dark ones the page turns their lightness round and keeps their hues."""
+"""Figures use the light theme; CSS inverts their lightness on a dark page."""
 
 
 class RenderBudget:
-    """Time that may be spent: no more than a `share` of what has passed since it was opened."""
+    """Limit on rendering time: a `share` of the time since the start."""
 
-    def __init__(self, clock, share, guessed_s):
-        self.clock, self.share, self.expected_s = clock, share, guessed_s
+    def __init__(self, clock, share, expected_s):
+        self.clock, self.share, self.expected_s = clock, share, expected_s
         self.opened, self.spent_s = clock.now(), 0.0
 
     def allows(self):
-        """Whether one more, at the cost of the dearest of late, stays within the share."""
+        """Returns whether another rendering, at the recent maximum cost, stays within the share."""
         return self.spent_s + self.expected_s <= self.share * (self.clock.now() - self.opened)
 
     @contextlib.contextmanager
@@ -72,15 +69,13 @@ class RenderBudget:
         try:
             yield
         finally:
-            took = self.clock.now() - started
-            self.spent_s += took
-            self.expected_s = max(took, 0.9 * self.expected_s)
+            duration_s = self.clock.now() - started
+            self.spent_s += duration_s
+            self.expected_s = max(duration_s, 0.9 * self.expected_s)
 
 
 class Wishes(set):
-    """Words that were clicked. Whoever looks for one has the clicks read first: between two steps, say, or two batches of an
-    evaluation, when there is no record to show.
-    """
+    """Set of clicked requests. A membership test first reads new clicks, because long phases show no record."""
 
     def __init__(self, read):
         super().__init__()
@@ -91,29 +86,29 @@ class Wishes(set):
         return super().__contains__(wish)
 
 
-class Panel:
-    """Shows the records of `kdlib.distill` as they come, where somebody sits in front; `wishes` is for its `wishes`.
+class LivePanel:
+    """Live display of the records of `kdlib.distill`. Pass `wishes` and `progress` to its `wishes` and `on_progress`.
 
-    `out`: the run folder, for what earlier sessions left there to be in the picture too. `problem` is what went wrong in the
-    panel, `share` the part of the time that it took. The clock is a `clock.Clock`.
+    `out`: the run folder, to include earlier sessions. `clock`: a `clock.Clock`. `problem` is the first exception in the
+    panel, or None.
     """
 
     def __init__(self, out=None, clock=None, front_end=None):
         self.out, self.clock, self.wishes = out, clock or Clock(), Wishes(self._read_clicks)
-        self.seen, self.problem, self.widgets, self.closed = History(), None, None, False
+        self.history, self.problem, self.widgets, self.closed = History(), None, None, False
         self.front_end, self.read_at, empty_s = None, math.inf, 0.0
         with self._isolated():
-            self.front_end = front_end or terminal.somebody()
+            self.front_end = front_end or terminal.find_front_end()
             if self.front_end:
-                self.widgets = Widgets(self.wishes, self.front_end.hears)
+                self.widgets = Widgets(self.wishes, self.front_end.can_read)
                 empty_s = -self.clock.now()
                 live_figure([]).png()
                 empty_s += self.clock.now()
         self.lines = None if self.widgets else progress.Progress("loading", LINE_EVERY_S)
         self.opened, self.spent_s, self.read_at = self.clock.now(), 0.0, -math.inf
-        self.text = RenderBudget(self.clock, TEXT_SHARE, GUESSED_TEXT_S)
-        self.figure = RenderBudget(self.clock, FIGURE_SHARE, EMPTY_FIGURES * empty_s)
-        self.drawn = 0
+        self.text = RenderBudget(self.clock, TEXT_SHARE, INITIAL_TEXT_S)
+        self.figure = RenderBudget(self.clock, FIGURE_SHARE, INITIAL_FIGURE_FACTOR * empty_s)
+        self.num_drawn = 0
 
     def __enter__(self):
         return self
@@ -123,51 +118,50 @@ class Panel:
 
     @property
     def share(self):
-        """Of the time since it was opened, the part that it took."""
+        """The panel's share of the time since it was opened."""
         return self.spent_s / max(self.clock.now() - self.opened, 1e-9)
 
-    def show(self, record):
-        """Take a record of any kind. Never raises; a broken panel still hears its buttons."""
+    def update(self, record):
+        """Shows a record of any kind. Never raises; buttons work even after an error in the panel."""
         self._read_clicks()
         started = self.clock.now()
         if self.problem is None or not self.widgets:
             with self._isolated():
-                self._see(record)
+                self._show_record(record)
         self.spent_s += self.clock.now() - started
 
     def progress(self, phase, done, total):
-        """Shows what is being done between two records, as `distill` says it to its `on_progress`. Never raises."""
+        """Shows the phase between two records, as the `on_progress` of `distill`. Never raises."""
         self._read_clicks()
         started = self.clock.now()
         with self._isolated():
-            self.seen.phase = f"{phase}: {done:,} of {total:,}" if total else phase
+            self.history.phase = f"{phase}: {done:,} of {total:,}" if total else phase
             if self.lines:
                 self.lines(phase, done, total)
             elif self.problem is None and self.text.allows():
                 with self.text.spending():
-                    self.widgets.show_text(self.seen, started)
+                    self.widgets.show_text(self.history, started)
         self.spent_s += self.clock.now() - started
 
     def close(self):
-        """The last state; without a front end the figure: displayed in a notebook, given back elsewhere."""
+        """Shows the final state. Without a front end, displays the figure in a notebook, or returns it elsewhere."""
         if self.closed:
             return None
-        self.closed, made = True, None
+        self.closed, figure = True, None
         if self.lines:
             self.lines.close()
         if self.problem is None or not self.widgets:
             with self._isolated():
-                made = self._last()
+                figure = self._show_last()
         if self.widgets:
             with self._isolated():
                 self.widgets.end()
         if self.problem is not None:
             kind, text = type(self.problem).__name__, str(self.problem).strip().splitlines() or [""]
             warnings.warn(f"the panel stopped, the run did not: {kind}: {text[0][:200]}", stacklevel=2)
-        return made
+        return figure
 
     def _read_clicks(self):
-        """Five times a second at most."""
         started = self.clock.now()
         if self.widgets and not self.closed and started - self.read_at >= READ_EVERY_S:
             self.read_at = started
@@ -176,56 +170,58 @@ class Panel:
                 self.widgets.show_wishes(set(self.wishes))
             self.spent_s += self.clock.now() - started
 
-    def _last(self):
+    def _show_last(self):
         if self.widgets:
-            self.widgets.show_text(self.seen, self.clock.now())
-            if self.seen.trained:
-                self.widgets.show_figure(live_figure(self.seen.all()).png())
-        elif self.seen.trained:
-            made = live_figure(self.seen.all())
+            self.widgets.show_text(self.history, self.clock.now())
+            if self.history.trained:
+                self.widgets.show_figure(live_figure(self.history.all()).png())
+        elif self.history.trained:
+            figure = live_figure(self.history.all())
             if terminal.kernel() is None:
-                return made
-            terminal.show(made.png())
+                return figure
+            terminal.show(figure.png())
         return None
 
-    def _see(self, record):
+    def _show_record(self, record):
         if record["kind"] == "start" and record.get("resumed") and self.out:
-            for earlier in files.read_records(Path(self.out) / "records.jsonl"):
-                self.seen.add(earlier, self.clock.now())
-        self.seen.add(record, self.clock.now())
+            for earlier_record in files.read_records(Path(self.out) / "records.jsonl"):
+                self.history.add(earlier_record, self.clock.now())
+        self.history.add(record, self.clock.now())
         if self.lines and record["kind"] == "train":
             name = f"{NAMES[record['run']]} {record['repeat'] + 1}"
-            self.lines.train(name, record["step"] or 0, record["last_step"] or 0, f"{_spoken(record['left_s'])} left")
+            self.lines.train(
+                name, record["step"] or 0, record["last_step"] or 0, f"{_format_seconds(record['left_s'])} left"
+            )
         if not self.widgets:
             return
         if self.text.allows():
             with self.text.spending():
-                self.widgets.show_text(self.seen, self.clock.now())
-        if self.seen.count > self.drawn and self.figure.allows():
+                self.widgets.show_text(self.history, self.clock.now())
+        if self.history.count > self.num_drawn and self.figure.allows():
             with self.figure.spending():
-                self.widgets.show_figure(live_figure(self.seen.all()).png())
-            self.drawn = self.seen.count
+                self.widgets.show_figure(live_figure(self.history.all()).png())
+            self.num_drawn = self.history.count
 
     @contextlib.contextmanager
     def _isolated(self):
         try:
             yield
-        except Exception as problem:  # noqa: BLE001 - the run is worth more; told at close
+        except Exception as problem:  # noqa: BLE001 - must not stop the run; `close` warns
             self.problem = self.problem or problem
 
 
 class History:
-    """What a panel keeps of a run's records: enough for a figure, however long the run is."""
+    """Records of a run for a figure, with a bounded number of train records."""
 
     def __init__(self):
         self.trained, self.strides, self.scored, self.alerts, self.last = {}, {}, [], [], {}
-        self.count, self.notice, self.at, self.phase = 0, "", 0.0, "loading"
+        self.count, self.notice, self.started, self.phase = 0, "", 0.0, "loading"
 
     def all(self):
         return [*self.scored, *(record for rows in self.trained.values() for record in rows)]
 
     def add(self, record, now):
-        """Note a record that came now."""
+        """Adds a record that arrived at time `now`."""
         kind = record["kind"]
         if kind == "train":
             self._add_trained(record)
@@ -233,62 +229,64 @@ class History:
             self.scored.append(record)
             if record.get("asked") and not record.get("averaged"):
                 bits = written(record["bits_per_byte"], ".4f")
-                self.notice = f"step {written(record['step'], ',')}: {bits} bits per byte, for a look"
+                self.notice = f"step {written(record['step'], ',')}: {bits} bits per byte, on request"
         elif kind == "alert":
             self.alerts.append(record)
         elif kind == "wish" and not record["answer"].startswith("evaluated"):
             self.notice = f"step {written(record['step'], ',')}: {record['answer']}"
         self.count += kind in ("train", "eval")
         self.last[kind], self.last["any"], self.phase = record, record, ""
-        self.at = now if kind == "start" else self.at
+        self.started = now if kind == "start" else self.started
 
     def _add_trained(self, record):
         arm = record["run"], record["repeat"]
         rows, stride = self.trained.setdefault(arm, []), self.strides.setdefault(arm, 1)
         if rows and (rows[-1]["step"] or 0) % stride:
-            rows.pop()  # the newest one is always there
+            rows.pop()  # kept only as the newest record
         rows.append(record)
-        if len(rows) > MOST_RECORDS:
+        if len(rows) > MAX_RECORDS:
             self.strides[arm] = 2 * stride
             rows[:-1] = [r for r in rows[:-1] if (r["step"] or 0) % (2 * stride) == 0]
 
 
 class Widgets:
-    """What is on the page: text with bars, buttons, alerts, a picture."""
+    """Widgets of the panel: status with progress bars, buttons, alerts, and a figure."""
 
-    def __init__(self, wishes, hears):
+    def __init__(self, wishes, has_buttons):
         import ipywidgets
 
-        look, self.head, self.notice, self.alerts = (ipywidgets.HTML() for _ in range(4))
-        look.value, self.head.value = LOOK, _box("Loading the models …")
+        style, self.head, self.notice, self.alerts = (ipywidgets.HTML() for _ in range(4))
+        style.value, self.head.value = STYLE, _box("Loading the models …")
         self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none"))
         self.picture.add_class("kdlib-figure")
         self.buttons = {}
-        for wish, (name, icon, means) in BUTTONS.items() if hears else ():
-            button = ipywidgets.Button(description=name, icon=icon, tooltip=means, disabled=True)
+        for wish, (name, icon, tooltip) in BUTTONS.items() if has_buttons else ():
+            button = ipywidgets.Button(description=name, icon=icon, tooltip=tooltip, disabled=True)
             button.layout.width = "150px"
             button.on_click(lambda _, wish=wish: wishes.add(wish))
             self.buttons[wish] = button
-        if not hears:
+        if not has_buttons:
             self.notice.value = _box(HOW_TO_STOP)
         row = ipywidgets.HBox([*self.buttons.values(), self.notice])
         row.layout.align_items = "center"
-        self.live = False
-        terminal.show(ipywidgets.VBox([look, self.head, row, self.alerts, self.picture]))
+        self.is_training = False
+        terminal.show(ipywidgets.VBox([style, self.head, row, self.alerts, self.picture]))
 
     def show_wishes(self, wishes):
-        """A button rests from its click until the wish is fulfilled, and while nothing is trained."""
+        """Disables a button while its request is pending, and all buttons before training."""
         for wish, button in self.buttons.items():
-            resting = not self.live or wish in wishes
-            if button.disabled != resting:
-                button.disabled = resting
+            is_disabled = not self.is_training or wish in wishes
+            if button.disabled != is_disabled:
+                button.disabled = is_disabled
 
-    def show_text(self, seen, now):
-        self.live = "train" in seen.last
-        self._set(self.head, _box(_headline(seen) + _bars(seen, now)))
-        self._set(self.alerts, _box("".join(map(_alert, reversed(seen.alerts[-MOST_ALERTS:]))) + _more(seen.alerts)))
+    def show_text(self, history, now):
+        self.is_training = "train" in history.last
+        self._set(self.head, _box(_headline(history) + _bars(history, now)))
+        self._set(
+            self.alerts, _box("".join(map(_alert, reversed(history.alerts[-MAX_ALERTS:]))) + _hidden(history.alerts))
+        )
         if self.buttons:
-            self._set(self.notice, _box(f"<span class='quiet'>{html.escape(seen.notice)}</span>"))
+            self._set(self.notice, _box(f"<span class='quiet'>{html.escape(history.notice)}</span>"))
 
     def show_figure(self, picture):
         self.picture.value = picture
@@ -307,77 +305,76 @@ def _box(inside):
     return f"<div class='kdlib-panel'>{inside}</div>"
 
 
-def _headline(seen):
-    """What it is at, in one line, and the phase under way below it."""
-    phase = f"<div class='quiet'>{html.escape(seen.phase)} …</div>" if seen.phase else ""
-    return (_state(seen) if seen.last else "") + phase
+def _headline(history):
+    """Returns the status line, and the current phase below it."""
+    phase = f"<div class='quiet'>{html.escape(history.phase)} …</div>" if history.phase else ""
+    return (_state(history) if history.last else "") + phase
 
 
-def _state(seen):
-    end = seen.last["any"]
-    if end["kind"] == "verdict":
-        return f"<div><b>Done.</b> {html.escape(end['sentence'])}</div>"
-    if end["kind"] == "paused":
-        return f"<div><b>Paused:</b> {html.escape(end['reason'])}. The same cell goes on with it.</div>"
-    if end["kind"] == "reading":
-        return f"<div>{html.escape(end['told'])}</div>"
-    if "train" not in seen.last:
-        return "<div>The models are there; scoring them before anything is learned …</div>"
-    now = seen.last["train"]
-    loss = f"{now['loss']:.3f} nats" if known([now["loss"]]) and not now["skipped"] else "no number"
-    at, last = (written(now[name], ",") for name in ("step", "last_step"))
-    told = [f"<b>{NAMES[now['run']]}</b>", f"step {at} of {last}", f"loss {loss}"]
-    scored = [
-        r for r in seen.scored if (r["run"], r["repeat"], r["split"]) == (now["run"], now["repeat"], "validation")
-    ]
+def _state(history):
+    last = history.last["any"]
+    if last["kind"] == "verdict":
+        return f"<div><b>Done.</b> {html.escape(last['sentence'])}</div>"
+    if last["kind"] == "paused":
+        return f"<div><b>Paused:</b> {html.escape(last['reason'])}. Run the same cell again to resume.</div>"
+    if last["kind"] == "reading":
+        return f"<div>{html.escape(last['told'])}</div>"
+    if "train" not in history.last:
+        return "<div>The models are loaded; scoring them before training …</div>"
+    train = history.last["train"]
+    loss = f"{train['loss']:.3f} nats" if known([train["loss"]]) and not train["skipped"] else "not finite"
+    step, last_step = (written(train[name], ",") for name in ("step", "last_step"))
+    fields = [f"<b>{NAMES[train['run']]}</b>", f"step {step} of {last_step}", f"loss {loss}"]
+    key = train["run"], train["repeat"], "validation"
+    scored = [r for r in history.scored if (r["run"], r["repeat"], r["split"]) == key and known([r["bits_per_byte"]])]
     scored = [r for r in scored if not r.get("asked")]
-    scored = [r for r in scored if known([r["bits_per_byte"]])]
     if scored:
         best = min(scored, key=lambda r: r["bits_per_byte"])
-        told.append(f"best {best['bits_per_byte']:.4f} bits per byte (step {written(best['step'], ',')})")
-    told += [f"{written(now['tokens_per_s'], ',.0f')} tokens/s", f"learning rate {written(now['lr'], '.2g')}"]
-    return f"<div>{' · '.join(told)}</div>"
+        fields.append(f"best {best['bits_per_byte']:.4f} bits per byte (step {written(best['step'], ',')})")
+    fields += [f"{written(train['tokens_per_s'], ',.0f')} tokens/s", f"learning rate {written(train['lr'], '.2g')}"]
+    return f"<div>{' · '.join(fields)}</div>"
 
 
-def _bars(seen, now):
-    """How far the student, the whole run and the session are."""
+def _bars(history, now):
+    """Returns progress bars of the student, the plan and the session."""
     rows = []
-    if "train" in seen.last:
-        newest, plan = seen.last["train"], seen.last.get("plan")
-        part = _share(newest["step"], newest["last_step"])
-        rows.append(("this student", part, f"{part:.0%}"))
-        done = sum(known(rows[-1]["elapsed_s"] for rows in seen.trained.values()))
-        whole = 1.0 if seen.last["any"]["kind"] == "verdict" else _share(done, done + number(newest["left_s"]))
-        told = f"{whole:.0%}, {_spoken(newest['left_s'])} left"
+    if "train" in history.last:
+        train, plan = history.last["train"], history.last.get("plan")
+        share = _share(train["step"], train["last_step"])
+        rows.append(("this student", share, f"{share:.0%}"))
+        done_s = sum(known(records[-1]["elapsed_s"] for records in history.trained.values()))
+        share = 1.0 if history.last["any"]["kind"] == "verdict" else _share(done_s, done_s + number(train["left_s"]))
+        text = f"{share:.0%}, {_format_seconds(train['left_s'])} left"
         if plan:
-            sessions = plan["sessions_needed"] or "none would be enough"
-            told += f"; sessions in all: {sessions}; done {plan['finish']} at the earliest"
-        rows.append(("whole plan", whole, told))
-    start = seen.last.get("start")
+            needed = plan["sessions_needed"]
+            text += f"; sessions in total: {needed}" if needed else "; sessions too short to finish"
+            text += f"; done {plan['finish']} at the earliest"
+        rows.append(("entire plan", share, text))
+    start = history.last.get("start")
     if start and len(known([start["session_s"], start["session_left_s"]])) == 2:
-        left = max(0.0, start["session_left_s"] - (now - seen.at))
-        told = f"{format_duration(left)} left of {format_duration(start['session_s'])}"
-        rows.append(("this session", 1.0 - _share(left, start["session_s"]), told))
+        left_s = max(0.0, start["session_left_s"] - (now - history.started))
+        text = f"{format_duration(left_s)} left of {format_duration(start['session_s'])}"
+        rows.append(("this session", 1.0 - _share(left_s, start["session_s"]), text))
     cells = "<tr><td>{}</td><td><progress value='{:.4f}' max='1'></progress></td><td>{}</td></tr>"
     return f"<table>{''.join(cells.format(*row) for row in rows)}</table>"
 
 
-def _share(part, whole):
-    """A share in [0, 1]; 0 where it is not known."""
-    share = number(part) / (number(whole) or math.nan)
+def _share(part, total):
+    """Returns a share in [0, 1], or 0 if unknown."""
+    share = number(part) / (number(total) or math.nan)
     return 0.0 if math.isnan(share) else min(1.0, max(0.0, share))
 
 
-def _spoken(seconds):
+def _format_seconds(seconds):
     return format_duration(seconds) if known([seconds]) else "unknown time"
 
 
 def _alert(record):
-    where = f"{NAMES.get(record['run'], record['run'])}, step {written(record['step'], ',')}"
-    what, advice = html.escape(record["meaning"]), html.escape(record["advice"])
-    return f"<div class='alert'><b>{html.escape(record['sign'])}</b> ({where}): {what}.<br>Try: {advice}.</div>"
+    source = f"{NAMES.get(record['run'], record['run'])}, step {written(record['step'], ',')}"
+    meaning, advice = html.escape(record["meaning"]), html.escape(record["advice"])
+    return f"<div class='alert'><b>{html.escape(record['sign'])}</b> ({source}): {meaning}.<br>Try: {advice}.</div>"
 
 
-def _more(alerts):
-    hidden = len(alerts) - MOST_ALERTS
-    return f"<div class='quiet'>and {hidden} before</div>" if hidden > 0 else ""
+def _hidden(alerts):
+    count = len(alerts) - MAX_ALERTS
+    return f"<div class='quiet'>and {count} earlier</div>" if count > 0 else ""

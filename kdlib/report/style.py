@@ -1,4 +1,4 @@
-"""The look of every figure: one style, for light and dark pages. Colours after Okabe and Ito, safe for colour-blind eyes."""
+"""Common style of the figures, for light and dark pages, in the colour-blind safe palette of Okabe and Ito."""
 
 import contextlib
 import io
@@ -28,54 +28,50 @@ PART_NAMES = {
     "contrastive": "contrastive",
 }
 SHADES = "cividis"
-"""From little to much."""
 THEMES = {
     "light": {"text": "#1a1a1a", "back": "#ffffff", "grid": "#d9d9d9"},
     "dark": {"text": "#e8e8e8", "back": "#14171a", "grid": "#3a3f44"},
 }
-
 PLACES = ("repeat", "step", "elapsed_s", "session")
-"""Fields of a record that say where it is drawn."""
-
-PALETTE = 256
-"""Colours in a PNG: half of the bytes or less, and no difference that can be seen."""
+"""Fields of a record that give its position in a figure."""
+NUM_COLOURS = 256
+"""Colours of a PNG: a palette halves its size without a visible difference."""
 
 
 class Picture(Figure):
-    """A figure that a notebook shows as a small PNG."""
+    """Matplotlib figure that a notebook displays as a small PNG."""
 
     def _repr_png_(self):
         return self.png()
 
     def png(self):
-        """The figure as a PNG with few colours, bytes."""
+        """Returns the figure as the bytes of a PNG with `NUM_COLOURS` colours."""
         canvas, file = FigureCanvasAgg(self), io.BytesIO()
         canvas.draw()
-        whole = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
-        whole.convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+        image.convert("RGB").quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(file, "png", optimize=True)
         return file.getvalue()
 
 
 @contextlib.contextmanager
 def figure(theme, height, rows=1, columns=1):
-    """A figure 6.6 inches wide in a theme's colours, with its axes; laid out when the block ends."""
-    with matplotlib.rc_context(_look(theme)):
-        made = Picture(figsize=(6.6, height), dpi=120, layout="constrained")
-        yield made, made.subplots(rows, columns)
+    """Yields a `Picture` 6.6 inches wide and its axes, in the colours of a theme."""
+    with matplotlib.rc_context(_rc_params(theme)):
+        picture = Picture(figsize=(6.6, height), dpi=120, layout="constrained")
+        yield picture, picture.subplots(rows, columns)
 
 
 @contextlib.contextmanager
 def sheet(theme, size, rows, columns, dpi, **margins):
-    """A figure of `size` inches with many small axes, in a theme's colours. It is laid out by its `margins` alone (those of
-    a grid in matplotlib): that takes a third of the time.
+    """Yields a `Picture` of `size` inches with many small axes, in the colours of a theme. Fixed `margins` (of a
+    matplotlib grid) render three times as fast as a constrained layout.
     """
-    with matplotlib.rc_context({**_look(theme), "font.size": 9, "legend.fontsize": 9, "axes.titlesize": 10}):
-        made = Picture(figsize=size, dpi=dpi)
-        yield made, made.subplots(rows, columns, gridspec_kw=margins)
+    with matplotlib.rc_context({**_rc_params(theme), "font.size": 9, "legend.fontsize": 9, "axes.titlesize": 10}):
+        picture = Picture(figsize=size, dpi=dpi)
+        yield picture, picture.subplots(rows, columns, gridspec_kw=margins)
 
 
-def _look(theme):
-    """What matplotlib is told of a theme."""
+def _rc_params(theme):
     colours = THEMES[theme]
     return {
         "font.size": 11,
@@ -96,7 +92,7 @@ def _look(theme):
 
 
 def legend(axes, theme, ncols=3):
-    """The names of what is drawn, above the axes, where they hide nothing."""
+    """Adds a legend above the axes, if anything in them has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
             frameon=False, labelcolor=THEMES[theme]["text"], ncols=ncols, loc="lower left", bbox_to_anchor=(-0.02, 1.0),
@@ -105,38 +101,38 @@ def legend(axes, theme, ncols=3):
 
 
 def number(value):
-    """A value to draw: NaN, which leaves a gap, where it is null (what NaN and infinity become in JSON) or infinite."""
+    """Returns a value to draw: NaN, which leaves a gap, for null (NaN or infinity in JSON) and infinity."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 
 def numbers(values, scale=1.0):
-    """Values to draw, times `scale`."""
+    """Returns values to draw, multiplied by `scale`."""
     return [scale * number(value) for value in values]
 
 
 def known(values):
-    """Those values that are numbers."""
+    """Returns the values that are finite numbers."""
     return [value for value in map(number, values) if not math.isnan(value)]
 
 
 def written(value, form):
-    """A number as text, by a format; a dash where it is null or no number."""
+    """Formats a number; null and non-finite values become a dash."""
     return f"{value:{form}}" if known([value]) else "–"
 
 
 def placed(records):
-    """Records that have a place in a figure: none of their `PLACES` is null."""
+    """Returns the records that can be drawn: none of their `PLACES` is null."""
     return [record for record in records if len(known(record.get(name, 0) for name in PLACES)) == len(PLACES)]
 
 
 def time_unit(seconds):
-    """`(name, its seconds)`, to tell the longest of some times in."""
+    """Returns `(name, seconds)` of a unit that suits the longest of some times."""
     longest = max(known(seconds), default=0.0)
     return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 180 else ("seconds", 1.0)
 
 
 def zoom(axes, values):
-    """Leave out the fall of the first evaluations, where the end is what matters."""
+    """Limits the y axis to the later values, so that a steep start does not flatten them."""
     values = sorted(known(values))
     if len(values) > 4:
         low, high = values[0], values[int(0.9 * (len(values) - 1))]
@@ -145,7 +141,7 @@ def zoom(axes, values):
 
 
 def smooth(values):
-    """A running mean over a fiftieth of the points, so that stacked areas can be read. A gap stays one and no wider."""
+    """Returns the running mean over a fiftieth of the points. A gap (NaN) stays a gap and does not spread."""
     width = max(1, len(values) // 50)
     values, sums, counts = numbers(values), [0.0], [0]
     for value in values:

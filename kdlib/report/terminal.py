@@ -1,4 +1,4 @@
-"""Whoever sits in front of a notebook while one of its cells runs: whether there is anybody, and what they click."""
+"""Interactive notebook front ends: detection, and delivery of widget clicks while a cell runs."""
 
 import inspect
 import sys
@@ -6,52 +6,52 @@ import threading
 
 from kdlib import environment
 
-AT_ONCE = {"comm_open", "comm_msg", "comm_close", "comm_info_request", "kernel_info_request"}
-"""Messages that a running cell does not have to keep waiting: they are of widgets, or only ask."""
+IMMEDIATE = {"comm_open", "comm_msg", "comm_close", "comm_info_request", "kernel_info_request"}
+"""Message types to handle while a cell runs: widget messages and information requests."""
 
 
 def kernel():
-    """The IPython kernel that this process is, None where it is none."""
+    """Returns the IPython kernel of this process, or None."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None)
 
 
-def somebody():
-    """A `FrontEnd` where somebody watches the running cell, else None. What runs notebooks by the batch (papermill,
-    nbconvert, nbval) says with each cell that nobody will answer its questions; an editor says the opposite.
+def find_front_end():
+    """Returns a `FrontEnd` if the running cell has an interactive one, else None. Editors allow a cell to ask for
+    input; batch runners (papermill, nbconvert, nbval) do not.
     """
-    found = kernel()
-    if found is None or environment.in_batch_kernel() or not getattr(found, "_allow_stdin", False):
+    current = kernel()
+    if current is None or environment.in_batch_kernel() or not getattr(current, "_allow_stdin", False):
         return None
-    return FrontEnd(found)
+    return FrontEnd(current)
 
 
-def show(thing):
-    """Display a widget, or the bytes of a PNG."""
+def show(content):
+    """Displays a widget, or the bytes of a PNG."""
     from IPython import display
 
-    display.display(display.Image(thing) if isinstance(thing, bytes) else thing)
+    display.display(display.Image(content) if isinstance(content, bytes) else content)
 
 
 class FrontEnd:
-    """Reads what is clicked while a cell runs. A kernel has one thread for its cells and (but for some of the newest, with
-    some editors) for its widgets too: without `read` a click would wait for the cell's end.
+    """Reader of widget clicks while a cell runs. Most kernels run cells and widget handlers in one thread, so without
+    `read` a click waits for the end of the cell.
 
-    Messages come by a stream that hands each to a callback. For a moment this is put in its place: what is of widgets is
-    dealt with here and now; all else goes to the callback, in its order. Nothing else of the kernel is changed.
+    `read` briefly replaces the callback of the kernel's message stream. It handles widget messages itself and passes
+    all others to the callback in order. Nothing else in the kernel changes.
     """
 
     def __init__(self, kernel):
         self.kernel = kernel
-        self.stream, self.answers = _streams(kernel)
+        self.stream, self.reply_stream = _streams(kernel)
 
     @property
-    def hears(self):
-        """Whether clicks are dealt with: where cells run in another thread than this one, the kernel does it."""
+    def can_read(self):
+        """Whether clicks are handled. The kernel itself handles them if cells run outside the main thread."""
         return self.stream is not None or not _in_main_thread()
 
     def read(self):
-        """Deal with all clicks that wait."""
+        """Handles all waiting clicks."""
         if self.stream is None or not _in_main_thread():
             return
         waiting, callback = [], self.stream._recv_callback
@@ -61,33 +61,33 @@ class FrontEnd:
         finally:
             self.stream.on_recv(callback, copy=False)
             for message in waiting:
-                if not self._dealt_with(message):
+                if not self._handle(message):
                     self.stream._run_callback(callback, message)
         if waiting:
-            self.stream.flush(2)  # answers, and nothing new
+            self.stream.flush(2)  # sends replies, receives nothing
 
-    def _dealt_with(self, message):
-        """Whether this was a message of a widget; then its handler has run."""
+    def _handle(self, message):
+        """Runs the handler of an `IMMEDIATE` message. Returns whether the message was one."""
         session, kernel = self.kernel.session, self.kernel
         try:
             idents, parts = session.feed_identities(message, copy=False)
             kind = session.deserialize(parts, content=False, copy=False)["header"]["msg_type"]
-            if kind not in AT_ONCE:
+            if kind not in IMMEDIATE:
                 return False
-            read = session.deserialize(parts, content=True, copy=False)
-        except Exception:  # noqa: BLE001 - it is no message; the kernel will say so
+            content = session.deserialize(parts, content=True, copy=False)
+        except Exception:  # noqa: BLE001 - not a valid message; the kernel reports it
             return False
-        kernel._publish_status("busy", "shell", parent=read)
+        kernel._publish_status("busy", "shell", parent=content)
         try:
-            made = kernel.shell_handlers[kind](self.answers, idents, read)
-            if inspect.iscoroutine(made):  # these never wait: their first step is their last
-                made.send(None)
+            result = kernel.shell_handlers[kind](self.reply_stream, idents, content)
+            if inspect.iscoroutine(result):  # these handlers never await, so one step completes them
+                result.send(None)
         except StopIteration:
             pass
         except Exception:
-            kernel.log.exception("a widget's message, read while a cell was running")
-        kernel._publish_status("idle", "shell", parent=read)
-        kernel._publish_status("busy", "shell")  # which the cell still is
+            kernel.log.exception("error in a widget message that was handled while a cell was running")
+        kernel._publish_status("idle", "shell", parent=content)
+        kernel._publish_status("busy", "shell")  # the cell is still running
         return True
 
 
@@ -96,19 +96,17 @@ def _in_main_thread():
 
 
 def _streams(kernel):
-    """The stream by which messages come to the main thread, and where answers go; `(None, None)` where this kernel is of a
-    kind that is not known.
-    """
+    """Returns the main thread's message and reply streams, or `(None, None)` for an unknown kind of kernel."""
     try:
         if kernel.shell_channel_thread is None:
-            stream = answers = kernel.shell_stream
+            stream = replies = kernel.shell_stream
         else:
             subshells = kernel.shell_channel_thread.manager
             stream = subshells.get_shell_channel_to_subshell_pair(None).to_stream
-            answers = subshells.get_subshell_to_shell_channel_socket(None)
+            replies = subshells.get_subshell_to_shell_channel_socket(None)
     except AttributeError:
-        stream = answers = getattr(kernel, "shell_stream", None)
-    needed = ("_recv_callback", "_run_callback", "on_recv", "flush")
-    if all(hasattr(stream, name) for name in needed) and hasattr(kernel, "shell_handlers"):
-        return stream, answers
+        stream = replies = getattr(kernel, "shell_stream", None)
+    methods = ("_recv_callback", "_run_callback", "on_recv", "flush")
+    if all(hasattr(stream, name) for name in methods) and hasattr(kernel, "shell_handlers"):
+        return stream, replies
     return None, None

@@ -1,21 +1,21 @@
-"""Bad signs in a run's records, seen as they come: each is a record of kind `alert` with what it means and what to try."""
+"""Alerts: warning signs in a run's records. Each alert record says what a sign means and what to try."""
 
 import collections
 import math
 
 RECENT = 20
-"""Train records that a sign must hold over, on the mean."""
+"""Number of train records over which the mean of a sign is taken."""
 DOMINANT = 0.8
 STALE_EVALUATIONS = 5
 PLATEAU = 0.2
-"""Fraction of the plan over which the loss must still fall, by at least half a percent."""
+"""Fraction of the planned steps over which the loss must fall by at least half a percent."""
 
 
-class Watch:
-    """Looks at the records of one leg; `see(record)` gives the alerts that this record raises, each sign once.
+class AlertMonitor:
+    """Monitor of the records of one arm. `update(record)` returns the alerts of a record; each sign is reported once.
 
-    A sign that comes from steps without a number is told at the first such step and at every tenth after it. In records from
-    a file NaN and infinity are null, which is a sign of nothing.
+    Skipped steps (NaN or infinite loss) are reported at the first such step and at every tenth after it. In records
+    from a file NaN and infinity are null, and raise no alert.
     """
 
     def __init__(self, micro_batch=None):
@@ -23,66 +23,64 @@ class Watch:
         self.raised = set()
         self.recent = collections.deque(maxlen=RECENT)
         self.parts = collections.deque()
-        self.best, self.stale, self.num_skipped, self.in_a_row = math.inf, 0, 0, 0
+        self.best, self.stale, self.num_skipped, self.consecutive_skips = math.inf, 0, 0, 0
 
-    def see(self, record):
-        """Alerts (dicts) for a `train` or `eval` record of this leg."""
-        signs = self._of_training(record) if record["kind"] == "train" else self._of_evaluation(record)
-        known = {"run": record["run"], "repeat": record["repeat"], "step": record["step"]}
-        told = []
+    def update(self, record):
+        """Returns the alerts (dicts) of a `train` or `eval` record."""
+        signs = self._check_train(record) if record["kind"] == "train" else self._check_eval(record)
+        place = {"run": record["run"], "repeat": record["repeat"], "step": record["step"]}
+        alerts = []
         for sign, part, meaning, advice in signs:
             if (sign, part) not in self.raised or sign == "non_finite":
                 self.raised.add((sign, part))
-                told.append(
-                    {"kind": "alert", **known, "sign": sign, "part": part, "meaning": meaning, "advice": advice}
-                )
-        return told
+                text = {"sign": sign, "part": part, "meaning": meaning, "advice": advice}
+                alerts.append({"kind": "alert", **place, **text})
+        return alerts
 
-    def _of_training(self, record):
+    def _check_train(self, record):
         if (record["micro_batch"] or math.inf) < (self.micro_batch or 0):
             yield (
                 "memory", str(record["micro_batch"]),
-                f"memory ran out: {record['micro_batch']} windows at once instead of {self.micro_batch}, with as many more "
-                "forward passes; a step stays what it was",
-                "lower batch_size and raise grad_accumulation by as much, to be spared the search",
+                f"out of memory: the micro-batch was reduced from {self.micro_batch} to {record['micro_batch']} windows, "
+                "with more forward passes per optimizer step; the result is the same",
+                "lower batch_size and raise grad_accumulation by the same factor",
             )  # fmt: skip
         self.micro_batch = record["micro_batch"] or self.micro_batch
         if record["skipped"]:
-            yield from self._skipped(record)
+            yield from self._check_skipped(record)
             return
-        self.in_a_row = 0
+        self.consecutive_skips = 0
         self.recent.append(record)
-        progress = _number(record["step"]) / (record["last_step"] or math.nan)
-        if _number(record["parts"].get("layerwise")) > 2.0:
+        progress = _to_float(record["step"]) / (record["last_step"] or math.nan)
+        if _to_float(record["parts"].get("layerwise")) > 2.0:
             yield (
                 "layerwise", "layerwise", f"layerwise is {record['parts']['layerwise']:.2f}; 1 - cosine can't exceed 2",
-                "this is a fault of kdlib: please report it with config.json",
+                "this is a bug in kdlib: please report it with config.json",
             )  # fmt: skip
         if len(self.recent) == RECENT:
-            yield from self._lasting(progress)
-        yield from self._plateau(record, progress)
+            yield from self._check_recent(progress)
+        yield from self._check_plateau(record, progress)
 
-    def _lasting(self, progress):
-        """Signs that must hold over the recent records."""
+    def _check_recent(self, progress):
         names = list(self.recent[-1]["shares"])
         for name in names if len(names) > 1 and progress > 0.1 else ():
-            share = sum(_number(r["shares"].get(name, 0.0)) for r in self.recent) / RECENT
+            share = sum(_to_float(r["shares"].get(name, 0.0)) for r in self.recent) / RECENT
             if share > DOMINANT:
                 yield (
                     "dominance", name, f"{name} makes up {share:.0%} of the loss",
-                    "look at its share of the gradient, which is what competes; where that is as high, lower "
-                    f"{name}_weight, raise another or set balance auto",
+                    "compare its share of the gradient; if that is as high, "
+                    f"lower {name}_weight, raise another weight or set balance auto",
                 )  # fmt: skip
-        loss = sum(_number(r["loss"]) for r in self.recent) / RECENT
+        loss = sum(_to_float(r["loss"]) for r in self.recent) / RECENT
         if progress > 0.2 and loss > 15:
             yield (
-                "high_loss", None, f"the loss is {loss:.1f} after a fifth of the plan",
+                "high_loss", None, f"the loss is {loss:.1f} after 20% of the planned steps",
                 "lower learning_rate, or kd_temperature (the divergence grows with its square)",
             )  # fmt: skip
 
-    def _plateau(self, record, progress):
-        """No fall of the mean loss from one tenth of the plan to the next, by the weights of now and the parts that are in
-        both: a part that the curriculum brings in is no plateau.
+    def _check_plateau(self, record, progress):
+        """Compares the mean loss of two consecutive tenths of the planned steps. Both use the current weights, and only
+        the loss terms present in both: a term added by the curriculum is no plateau.
         """
         if math.isnan(progress):
             return
@@ -90,53 +88,53 @@ class Watch:
         self.parts.append((record["step"], record["parts"]))
         while self.parts[0][0] <= record["step"] - 2 * width:
             self.parts.popleft()
-        now_and_then = record["step"] % max(1, width // 10) == 0 and ("plateau", None) not in self.raised
-        if now_and_then and 0.3 < progress < 0.9 and record["step"] > 2 * width and len(self.parts) > RECENT:
+        is_due = record["step"] % max(1, width // 10) == 0 and ("plateau", None) not in self.raised
+        if is_due and 0.3 < progress < 0.9 and record["step"] > 2 * width and len(self.parts) > RECENT:
             middle = record["step"] - width
             weights = {
-                name: w
-                for name, w in record["weights"].items()
+                name: weight
+                for name, weight in record["weights"].items()
                 if name in self.parts[0][1] and name in record["shares"]
             }
             losses = [
-                (step > middle, sum(_number(w) * _number(parts[name]) for name, w in weights.items()))
+                (step > middle, sum(_to_float(weight) * _to_float(parts[name]) for name, weight in weights.items()))
                 for step, parts in self.parts
             ]
-            old, new = ([loss for late, loss in losses if late == side] for side in (False, True))
+            old, new = ([loss for is_new, loss in losses if is_new == half] for half in (False, True))
             before, now = sum(old) / max(1, len(old)), sum(new) / max(1, len(new))
             if old and new and now > 0.995 * before:
                 yield (
                     "plateau", None, f"the loss stays at {now:.3f} (it was {before:.3f} {width} steps ago)",
-                    "the student may have learned what it can at this rate; let it end early, or give more text",
+                    "the student may have converged at this learning rate; use fewer steps or more text",
                 )  # fmt: skip
 
-    def _skipped(self, record):
+    def _check_skipped(self, record):
         self.num_skipped += 1
-        self.in_a_row += 1
-        if "loss scale" in record["skipped"] and self.in_a_row < 5:
-            return  # a loss scaler finds its factor this way
-        if self.num_skipped % 10 == 1 or self.in_a_row == 5:
+        self.consecutive_skips += 1
+        if "loss scale" in record["skipped"] and self.consecutive_skips < 5:
+            return  # the gradient scaler is calibrating
+        if self.num_skipped % 10 == 1 or self.consecutive_skips == 5:
             yield (
-                "non_finite", None, f"step {record['step']} changed nothing: {record['skipped']}; {self.num_skipped} so far",
-                "lower learning_rate, look at the documents named, or set amp_dtype fp32",
+                "non_finite", None, f"step {record['step']} was skipped: {record['skipped']}; {self.num_skipped} so far",
+                "lower learning_rate, check the documents named, or set amp_dtype fp32",
             )  # fmt: skip
 
-    def _of_evaluation(self, record):
-        value = _number(record["bits_per_byte"])
-        self.stale = 0 if value < self.best else self.stale + 1
-        self.best = min(self.best, value)
+    def _check_eval(self, record):
+        bits_per_byte = _to_float(record["bits_per_byte"])
+        self.stale = 0 if bits_per_byte < self.best else self.stale + 1
+        self.best = min(self.best, bits_per_byte)
         if self.stale >= STALE_EVALUATIONS:
             yield (
                 "no_improvement", None, f"validation has not improved for {self.stale} evaluations (best {self.best:.4f})",
-                "the student learns its text by heart; the best weights are kept. More text, or fewer steps",
+                "likely overfitting: the best weights are kept. Use more text or fewer steps",
             )  # fmt: skip
-        if _number(record.get("progress", 0.0)) > 0.5 and _number(record["perplexity"]) > 1000:
+        if _to_float(record.get("progress", 0.0)) > 0.5 and _to_float(record["perplexity"]) > 1000:
             yield (
-                "high_perplexity", None, f"perplexity is {record['perplexity']:.0f} after half of the plan",
-                "raise lm_weight or learning_rate; is the text in a language the student's tokenizer knows?",
+                "high_perplexity", None, f"perplexity is {record['perplexity']:.0f} after half of the planned steps",
+                "raise lm_weight or learning_rate; check that the student's tokenizer supports the language of the text",
             )  # fmt: skip
 
 
-def _number(value):
-    """A value to compare with: null is NaN, which is neither above nor below anything."""
+def _to_float(value):
+    """Maps null to NaN, which compares false with any number."""
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""One student of a run, from its start weights to its scores: what is known of it, and how it is scored."""
+"""Arms of an experiment (the distilled student and its control), and the scorer of students."""
 
 import dataclasses
 import functools
@@ -11,18 +11,17 @@ from kdlib.session import alerts
 
 DISTILLED, CONTROL = "distilled", "ce_only"
 TASKS = {"validation": "evaluate", "test": "test"}
-"""What a `Budget` calls the scoring of a split."""
+"""Task of a `TimeBudget` for scoring each split."""
 
 
 @dataclasses.dataclass
 class Arm:
-    """One student in training: which it is, how far it goes, and what it came to.
+    """Progress and results of one training run of an experiment.
 
-    `num_steps` is the plan its learning rate is fitted to, `last_step` where it stops, `compare_step` where it is set
-    against the other leg; `step` where it is, `evaluated` the last step that was scored. `best_weights` are those of the
-    best validation score so far, `best_averaged` says whether they are a running average. `at_compare` and `at_end` are
-    test scores of the best weights up to there. `gradient_checkpointing`: whether `gradient_checkpointing auto` turned it on, None where
-    it was not asked yet.
+    The learning rate schedule covers `num_steps`, training ends at `last_step`, and the arms are compared at
+    `compare_step`. `step` is the current step, `evaluated` the last evaluated one. `best_weights` have the best
+    validation score so far; `best_averaged` tells whether they are an average. `at_compare` and `at_end` are test
+    scores of the best weights until then. `gradient_checkpointing` is the decision under `auto`, or None before it.
     """
 
     name: str
@@ -44,71 +43,70 @@ class Arm:
     compare_s: float = 0.0
     at_compare: scoring.Score | None = None
     at_end: scoring.Score | None = None
-    watch: alerts.Watch = dataclasses.field(default_factory=alerts.Watch)
+    monitor: alerts.AlertMonitor = dataclasses.field(default_factory=alerts.AlertMonitor)
 
     @property
     def done(self):
         return self.at_end is not None
 
-    def of(self, record):
-        """Whether a record tells of this leg."""
+    def owns(self, record):
+        """Returns whether a record belongs to this arm."""
         return (record.get("run"), record.get("repeat")) == (self.name, self.repeat)
 
-    def facts(self):
-        """Plain values that `from_facts` makes the same leg of, but for its weights and its watch."""
-        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        kept = {name: value for name, value in kept.items() if name not in ("best_weights", "watch")}
-        return {**kept, **{name: kept[name] and kept[name].to_dict() for name in ("at_compare", "at_end")}}
+    def to_dict(self):
+        """Returns the JSON state, without weights and monitor."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: value for name, value in values.items() if name not in ("best_weights", "monitor")}
+        return {**values, **{name: values[name] and values[name].to_dict() for name in ("at_compare", "at_end")}}
 
     @classmethod
-    def from_facts(cls, facts, best_weights, records):
-        """The leg, its watch having seen all `records` again."""
-        scores = {name: facts[name] and scoring.Score.from_dict(facts[name]) for name in ("at_compare", "at_end")}
-        arm = cls(**{**facts, **scores}, best_weights=best_weights)
+    def from_dict(cls, values, best_weights, records):
+        """Returns the arm of a `to_dict`. Its monitor is restored by replaying the run's `records`."""
+        scores = {name: values[name] and scoring.Score.from_dict(values[name]) for name in ("at_compare", "at_end")}
+        arm = cls(**{**values, **scores}, best_weights=best_weights)
         for record in records:
-            if arm.of(record) and record["kind"] in ("train", "eval") and not record.get("asked"):
-                list(arm.watch.see(record))
+            if arm.owns(record) and record["kind"] in ("train", "eval") and not record.get("asked"):
+                arm.monitor.update(record)
         return arm
 
 
 class Scorer:
-    """Scores the pair's models on validation and test text. Where memory runs out, batches are halved for good.
+    """Scorer of models on validation and test text. If memory runs out, it halves its batches permanently.
 
-    `chunk` and `halvings` are what a later session needs to get the same numbers to the last bit. `on_progress(phase, done,
-    total)` is called before every batch, and may raise; the `budget` is told what a batch and a whole split take.
+    A later session needs the same `chunk` and `halvings` to reproduce scores exactly. `on_progress(phase, done, total)`
+    is called before every batch, and may raise. The durations of batches and splits are recorded in `budget`.
     """
 
     def __init__(self, loaded, chunk, budget, halvings=0, on_progress=lambda phase, done, total: None):
         self.pair, self.chunk, self.budget, self.on_progress = loaded.pair, chunk, budget, on_progress
         self.held_out = {"validation": loaded.validation, "test": loaded.test}
-        self.batch_at, self.halvings = None, 0
+        self.batch_started, self.halvings = None, 0
         for _ in range(halvings):
             self._halve()
 
     @classmethod
-    def of(cls, loaded, config, device, facts, budget, on_progress):
-        """The scorer of a run, as the `facts` of its checkpoint (or none) have it."""
+    def for_run(cls, loaded, config, device, facts, budget, on_progress):
+        """Returns the scorer of a run, with the settings of its checkpoint's `facts`, if any."""
         if facts and facts["config"]["loss_chunk_size"] != config.loss_chunk_size:
-            facts["chunk"] = facts["course"]["training"]["rows_at_once"] = None
+            facts["chunk"] = facts["course"]["training"]["chunk_sizes"] = None
         columns = loaded.pair.head.num_rows + loaded.pair.teacher.num_columns
         chunk = facts.get("chunk") or chunked_head.chunk_sizes(columns, device, config.loss_chunk_size)[0]
         return cls(loaded, chunk, budget, facts.get("halvings", 0), on_progress)
 
-    def teacher(self, split):
-        """The teacher's score, which is known since the held-out text was prepared."""
+    def teacher_score(self, split):
         return self.held_out[split].teacher_score
 
-    def student(self, split, model=None):
-        """The score of a student (default: the pair's, as it is now)."""
+    def score_student(self, split, model=None):
+        """Returns the score of `model` (default: the pair's student with its current weights)."""
         model = self.pair.student if model is None else model
         head = loading.Head(model, self.pair.student_reader.vocabulary)
         while True:
-            text, started, self.batch_at = self.held_out[split], self.budget.clock.now(), None
+            text, started, self.batch_started = self.held_out[split], self.budget.clock.now(), None
             try:
-                on_batch = functools.partial(self._next_batch, f"scoring the student on {split} text")
+                on_batch = functools.partial(self._on_batch, f"scoring the student on {split} text")
                 score = scoring.evaluate_student(model, head, text, self.chunk, on_batch)
                 ended = self.budget.clock.now()
-                self.budget.record("batch", ended - self.batch_at)
+                self.budget.record("batch", ended - self.batch_started)
                 self.budget.record(TASKS[split], ended - started)
                 return score
             except Exception as error:
@@ -117,20 +115,20 @@ class Scorer:
             memory.release_memory()
             self._halve()
 
-    def student_with(self, weights, split):
-        """The score of the pair's student with other weights, which it has for this long only."""
-        now = loading.cpu_state_dict(self.pair.student)
+    def score_student_with(self, weights, split):
+        """Returns the score of the pair's student with other weights, and restores its own afterwards."""
+        own_weights = loading.cpu_state_dict(self.pair.student)
         try:
             loading.load_cpu_state_dict(self.pair.student, weights)
-            return self.student(split)
+            return self.score_student(split)
         finally:
-            loading.load_cpu_state_dict(self.pair.student, now)
+            loading.load_cpu_state_dict(self.pair.student, own_weights)
 
-    def _next_batch(self, phase, done, total):
+    def _on_batch(self, phase, done, total):
         now = self.budget.clock.now()
-        if self.batch_at is not None:
-            self.budget.record("batch", now - self.batch_at)
-        self.batch_at = now
+        if self.batch_started is not None:
+            self.budget.record("batch", now - self.batch_started)
+        self.batch_started = now
         self.on_progress(phase, done, total)
 
     def _halve(self):

@@ -1,4 +1,4 @@
-"""One pass of the teacher over a run's text, kept as a teacher cache (`models.teacher_cache`) that runs then learn from."""
+"""Writer of a teacher cache (`models.teacher_cache`) in one pass of the teacher over a run's text."""
 
 import dataclasses
 from itertools import accumulate
@@ -17,52 +17,58 @@ from kdlib.models.teacher_cache import HEAD, INDEX, READER
 from kdlib.session import inputs, time_budget
 
 
-def write(config, out, clock=None, others=(), writer=(0, 1), on_progress=lambda phase, done, total: None):
-    """Write the teacher cache of `config` into the folder `out`, or go on with it: a generator of records.
+def cache_teacher(config, out, clock=None, others=(), writer=(0, 1), on_progress=lambda phase, done, total: None):
+    """Writes or resumes the teacher cache of `config` in the folder `out`, and yields records.
 
-    The first is of kind `plan` (`windows positions shards missing bytes bytes_a_position`), made before anything is written;
-    then one of kind `shard` after each (`done shards positions left_s`), at the end one of kind `complete` or `paused` (with
-    `reason`). A shard is whole or not there, so a pass that was cut off anywhere is gone on with by the same call, and ends
-    with the same bytes.
+    The first record is `plan` (`windows positions shards missing bytes bytes_a_position`), before anything is written.
+    Each `shard` has `done of shards left_s`. The last one is `complete` or `paused` (with `reason`). Shards are written
+    atomically, so an interrupted pass is resumed by the same call, with the same bytes in the end.
 
-    `others`: folders with parts of the same cache, which are taken over. `writer` `(i, n)`: this is the i-th (from 0) of n
-    that share the work, in one folder or each in its own; processes of one launch share a writer's part among them.
-    Raises ValueError where the config, the text or the folder won't do.
+    `others`: folders with parts of the same cache, whose shards are copied. `writer` `(i, n)`: this is writer i (from
+    0) of n that share the work, in one folder or several. Processes of one launch divide their writer's part. Raises
+    ValueError if the config, the text or the folder is unsuitable.
     """
     clock = clock or Clock()
     started = clock.now() - environment.session_age_s()
     if config.cached:
-        raise ValueError("a teacher cache is written by the teacher itself; give --teacher, not --teacher-cache")
+        raise ValueError("writing a teacher cache requires the teacher itself; give --teacher, not --teacher-cache")
     seconds, out = parse_duration(config.time_budget), Path(out)
     accelerator = devices.accelerator(config.amp_dtype)
-    _refuse_folder(out)
+    _check_folder(out)
     dtype = devices.teacher_dtype(accelerator)
     loaded = inputs.load(config, accelerator.device, dtype, on_progress=on_progress)
-    writing = CacheWriter(config, loaded, out, clock, others, worker_shard_ids(accelerator, *writer), on_progress)
-    yield from writing.run(seconds, started)
+    worker = worker_shard_ids(accelerator, *writer)
+    yield from CacheWriter(config, loaded, out, clock, others, worker, on_progress).run(seconds, started)
 
 
 def worker_shard_ids(accelerator, index=0, count=1):
-    """`(which, of how many)` writers a process is, where a launch of several is the writer `index` of `count`."""
+    """Returns `(index, count)` of this process among all workers, if a launch is writer `index` of `count`."""
     return index * accelerator.num_processes + accelerator.process_index, count * accelerator.num_processes
 
 
 class CacheWriter:
-    """The state of `write`: the live teacher of `loaded` (`inputs.Inputs`) reads where it is."""
+    """State of `cache_teacher`. `loaded` has a live teacher; worker i of n writes every n-th shard."""
 
-    def __init__(self, config, loaded, out, clock, others, writer, on_progress=lambda phase, done, total: None):
+    def __init__(self, config, loaded, out, clock, others, worker, on_progress=lambda phase, done, total: None):
         self.on_progress, self.num_done, self.num_planned = on_progress, 0, 0
-        self.batch_s, self.batch_at = 0.0, None
+        self.longest_batch_s, self.batch_started = 0.0, None
         self.config, self.out, self.clock, self.others = config, out, clock, [Path(folder) for folder in others]
-        self.own_shards, self.writers = writer
+        self.worker, self.num_workers = worker
         self.loaded, self.pair = loaded, loaded.pair
         self.device = self.pair.teacher.model.device
-        held_out = [sorted((w for group in split.windows for w in group), key=lambda window: window.place)
-                    for split in (self.loaded.validation, self.loaded.test)]  # fmt: skip
+        held_out = [inputs.windows_of(split) for split in (self.loaded.validation, self.loaded.test)]
         self.windows = dict(zip(teacher_cache.SPLITS, (self.loaded.train, *held_out), strict=True))
-        self.facts = self._facts()
+        self.facts = {
+            "format": teacher_cache.FORMAT,
+            "settings": {
+                **teacher_cache.settings_of(config, len(self.pair.shared)),
+                "batch_size": config.batch_size,
+            },
+            "identity": {k: v for k, v in loaded.identity.items() if k not in ("student", "signal")},
+            "shards": {split: teacher_cache.plan_shards(windows) for split, windows in self.windows.items()},
+        }
         self.key = teacher_cache.key_of(self.facts)
-        self.tries = trie.tries_of(self.pair) if config.kd_method == "inside_tokens" else None
+        self.tries = trie.tries_of(self.pair) if config.kd_method == "byte_prefix" else None
         self.batch_size = config.batch_size
         self.stop_signals = time_budget.StopSignals()
 
@@ -70,231 +76,215 @@ class CacheWriter:
     def num_shards(self):
         return sum(map(len, self.facts["shards"].values()))
 
-    def _facts(self):
-        settings = teacher_cache.settings_of(self.config, len(self.pair.shared))
-        return {
-            "format": teacher_cache.FORMAT,
-            "settings": {**settings, "batch_size": self.config.batch_size},
-            "identity": {
-                name: told for name, told in self.loaded.identity.items() if name not in ("student", "signal")
-            },
-            "shards": {split: teacher_cache.plan(windows) for split, windows in self.windows.items()},
-        }
-
     def run(self, seconds, started):
-        """The records of `write`, in a session of so many `seconds` since `started`."""
-        self.ends = started + seconds
-        first = self.plan()
-        yield first
-        self._open(first)
-        lacking = set(teacher_cache.missing([self.out], self.facts))
-        own = [which for place, which in enumerate(self._every()) if place % self.writers == self.own_shards]
-        own = [which for which in own if which in lacking]
-        positions = [self._num_positions(*which) for which in own]
+        """Yields the records of `cache_teacher`, in a session of `seconds` since `started`."""
+        self.deadline = started + seconds
+        plan = self.plan()
+        yield plan
+        self._open(plan)
+        missing = set(teacher_cache.missing_shards([self.out], self.facts))
+        own = [shard for i, shard in enumerate(self._shard_ids()) if i % self.num_workers == self.worker]
+        own = [shard for shard in own if shard in missing]
+        positions = [self._num_positions(*shard) for shard in own]
         self.num_done, self.num_planned = 0, sum(positions)
         self.stop_signals.listen()
         try:
-            begun = self.clock.now()
-            for place, which in enumerate(own):
-                ahead = (self.clock.now() - begun) / max(1, self.num_done) * positions[place]
-                late = place and self.clock.now() + ahead > self.ends  # one of them may always try
-                if reason := "the time budget has no room for another shard" if late else self._write(*which):
-                    yield self._paused(reason)
+            write_started = self.clock.now()
+            for i, shard in enumerate(own):
+                expected_s = (self.clock.now() - write_started) / max(1, self.num_done) * positions[i]
+                late = i and self.clock.now() + expected_s > self.deadline  # the first shard is always tried
+                if reason := "the time budget has no room for another shard" if late else self._write(*shard):
+                    yield {"kind": "paused", "reason": reason, "missing": self._num_missing()}
                     return
-                self.num_done = sum(positions[: place + 1])
-                left = (self.clock.now() - begun) * (self.num_planned / max(1, self.num_done) - 1.0)
-                yield {"kind": "shard", "done": place + 1, "of": len(own), "shards": self.num_shards, "left_s": left}
+                self.num_done = sum(positions[: i + 1])
+                left = (self.clock.now() - write_started) * (self.num_planned / max(1, self.num_done) - 1.0)
+                yield {"kind": "shard", "done": i + 1, "of": len(own), "shards": self.num_shards, "left_s": left}
         finally:
             self.stop_signals.ignore()
-        left = len(teacher_cache.missing([self.out], self.facts))
-        yield {"kind": "complete", "missing": left}
+        yield {"kind": "complete", "missing": self._num_missing()}
 
     def _num_positions(self, split, number):
         first, last = self.facts["shards"][split][number]
         return sum(len(window.student_rows) for window in self.windows[split][first:last])
 
     def _stop_reason(self):
-        """Why no further batch may begin; empty if one as long as the longest before may."""
+        """Returns why no further batch may start, or "". It may take as long as the longest batch so far."""
         now = self.clock.now()
-        self.batch_s, self.batch_at = max(self.batch_s, now - (self.batch_at or now)), now
-        if self.stop_signals.asked:
-            return self.stop_signals.asked
-        return "the time budget is used up" if now + self.batch_s > self.ends else ""
+        self.longest_batch_s = max(self.longest_batch_s, now - (self.batch_started or now))
+        self.batch_started = now
+        if self.stop_signals.reason:
+            return self.stop_signals.reason
+        return "the time budget is used up" if now + self.longest_batch_s > self.deadline else ""
 
-    def _every(self):
+    def _shard_ids(self):
         return [(split, number) for split in teacher_cache.SPLITS for number in range(len(self.facts["shards"][split]))]
 
-    def _paused(self, reason):
-        left = len(teacher_cache.missing([self.out], self.facts))
-        return {"kind": "paused", "reason": reason, "missing": left}
+    def _num_missing(self):
+        return len(teacher_cache.missing_shards([self.out], self.facts))
 
     def plan(self):
-        """The first record of `write`: how much it will be."""
+        """Returns the `plan` record, with the size of the cache."""
         rows, width = self.pair.student_reader.vocabulary.num_rows, self.pair.teacher.head.width
-        inside = self._inside_a_position() if self.tries else ()
-        a_position = teacher_cache.bytes_a_position(self.facts["settings"], rows, width, inside)
-        positions = {
-            split: WindowDataset.from_list(windows).total("student_rows") for split, windows in self.windows.items()
-        }
-        size = a_position * sum(positions.values())
-        there = [folder for folder in (self.out, *self.others) if (folder / INDEX).exists()]
+        partial = self._partial_per_position() if self.tries else ()
+        bytes_per_position = teacher_cache.bytes_per_position(self.facts["settings"], rows, width, partial)
+        num_positions = sum(WindowDataset.from_list(split).total("student_rows") for split in self.windows.values())
+        folders = [folder for folder in (self.out, *self.others) if (folder / INDEX).exists()]
         return {
             "kind": "plan",
             "windows": sum(map(len, self.windows.values())),
             "tokens": WindowDataset.from_list(self.windows["train"]).total("student_ids"),
-            "positions": sum(positions.values()),
-            "shards": len(self._every()),
-            "missing": len(teacher_cache.missing(there, self.facts)),
-            "bytes": size,
-            "bytes_a_position": a_position,
+            "positions": num_positions,
+            "shards": self.num_shards,
+            "missing": len(teacher_cache.missing_shards(folders, self.facts)),
+            "bytes": bytes_per_position * num_positions,
+            "bytes_a_position": bytes_per_position,
         }
 
-    def _inside_a_position(self):
-        """Positions inside tokens for each common one, of either kind, on the pair's sample."""
-        walks = [
+    def _partial_per_position(self):
+        """Returns partial-token positions of either kind per aligned position, measured on the pair's sample."""
+        matches = [
             partial_tokens.PartialTokens.build(self.tries, batching.collate([window], *self.pair.pads))
             for window in self.pair.sample
         ]
-        counts = [(len(each.positions), len(each.inner), len(each.more)) for each in walks]
-        ours, theirs, common = map(sum, zip(*counts, strict=True))
-        return ours / max(1, common), theirs / max(1, common)
+        counts = [(len(each.positions), len(each.inner_positions), len(each.num_inner)) for each in matches]
+        outer, inner, aligned = map(sum, zip(*counts, strict=True))
+        return outer / max(1, aligned), inner / max(1, aligned)
 
-    def _open(self, told):
-        """The folder with everything but the shards, and the shards that others have."""
+    def _open(self, plan):
+        """Writes everything but the shards, and copies the shards of other folders."""
         for folder in (self.out, *self.others):
             if (folder / INDEX).exists() or folder in self.others:
-                _refuse_other(folder, teacher_cache.read_facts(folder), self.facts)
-        self.refuse_full_disk(told)
+                _check_same_cache(folder, teacher_cache.read_facts(folder), self.facts)
+        self.check_disk(plan)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._save_reader()
             if teacher_cache.needs_hidden(self.config) and not (self.out / HEAD).exists():
-                teacher_cache.write_head(
-                    self.out / HEAD, self.key, self.pair.teacher.shared_rows(self.pair.shared).cpu(), self.own_shards
-                )
+                rows = self.pair.teacher.shared_rows(self.pair.shared).cpu()
+                teacher_cache.write_head(self.out / HEAD, self.key, rows, self.worker)
             if not (self.out / INDEX).exists():
-                write_json(self.out / INDEX, self.facts, self.own_shards)
-            self._take_over()
+                write_json(self.out / INDEX, self.facts, self.worker)
+            self._copy_shards()
         except OSError as error:
             raise ValueError(f"--out {self.out} can't be written: {error.strerror or error}") from None
 
-    def refuse_full_disk(self, told):
-        """Raise ValueError where the disk has no room for what the `plan` tells."""
-        share = told["bytes"] * told["missing"] / max(1, told["shards"]) / self.writers
-        there = next(folder for folder in [self.out, *self.out.absolute().parents] if folder.exists())
-        free = environment.free_bytes(there) - environment.disk_reserve_bytes()
-        if share > free:
+    def check_disk(self, plan):
+        """Raises ValueError if the disk has no room for this worker's part of the missing shards."""
+        needed = plan["bytes"] * plan["missing"] / max(1, plan["shards"]) / self.num_workers
+        existing = next(folder for folder in [self.out, *self.out.absolute().parents] if folder.exists())
+        free = environment.free_bytes(existing) - environment.disk_reserve_bytes()
+        if needed > free:
             raise ValueError(
-                f"the cache needs {share / 1e9:.2f} GB more and the disk of {self.out} has {free / 1e9:.2f} GB; lower "
-                "kd_top_k, take less text, or share the work between several writers"
+                f"the cache needs {needed / 1e9:.2f} GB more, but the disk of {self.out} has {free / 1e9:.2f} GB free; "
+                "lower kd_top_k, use less text, or divide the work between several writers"
             )
 
     def _save_reader(self):
-        """The teacher's tokenizer and configuration: all that a run needs to load of it."""
+        """Saves the teacher's tokenizer and configuration, all that a run loads of it."""
         if (self.out / READER).exists():
             return
         try:
-            with files.atomic(self.out / READER, self.own_shards, replace=False) as beside:
-                self.pair.teacher.reader.tokenizer.save_pretrained(beside)
-                self.pair.teacher.config.save_pretrained(beside)
+            with files.atomic(self.out / READER, self.worker, replace=False) as temporary:
+                self.pair.teacher.reader.tokenizer.save_pretrained(temporary)
+                self.pair.teacher.config.save_pretrained(temporary)
         except OSError:
             if not (self.out / READER).exists():
-                raise  # else another writer was faster
+                raise  # else another worker has just written it
 
-    def _take_over(self):
-        for which in teacher_cache.missing([self.out], self.facts):
-            path = self.out / teacher_cache.shard_name(*which)
+    def _copy_shards(self):
+        for shard in teacher_cache.missing_shards([self.out], self.facts):
+            path = self.out / teacher_cache.shard_name(*shard)
             for folder in self.others:
                 if (folder / path.name).exists():
-                    teacher_cache.refuse_shard(folder / path.name, self.key)
-                    files.copy(folder / path.name, path, self.own_shards)
+                    teacher_cache.check_shard(folder / path.name, self.key)
+                    files.copy(folder / path.name, path, self.worker)
                     break
 
     def _write(self, split, number):
-        """Writes one shard; the reason if the session ended before that, else empty."""
+        """Writes one shard. Returns "", or the reason if the session ends before that."""
         first, last = self.facts["shards"][split][number]
         windows = self.windows[split][first:last]
         settings = self.facts["settings"]
-        if split == "train":
-            buckets, wanted = trie.buckets_of(self.pair, settings["kd_method"]), settings
-        else:  # judged by the same buckets whatever was learned from
+        is_train = split == "train"
+        if is_train:
+            buckets, spec_settings = trie.buckets_of(self.pair, settings["kd_method"]), settings
+        else:  # evaluation uses the same buckets for every kd_method
             buckets = vocab.tail_buckets(
                 self.pair.student_reader.vocabulary, self.pair.teacher.reader.vocabulary, self.pair.shared
             )
-            wanted = {**settings, "kd_temperature": 1.0}
-        spec = teacher_cache.shortlist(self.pair, buckets, wanted)
-        tries = self.tries if split == "train" else None
-        found, self.batch_size = memory.retry_with_smaller_batch(
-            lambda size: self._ask(windows, spec, tries, size), self.batch_size
+            spec_settings = {**settings, "kd_temperature": 1.0}
+        spec = teacher_cache.topk_spec(self.pair, buckets, spec_settings)
+        tries = self.tries if is_train else None
+        signals, self.batch_size = memory.retry_with_smaller_batch(
+            lambda size: self._compute_signals(windows, spec, tries, size), self.batch_size
         )
-        if isinstance(found, str):
-            return found
-        more = None
-        if split != "train":  # the first shard of a split keeps what a verdict needs
-            more = {} if number else self._judged(split)
+        if isinstance(signals, str):
+            return signals
+        extra = None
+        if not is_train:  # the first shard of a split has the teacher's results for the verdict
+            extra = {} if number else self._teacher_results(split)
         path = self.out / teacher_cache.shard_name(split, number)
         rows = self.pair.student_reader.vocabulary.num_rows
-        teacher_cache.write_shard(
-            path, self.key, found, rows, settings["hidden"] and split == "train", more, self.own_shards
-        )
+        hidden = settings["hidden"] and is_train
+        teacher_cache.write_shard(path, self.key, signals, rows, hidden, extra, self.worker)
         return ""
 
-    def _ask(self, windows, spec, tries, size):
-        """The teacher's signals by window, in order, with its outcomes inside tokens if there are `tries`, from batches of
-        `size`; the reason instead if the session ends before that.
+    def _compute_signals(self, windows, spec, tries, size):
+        """Returns the teacher's signal of each window, from batches of `size` sorted by length. With `tries` each
+        includes the outcomes inside tokens. Returns the reason (str) if the session ends before that.
         """
-        order = sorted(range(len(windows)), key=lambda place: len(windows[place].teacher_ids))
-        found, num_done, self.batch_at, head = {}, self.num_done, None, self.pair.teacher.head
-        bucket_of = head.by_column(trie.buckets_of(self.pair, "inside_tokens").teacher) if tries else None
+        order = sorted(range(len(windows)), key=lambda index: len(windows[index].teacher_ids))
+        signals, num_done, self.batch_started, head = {}, self.num_done, None, self.pair.teacher.head
+        bucket_of = head.by_column(trie.buckets_of(self.pair, "byte_prefix").teacher) if tries else None
         for i in range(0, len(order), size):
             if reason := self._stop_reason():
                 return reason
             self.on_progress("the teacher reads the text, positions", num_done, self.num_planned)
-            places = order[i : i + size]
-            batch = batching.collate([windows[place] for place in places], *self.pair.pads).to(self.device)
+            indices = order[i : i + size]
+            batch = batching.collate([windows[index] for index in indices], *self.pair.pads).to(self.device)
             signal = self.pair.teacher(batch, spans=True, shortlist=spec, inner=tries is not None)
             parts = [(signal, batch.rows_by_window)]
             if tries:
-                walked = partial_tokens.PartialTokens.build(tries, batch)
-                how = self.facts["settings"]["inside_k"], self.facts["settings"]["kd_temperature"]
-                said = walked.shortlists(tries, signal, head.decode, bucket_of, *how)
-                parts += zip(said, walked.by_window(batch.rows_by_window), strict=True)
-            by_window = zip(*(_by_window(part.to("cpu"), counts) for part, counts in parts), strict=True)
-            for place, (signal, *said) in zip(places, by_window, strict=True):
-                found[place] = dataclasses.replace(signal, said=tuple(said) or None)
+                partial = partial_tokens.PartialTokens.build(tries, batch)
+                settings = self.facts["settings"]["inside_k"], self.facts["settings"]["kd_temperature"]
+                outcomes = partial.top_k_outcomes(tries, signal, head.decode, bucket_of, *settings)
+                parts += zip(outcomes, partial.count_by_window(batch.rows_by_window), strict=True)
+            by_window = zip(*(_split_rows(part.to("cpu"), counts) for part, counts in parts), strict=True)
+            for index, (signal, *outcomes) in zip(indices, by_window, strict=True):
+                signals[index] = dataclasses.replace(signal, partial_topk=tuple(outcomes) or None)
             num_done += batch.num_aligned
-        return [found[place] for place in range(len(windows))]
+        return [signals[index] for index in range(len(windows))]
 
-    def _judged(self, split):
-        """What a verdict wants of the teacher itself: its score, and how it goes on with a text."""
+    def _teacher_results(self, split):
+        """Returns the teacher's score on a split and its sample text."""
         held_out = getattr(self.loaded, split)
         score = held_out.teacher_score.to_dict()
         opening = samples.openings(held_out, self.pair.student_reader.tokenizer, 1)[0]
-        return {"score": score, "says": samples.teacher_says(self.pair.teacher, opening)}
+        return {"score": score, "says": samples.continue_text_by_teacher(self.pair.teacher, opening)}
 
 
-def _by_window(part, counts):
-    """A part of a signal cut into as many rows as each window has."""
+def _split_rows(part, counts):
+    """Splits part of a signal by window; `counts` are the rows of each window."""
     return [part.rows(slice(end - count, end)) for count, end in zip(counts, accumulate(counts), strict=True)]
 
 
-def _refuse_folder(out):
-    """Raise ValueError where a folder can't take a cache."""
+def _check_folder(out):
+    """Raises ValueError if `out` is a file, or holds anything but a teacher cache."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / INDEX).exists():
-        left = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")} - {READER, HEAD}
-        if left:
+        foreign = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")} - {READER, HEAD}
+        if foreign:
             raise ValueError(f"--out {out} holds other files; give a new folder (nothing was changed)")
 
 
-def _refuse_other(folder, held, wanted):
-    """Raise ValueError where a folder's cache is another one, saying in what."""
-    if held == wanted:
+def _check_same_cache(folder, found, expected):
+    """Raises ValueError, with the differences, if a folder holds another cache."""
+    if found == expected:
         return
-    ours, theirs = ({**facts["settings"], **facts["identity"], "plan": facts["shards"]} for facts in (wanted, held))
-    odd = [name for name in ours if ours[name] != theirs.get(name)]
-    told = "; ".join(
-        f"{name} was {theirs.get(name)}, is {ours[name]}" if name != "plan" else "its plan" for name in odd
+    ours, theirs = ({**facts["settings"], **facts["identity"], "plan": facts["shards"]} for facts in (expected, found))
+    names = [name for name in ours if ours[name] != theirs.get(name)]
+    differences = "; ".join(
+        "its plan" if name == "plan" else f"{name} was {theirs.get(name)}, is {ours[name]}" for name in names
     )
-    raise ValueError(f"{folder} holds another teacher cache ({told}); give a new --out, or go on as it was begun")
+    raise ValueError(f"{folder} holds another teacher cache ({differences}); give a new --out, or restore the settings")

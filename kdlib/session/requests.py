@@ -1,45 +1,44 @@
-"""What the caller of a run may wish for while it is under way: words in a set, put there at any time, from any thread."""
+"""Requests of the caller during a run (`wishes`): words in a set, added at any time, from any thread."""
 
 PAUSE, SAVE, EVALUATE = KNOWN = ("pause", "save", "evaluate")
 
 
-class Unknown(ValueError):
-    """A word that means nothing."""
+class UnknownWish(ValueError):
+    """A word in `wishes` other than `KNOWN`."""
 
 
 class Wishes:
-    """Reads the caller's set, and takes out what was fulfilled."""
+    """View of the caller's set of wishes."""
 
     def __init__(self, words):
         self.words = set() if words is None else words
-        self.refuse_unknown()
+        self.check_words()
 
     def __contains__(self, wish):
         return wish in self.words
 
-    def all(self):
-        """Whether there is each wish of `KNOWN`, and at last whether there is an unknown one."""
+    def flags(self):
+        """Returns whether the set has each wish of `KNOWN`, in order, and whether it has an unknown word."""
         return *(wish in self.words for wish in KNOWN), bool(self._unknown())
 
-    def grant(self, experiment, saving, arm, save, look, in_vain):
-        """Save and look, as is wished for, where nothing is half-done: yields `(records, wish, answer)`. `in_vain`: no time
-        is left for a look.
-        """
+    def fulfil(self, experiment, schedule, arm, save, evaluate, lacks_time):
+        """Saves and evaluates as requested, unless an evaluation is due. Yields `(records, wish, answer)`."""
         if save and experiment.evaluations_done(arm):
-            name = saving.flush()
-            yield [], SAVE, f"saved as {name}" if name else "not saved: the weights are no numbers"
-        if look and experiment.evaluations_done(arm):
-            told = "it was evaluated at this very step" if arm.evaluated == arm.step else ""
-            told = "no time is left for it in this session" if in_vain else told
-            yield [] if told else experiment.look(arm), EVALUATE, told or "evaluated for a look"
+            name = schedule.flush()
+            yield [], SAVE, f"saved as {name}" if name else "not saved: the weights contain NaN or infinity"
+        if evaluate and experiment.evaluations_done(arm):
+            problem = "this step was already evaluated" if arm.evaluated == arm.step else ""
+            problem = "no time is left for an evaluation in this session" if lacks_time else problem
+            records = [] if problem else experiment.evaluate_on_request(arm)
+            yield records, EVALUATE, problem or "evaluated on request"
 
-    def fulfil(self, wish):
+    def discard(self, wish):
         self.words.discard(wish)
 
-    def refuse_unknown(self):
-        """Raise Unknown where there is a word that means nothing."""
+    def check_words(self):
+        """Raises `UnknownWish` if the set has an unknown word."""
         if unknown := self._unknown():
-            raise Unknown(f"unknown wish {', '.join(unknown)}; have {', '.join(KNOWN)}")
+            raise UnknownWish(f"unknown wish {', '.join(unknown)}; have {', '.join(KNOWN)}")
 
     def _unknown(self):
         return sorted(map(repr, set(self.words) - set(KNOWN)))

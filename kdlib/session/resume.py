@@ -1,4 +1,4 @@
-"""Where a session goes on: the newest whole checkpoint of a run folder, if it is of the same run."""
+"""Resuming a run: finds its newest valid checkpoint and checks that it belongs to the same run."""
 
 import dataclasses
 from pathlib import Path
@@ -11,8 +11,8 @@ from kdlib.session import checkpoint, run_folder
 
 @dataclasses.dataclass
 class PreviousRun:
-    """A run that was begun before. `path`, `groups` and `facts` are those of its newest whole checkpoint (None where it was
-    cut off before its first), `broken` tells of newer ones that are not whole, `verdict` is there where it is complete.
+    """State of a run at the start of a session. `path`, `groups` and `facts` are of the newest valid checkpoint, or
+    None. `errors` describes newer, corrupt checkpoints. `verdict` is set if the run is complete.
     """
 
     source: run_folder.RunFolder
@@ -20,93 +20,94 @@ class PreviousRun:
     path: Path | None = None
     groups: dict | None = None
     facts: dict | None = None
-    broken: dict = dataclasses.field(default_factory=dict)
+    errors: dict = dataclasses.field(default_factory=dict)
     verdict: dict | None = None
 
     def alerts(self, place):
-        """Records of the checkpoints that were passed over; `place`: where the run goes on."""
-        for path, what in self.broken.items():
-            meaning = f"checkpoint {path.name} is not whole ({what}); went on with {self.path.name}"
-            told = {"meaning": meaning, "advice": "look at the disk, if it happens again"}
-            yield {"kind": "alert", **place, "sign": "checkpoint", "part": path.name, **told}
+        """Yields an alert per corrupt checkpoint. `place` has run, repeat and step of the resumed run."""
+        for path, error in self.errors.items():
+            meaning = f"checkpoint {path.name} is corrupt ({error}); resumed from {self.path.name}"
+            text = {"meaning": meaning, "advice": "check the disk if this happens again"}
+            yield {"kind": "alert", **place, "sign": "checkpoint", "part": path.name, **text}
 
 
-def find_previous_run(folder, wanted):
-    """The `PreviousRun` that `wanted` (`auto`, `never` or a folder) means for the `run_folder.RunFolder` of a session; None
-    for a new run. ValueError where a run is there, but nothing whole of it.
+def find_previous_run(folder, resume):
+    """Returns the `PreviousRun` that `resume` (`auto`, `never` or a path) selects for the `run_folder.RunFolder` of a
+    session, or None for a new run. Raises ValueError if the run has no valid checkpoint.
     """
-    named = wanted not in ("auto", "never")
-    if not named and not folder.holds_run():
+    is_path = resume not in ("auto", "never")
+    if not is_path and not folder.holds_run():
         return None
-    chosen = Path(wanted) if named else folder.path
+    chosen = Path(resume) if is_path else folder.path
     single = chosen if (chosen / checkpoint.MANIFEST).exists() else None
     source = run_folder.RunFolder(chosen.parent.parent if single else chosen)
-    if named and not (single or source.holds_run()):
-        raise ValueError(f"--resume {wanted} holds no run; give a run folder or one of its checkpoints, auto or never")
-    found = PreviousRun(source, source.last_status())
-    if found.status.get("state") == "complete" and (source.path / "verdict.json").exists() and not single:
-        found.verdict = read_json(source.path / "verdict.json")
-        return found
+    if is_path and not (single or source.holds_run()):
+        raise ValueError(f"--resume {resume} holds no run; give a run folder or one of its checkpoints, auto or never")
+    previous = PreviousRun(source, source.last_status())
+    if previous.status.get("state") == "complete" and (source.path / "verdict.json").exists() and not single:
+        previous.verdict = read_json(source.path / "verdict.json")
+        return previous
     if single:
         try:
-            found.path, (found.groups, found.facts) = single, checkpoint.read(single)
-        except checkpoint.Broken as error:
-            raise ValueError(f"--resume {wanted} is not whole: {error}") from None
+            previous.path, (previous.groups, previous.facts) = single, checkpoint.read(single)
+        except checkpoint.CorruptCheckpoint as error:
+            raise ValueError(f"--resume {resume} is corrupt: {error}") from None
     else:
-        found.path, found.groups, found.facts, found.broken = checkpoint.newest(source.checkpoints)
-    if found.path is None and (found.broken or (named and not source.has_begun())):
-        why = "; ".join(f"{path.name}: {what}" for path, what in found.broken.items()) or "there is none"
-        raise ValueError(f"{source.path} has no whole checkpoint to go on with ({why}); start a new --out")
-    return found
+        previous.path, previous.groups, previous.facts, previous.errors = checkpoint.newest(source.checkpoints)
+    if previous.path is None and (previous.errors or (is_path and not source.can_resume())):
+        reason = "; ".join(f"{path.name}: {error}" for path, error in previous.errors.items()) or "there is none"
+        raise ValueError(f"{source.path} has no valid checkpoint to resume from ({reason}); start a new --out")
+    return previous
 
 
-def check_same_run(found, now):
-    """What is only to be told of the differences between a `PreviousRun` and this session (`fingerprint.diff_runs`); ValueError
-    where they keep it from going on.
+def check_same_run(previous, run_identity):
+    """Returns notes on harmless differences between a `PreviousRun` and this session (`fingerprint.diff_runs`). Raises
+    ValueError if a difference prevents resuming.
     """
-    if found.verdict is not None:
-        config = read_json(found.source.path / "config.json")
-        config["max_steps"] = config["max_steps"] if now["config"]["max_steps"] else 0  # the plan as it was resolved
-        nothing = {"identity": None, "windows_per_step": None, "versions": {}}
-        refused, told = fingerprint.diff_runs({"config": config, **nothing}, {"config": now["config"], **nothing})
-    elif found.facts is None:
-        refused, told = [], []  # nothing was learned: it begins anew
+    if previous.verdict is not None:
+        config = read_json(previous.source.path / "config.json")
+        config["max_steps"] = config["max_steps"] if run_identity["config"]["max_steps"] else 0  # stored as resolved
+        unknown = {"identity": None, "windows_per_step": None, "versions": {}}
+        current = {"config": run_identity["config"], **unknown}
+        conflicts, notes = fingerprint.diff_runs({"config": config, **unknown}, current)
+    elif previous.facts is None:
+        conflicts, notes = [], []  # no step was saved: the run restarts
     else:
-        refused, told = fingerprint.diff_runs(found.facts, now)
-    if refused:
+        conflicts, notes = fingerprint.diff_runs(previous.facts, run_identity)
+    if conflicts:
         raise ValueError(
-            f"{found.source.path} holds a run that differs in {'; '.join(refused)}. Start a new --out, or go on as it was"
+            f"{previous.source.path} holds a run that differs in {'; '.join(conflicts)}. Start a new --out, or restore it"
         )
-    return told
+    return notes
 
 
-def adopt(found, folder):
-    """Make `folder` hold the run up to its checkpoint: a copy where it came from elsewhere, without records of lost steps,
-    broken checkpoints set aside.
-    """
-    if folder.path.resolve() != found.source.path.resolve():
-        if found.source.records.path.exists():
-            files.copy(found.source.records.path, folder.records.path)
-        if found.path:
-            checkpoint.copy_checkpoint(found.path, folder.checkpoints)
+def adopt(previous, folder):
+    """Copies a run from elsewhere, or sets its corrupt checkpoints aside, and removes records of lost steps."""
+    if folder.path.resolve() != previous.source.path.resolve():
+        if previous.source.records.path.exists():
+            files.copy(previous.source.records.path, folder.records.path)
+        if previous.path:
+            checkpoint.copy_checkpoint(previous.path, folder.checkpoints)
     else:
-        for path in found.broken:
+        for path in previous.errors:
             checkpoint.set_aside(path)
         checkpoint.clean(folder.checkpoints)
-    folder.records.cut(found.facts["records_bytes"] if found.facts else 0)
+    folder.records.truncate(previous.facts["records_bytes"] if previous.facts else 0)
 
 
-def adopt_complete(found, folder, writes):
-    """Releases `folder`, which holds the complete run: a copy if that came from elsewhere and this process writes. What a
-    kill at the end left of its teacher cache, or half-written, goes.
+def adopt_complete(previous, folder, writes):
+    """Copies a complete run from elsewhere to `folder` if this process `writes`, or else removes the teacher cache and
+    temporary files that a killed process left. Releases `folder`.
     """
-    if writes and folder.path.resolve() != found.source.path.resolve():
-        for path in found.source.path.iterdir():
+    if writes and folder.path.resolve() != previous.source.path.resolve():
+        for path in previous.source.path.iterdir():
             if path.name not in (".lock", "status.json", folder.cache.name):
                 files.copy(path, folder.path / path.name)
-        files.copy(found.source.path / "status.json", folder.path / "status.json")  # last: it says that all is there
+        files.copy(
+            previous.source.path / "status.json", folder.path / "status.json"
+        )  # last: marks the copy as complete
     elif writes:
         files.remove(folder.cache)
-        for left in list(folder.path.rglob("*.tmp")):
-            files.remove(left)
+        for temporary in list(folder.path.rglob("*.tmp")):
+            files.remove(temporary)
     folder.release()

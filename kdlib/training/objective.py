@@ -1,4 +1,4 @@
-"""The student's objective: which part is fed what, and one number to call backward on."""
+"""The training objective: the weighted sum of the loss terms of one micro-batch."""
 
 import numpy as np
 import torch
@@ -6,46 +6,38 @@ import torch
 from kdlib.config import BY_BUCKETS
 from kdlib.data.windowing import IGNORE
 from kdlib.losses import chunked_head, divergences
-from kdlib.losses.partial_tokens import PartialTokens, agreeing
+from kdlib.losses.partial_tokens import PartialTokens, agreement_mask
 from kdlib.models import loading
-from kdlib.training import schedule
-from kdlib.training.terms import COUNTED, FeatureBatch, LogitsBlock, active_terms
+from kdlib.training import optimizer
+from kdlib.training.terms import METRIC_NORMALISERS, FeatureBatch, LogitsBlock, active_terms
 
-LIFT = 2.0**12
-"""Gradients that are only measured are made this much larger first: under autocast some pass through float16."""
+MEASURE_SCALE = 2.0**12
+"""Scale of losses whose gradient is only measured: under autocast some gradients pass through float16."""
 
 
 class Objective(torch.nn.Module):
-    """The student with everything that is trained beside it. `forward` gives the loss of one micro-batch.
+    """The student and its adapters. `forward` computes the loss of one micro-batch.
 
-    Through its logits the student learns as `chunked_head` says: what a part makes of the head or the projector by itself
-    reaches the projector's weight and nothing else. `beside` holds the modules that some parts train, by the part's name;
-    `buckets` (`vocab.Buckets`) and the teacher's live `teacher_head` (None with a cache) are for `config.BY_BUCKETS`,
-    `tries` (`trie.tries_of`) for `inside_tokens`; `layers` and `attention_layers` are pairs `(student's, teacher's)` of
-    tapped layers. An `nn.Module`, so that a distributed wrapper sees all it has to sync.
+    The student learns from logits as in `chunked_head`: the teacher side of a term trains the projector's weight only.
+    `adapters` are the modules that some terms train, by term name. `buckets` (`vocab.Buckets`) and the live
+    `teacher_head` (None with a cache) serve `config.BY_BUCKETS`, `tries` (`trie.tries_of`) serve `byte_prefix`.
+    `layers` and `attention_layers` are pairs `(student's, teacher's)` of tapped layers. All trained parameters belong
+    to this module, so that a distributed wrapper synchronises them.
     """
 
     def __init__(
-        self,
-        student,
-        head,
-        config,
-        beside=None,
-        teacher_head=None,
-        buckets=None,
-        layers=((), ()),
-        attention_layers=((), ()),
-        tries=None,
-    ):
+        self, student, head, config, adapters=None, teacher_head=None, buckets=None, layers=((), ()),
+        attention_layers=((), ()), tries=None,
+    ):  # fmt: skip
         super().__init__()
         self.student = student
         self.head = head
         self.config = config
-        self.beside = torch.nn.ModuleDict(beside or {})
+        self.adapters = torch.nn.ModuleDict(adapters or {})
         self.teacher_head = teacher_head
-        self.parts = active_terms(config)
+        self.terms = active_terms(config)
         self.layers, self.attention_layers, self.tries = layers, attention_layers, tries
-        self.rows_at_once = None
+        self.chunk_sizes = None
         self.buckets = buckets
         if buckets is not None:
             self.register_buffer("student_buckets", head.by_column(buckets.student), persistent=False)
@@ -53,172 +45,181 @@ class Objective(torch.nn.Module):
             self.register_buffer("teacher_buckets", teacher_head.by_column(buckets.teacher), persistent=False)
 
     def weights(self, progress=1.0):
-        """The weight of each part at `progress` (fraction of the planned steps)."""
-        factors = {name: self.phase_factor(name, progress) for name in self.parts}
+        """Returns the weight of each term at `progress`, a fraction of the planned steps."""
         return {
-            name: factors[name] * (getattr(self.config, f"{name}_weight") if p.student else 1.0)
-            for name, p in self.parts.items()
+            name: self.phase_factor(name, progress)
+            * (getattr(self.config, f"{name}_weight") if term.trains_student else 1.0)
+            for name, term in self.terms.items()
         }
 
     def phase_factor(self, name, progress):
-        return schedule.ramp(progress, self.parts[name].phase) if self.config.use_curriculum else 1.0
+        return optimizer.ramp(progress, self.terms[name].starts_at) if self.config.use_curriculum else 1.0
 
     def teacher_request(self, weights):
-        """What the teacher is to be asked for, as keyword arguments of `Teacher`."""
-        method = self.config.kd_method if "kd" in self.parts else "none"
-        by_method = {"spans": method == "chunk_likelihood", "inner": method == "inside_tokens"}
+        """Returns the keyword arguments for `Teacher` that the active terms need."""
+        method = self.config.kd_method if "kd" in self.terms else "none"
+        by_method = {"spans": method == "chunk_likelihood", "inner": method == "byte_prefix"}
         return {"taps": self._taps(weights, 1), **by_method}
 
     def forward(self, batch, signal, counts, weights=None, measure=False):
-        """`(loss, parts, grad_sq_norms)` of one micro-batch: `loss` to call backward on; `parts` unweighted `[]` tensors by name,
-        with figures that are no losses, for the record only; with `measure`, `grad_sq_norms` holds for each part of the student's
-        loss the squared norm of its weighted gradient where it touches the student (last hidden states for parts on
-        logits and `state`; tapped layers' outputs; for attentions the states that go into the lowest of their layers).
+        """Returns `(loss, parts, grad_sq_norms)` of one micro-batch.
 
-        `counts` holds `labels`, `aligned` and `spans`, the positions of the whole optimizer step: losses of its
-        micro-batches add up to those of the step. `weights` (default: the config's) may leave parts out by 0.
+        `loss` is the weighted sum for backward. `parts` are the unweighted terms and the metrics, `[]` tensors by name.
+        With `measure`, `grad_sq_norms` holds for each term of the student the squared norm of its weighted gradient. It
+        is measured at the last hidden states for terms on logits and `state`, at the tapped layers' outputs for
+        `layers`, and at the input of the lowest tapped attention layer for `attention_input`.
+
+        `counts` holds `labels`, `aligned` and `spans`, the positions of the full optimizer step, so that the losses of
+        its micro-batches sum to the loss of the step. `weights` (default: the config's) may switch terms off by 0.
         """
         weights = self.weights() if weights is None else weights
-        by_window = batch.rows_by_window
-        seen = loading.read(
-            self.student, batch.student_ids, batch.student_windows, batch.student_rows, by_window,
-            self._taps(weights, 0), batch.student_positions,
+        rows_by_window = batch.rows_by_window
+        student = loading.read(
+            self.student, batch.student_ids, batch.student_windows, batch.student_rows, rows_by_window,
+            self._taps(weights, 0), batch.student_row_slices,
         )  # fmt: skip
-        hidden = seen.last.flatten(0, 1)
-        loss, parts, grad_sq_norms = self._on_logits(batch, hidden, signal, counts, weights, measure)
-        if any(weights[name] > 0 and part.on != "logits" for name, part in self.parts.items()):
-            match = FeatureBatch(seen, signal, hidden[batch.student_rows], by_window)
-            values, more = self._on_features(match, counts, weights, measure)
-            loss = loss + sum(weights[name] * value for name, value in values.items())
-            parts |= {name: value.detach() for name, value in values.items()}
-            parts |= {name: divergences.token_mean(value, counts["aligned"]) for name, value in match.figures.items()}
-            grad_sq_norms |= more
-        return self._touch_idle(loss, weights), parts, grad_sq_norms
+        hidden = student.last.flatten(0, 1)
+        loss, parts, grad_sq_norms = self._logits_terms(batch, hidden, signal, counts, weights, measure)
+        if any(weights[name] > 0 and term.reads != "logits" for name, term in self.terms.items()):
+            features = FeatureBatch(student, signal, hidden[batch.student_rows], rows_by_window)
+            losses, feature_norms = self._feature_terms(features, counts, weights, measure)
+            loss = loss + sum(weights[name] * value for name, value in losses.items())
+            parts |= {name: value.detach() for name, value in losses.items()}
+            parts |= {name: divergences.token_mean(v, counts["aligned"]) for name, v in features.metrics.items()}
+            grad_sq_norms |= feature_norms
+        return self._touch_idle_adapters(loss, weights), parts, grad_sq_norms
 
     def _taps(self, weights, side):
-        on = {name for name, weight in weights.items() if weight > 0}
-        layers = on & ({"layerwise"} if side == 0 else {"layerwise", "routing_feature"})
-        of_attention = self.attention_layers[side]
+        active = {name for name, weight in weights.items() if weight > 0}
+        use_layers = active & ({"layerwise"} if side == 0 else {"layerwise", "routing_feature"})
+        attention_layers = self.attention_layers[side]
         return loading.Taps(
-            self.layers[side] if layers else (),
-            of_attention if "attention" in on else (),
-            of_attention if "attention_alignment" in on else (),
+            self.layers[side] if use_layers else (),
+            attention_layers if "attention" in active else (),
+            attention_layers if "attention_alignment" in active else (),
         )
 
-    def _on_logits(self, batch, hidden, signal, counts, weights, measure):
-        """The parts on logits, in chunks of the head."""
-        live = {n: p for n, p in self.parts.items() if p.on == "logits" and weights[n] > 0}
-        inside = PartialTokens.build(self.tries, batch, signal.partial_topk) if self.tries and "kd" in live else None
-        order, span_of, chunks = self._lay_out(batch, signal, hidden.device, inside and inside.more)
-        inside = inside and inside.reordered(order.cpu().numpy())
+    def _logits_terms(self, batch, hidden, signal, counts, weights, measure):
+        active = {n: term for n, term in self.terms.items() if term.reads == "logits" and weights[n] > 0}
+        partial = PartialTokens.build(self.tries, batch, signal.partial_topk) if self.tries and "kd" in active else None
+        order, span_of, chunks = self._plan_rows(batch, signal, hidden.device, partial and partial.num_inner)
+        partial = partial and partial.reordered(order.cpu().numpy())
         labels = self.head.columns(batch.labels.flatten())[order]
-        figures = ["kd_covered"] if "kd" in live and self._is_cut(signal) else []
-        figures += ["kd_positions"] if inside else []
-        agrees = agreeing(self.buckets, batch).to(hidden.device) if self.buckets and "kd" in live else None
+        metrics = ["kd_covered"] if "kd" in active and self._is_truncated(signal) else []
+        metrics += ["kd_positions"] if partial else []
+        agrees = agreement_mask(self.buckets, batch).to(hidden.device) if self.buckets and "kd" in active else None
 
-        def block_losses(logits, other, block):
-            known = block.known.stop - block.known.start
-            local = torch.where(span_of[block.rows] < 0, -1, span_of[block.rows] - block.known.start)
-            spans = None if signal is None or signal.span_log_probs is None else signal.span_log_probs[block.known]
-            top = None if signal is None or signal.topk is None else signal.topk.rows(block.known)
-            within, other = inside.for_block(other, block) if inside else (None, other)
-            agree = None if agrees is None else agrees[block.known]
-            rows = LogitsBlock(logits, labels[block.rows], known, other, local, spans, top, within, agree)
-            values = [divergences.token_mean(part.values(self, rows), counts[part.counts]) for part in live.values()]
-            values += [divergences.token_mean(rows.figures[name], counts[COUNTED[name]]) for name in figures]
-            return torch.stack(values)
+        def block_losses(logits, teacher_logits, block):
+            aligned = block.aligned
+            spans = torch.where(span_of[block.rows] < 0, -1, span_of[block.rows] - aligned.start)
+            span_log_probs = None if signal is None or signal.span_log_probs is None else signal.span_log_probs[aligned]
+            topk = None if signal is None or signal.topk is None else signal.topk.rows(aligned)
+            inside, teacher_logits = partial.for_block(teacher_logits, block) if partial else (None, teacher_logits)
+            rows = LogitsBlock(
+                logits, labels[block.rows], aligned.stop - aligned.start, teacher_logits, spans, span_log_probs, topk,
+                inside, None if agrees is None else agrees[aligned],
+            )  # fmt: skip
+            means = [divergences.token_mean(t.fn(self, rows), counts[t.normaliser]) for t in active.values()]
+            means += [divergences.token_mean(rows.metrics[m], counts[METRIC_NORMALISERS[m]]) for m in metrics]
+            return torch.stack(means)
 
-        if not live:
+        if not active:
             return hidden.sum() * 0.0, {}, {}
-        extra = tuple(self.beside["projector"].parameters()) if "projector" in live else ()
-        row_weights = [weights[name] for name in live] + [0.0] * len(figures)
-        compared = (
-            self._compared(signal, inside and inside.teacher_row_order(chunks))
-            if {"kd", "projector"} & live.keys()
-            else None
-        )
+        teacher_logits = None
+        if {"kd", "projector"} & active.keys():
+            teacher_logits = self._teacher_logits(signal, partial and partial.teacher_row_order(chunks))
+        extra = tuple(self.adapters["projector"].parameters()) if "projector" in active else ()
+        row_weights = [weights[name] for name in active] + [0.0] * len(metrics)
         head = self.head.weight, self.head.bias
         loss, parts = chunked_head.chunked_head_losses(
-            hidden[order], *head, chunks, block_losses, row_weights, compared, extra
+            hidden[order], *head, chunks, block_losses, row_weights, teacher_logits, extra
         )
         grad_sq_norms = {}
         if measure:
-            fixed = tuple(None if tensor is None else tensor.detach() for tensor in head)
-            for i, name in enumerate(live):
-                if self.parts[name].student:
-                    rows = hidden[order].detach().requires_grad_()
+            frozen_head = tuple(None if tensor is None else tensor.detach() for tensor in head)
+            for i, name in enumerate(active):
+                if self.terms[name].trains_student:
+                    states = hidden[order].detach().requires_grad_()
                     only = [weight * (i == j) for j, weight in enumerate(row_weights)]
-                    alone, _ = chunked_head.chunked_head_losses(rows, *fixed, chunks, block_losses, only, compared)
-                    grad_sq_norms[name] = torch.autograd.grad(alone, rows)[0].float().square().sum()
-        return loss, dict(zip([*live, *figures], parts, strict=True)), grad_sq_norms
+                    term_loss, _ = chunked_head.chunked_head_losses(
+                        states, *frozen_head, chunks, block_losses, only, teacher_logits
+                    )
+                    grad_sq_norms[name] = torch.autograd.grad(term_loss, states)[0].float().square().sum()
+        return loss, dict(zip([*active, *metrics], parts, strict=True)), grad_sq_norms
 
-    def _on_features(self, match, counts, weights, measure):
-        """The parts on features: their means, and the squared gradient norms where `measure`d."""
-        touched = {"state": (match.state,), "layers": match.student.layers, "below": (match.student.below,)}
-        values, grad_sq_norms = {}, {}
-        for name, part in self.parts.items():
-            if part.on != "logits" and weights[name] > 0:
-                with torch.autocast(match.state.device.type, enabled=False):  # in float32, as the formulas make it
-                    values[name] = divergences.token_mean(part.values(self, match), counts[part.counts])
-                if measure and values[name].requires_grad:
-                    lifted = LIFT * weights[name] * values[name]
-                    found = torch.autograd.grad(lifted, touched[part.on], retain_graph=True, allow_unused=True)
-                    grad_sq_norms[name] = sum((g.float() / LIFT).square().sum() for g in found if g is not None)
-        return values, grad_sq_norms
+    def _feature_terms(self, features, counts, weights, measure):
+        """Computes the means of the terms on features, and their squared gradient norms with `measure`."""
+        student = features.student
+        inputs = {"state": (features.state,), "layers": student.layers, "attention_input": (student.attention_input,)}
+        losses, grad_sq_norms = {}, {}
+        for name, term in self.terms.items():
+            if term.reads != "logits" and weights[name] > 0:
+                with torch.autocast(features.state.device.type, enabled=False):  # the formulas compute in float32
+                    losses[name] = divergences.token_mean(term.fn(self, features), counts[term.normaliser])
+                if measure and losses[name].requires_grad:
+                    scaled = MEASURE_SCALE * weights[name] * losses[name]
+                    gradients = torch.autograd.grad(scaled, inputs[term.reads], retain_graph=True, allow_unused=True)
+                    squares = [(g.float() / MEASURE_SCALE).square().sum() for g in gradients if g is not None]
+                    grad_sq_norms[name] = sum(squares)
+        return losses, grad_sq_norms
 
-    def _compared(self, signal, taken=None):
-        """What a chunk's known rows are compared with, as `chunked_head.chunked_head_losses` asks for it. `taken`: which of the
-        teacher's states, the inner ones behind the others; None: those at the known rows.
+    def _teacher_logits(self, signal, row_order=None):
+        """Returns the function of teacher logits for `chunked_head.chunked_head_losses`, or None if no term needs them.
+
+        `row_order`: indices into the teacher's states `[hidden; partial_hidden]`; None: the aligned positions in order.
         """
-        if signal is None or self.config.kd_method in ("none", "chunk_likelihood") or self._knows_top_only(signal):
+        if signal is None or self.config.kd_method in ("none", "chunk_likelihood") or self._is_topk_only(signal):
             return None
         if self.config.kd_method == "projector":
-            return lambda known: self.head.decode(self.beside["projector"](signal.hidden[known]))
+            return lambda rows: self.head.decode(self.adapters["projector"](signal.hidden[rows]))
         weight, device, decode = self.teacher_head.weight, signal.hidden.device, self.teacher_head.decoder()
-        if taken is not None:
-            states, taken = torch.cat([signal.hidden, signal.partial_hidden]), torch.from_numpy(taken).to(device)
-            return lambda others: decode(states[taken[others]].to(weight.device, weight.dtype)).to(device)
-        return lambda known: decode(signal.hidden[known].to(weight.device, weight.dtype)).to(device)
+        if row_order is not None:
+            states, row_order = (
+                torch.cat([signal.hidden, signal.partial_hidden]),
+                torch.from_numpy(row_order).to(device),
+            )
+            return lambda rows: decode(states[row_order[rows]].to(weight.device, weight.dtype)).to(device)
+        return lambda rows: decode(signal.hidden[rows].to(weight.device, weight.dtype)).to(device)
 
-    def _knows_top_only(self, signal):
+    def _is_topk_only(self, signal):
         return signal.topk is not None and self.config.kd_method in BY_BUCKETS
 
-    def _is_cut(self, signal):
-        """Whether kd compares some tokens and a tail, not all."""
-        cut = self.config.kd_top_k > 0 and self.config.kd_method != "chunk_likelihood"
-        return cut or self._knows_top_only(signal)
+    def _is_truncated(self, signal):
+        """Returns whether kd compares top-k tokens and a tail instead of all tokens."""
+        truncated = self.config.kd_top_k > 0 and self.config.kd_method != "chunk_likelihood"
+        return truncated or self._is_topk_only(signal)
 
-    def _lay_out(self, batch, signal, device, more=None):
-        """`(order, span_of, chunks)`: the flat positions with a label, those of a span together, in the order in which
-        `chunked_head` takes them; which aligned position starts the span of each, -1 for none; the chunks of blocks. `more`
-        `[N]`: how many rows an aligned position is compared with besides one.
+    def _plan_rows(self, batch, signal, device, num_extra=None):
+        """Returns `(order, span_of, chunks)`: the flat positions to decode in the order of the blocks, the aligned
+        position that starts the span of each (or -1), and the chunks. `num_extra` `[N]`: extra teacher rows per aligned
+        position.
         """
-        labels, firsts, stops = (
+        labels, starts, ends = (
             tensor.cpu().numpy() for tensor in (batch.labels.flatten(), batch.student_rows, batch.student_span_ends)
         )
-        wanted = labels != IGNORE
+        is_decoded = labels != IGNORE
         if signal is None:
-            firsts, stops = firsts[:0], stops[:0]
-        wanted[firsts] = True
-        rows = np.flatnonzero(wanted)
-        before = np.searchsorted(firsts, rows, side="right") - 1  # the last aligned position up to each row
-        inside = (before >= 0) & (rows < np.append(stops, 0)[before])
-        known = np.isin(rows, firsts, assume_unique=True)
-        if self.rows_at_once is None:  # once: sums keep their order however free memory changes
-            columns = self.head.num_rows + (self.teacher_head or self.head).num_rows
-            self.rows_at_once = chunked_head.chunk_sizes(columns, device, self.config.loss_chunk_size)
-        order, chunks = chunked_head.plan_blocks(~inside | known, known, *self.rows_at_once, more)
-        spans = torch.from_numpy(np.where(inside, before, -1)[order]).to(device)
-        return torch.from_numpy(rows[order]).to(device), spans, chunks
+            starts, ends = starts[:0], ends[:0]
+        is_decoded[starts] = True
+        rows = np.flatnonzero(is_decoded)
+        previous = np.searchsorted(starts, rows, side="right") - 1  # the last aligned position up to each row
+        in_span = (previous >= 0) & (rows < np.append(ends, 0)[previous])
+        is_aligned = np.isin(rows, starts, assume_unique=True)
+        if self.chunk_sizes is None:  # fixed for the run, so that the order of summation does not depend on free memory
+            num_columns = self.head.num_rows + (self.teacher_head or self.head).num_rows
+            self.chunk_sizes = chunked_head.chunk_sizes(num_columns, device, self.config.loss_chunk_size)
+        order, chunks = chunked_head.plan_blocks(~in_span | is_aligned, is_aligned, *self.chunk_sizes, num_extra)
+        span_of = torch.from_numpy(np.where(in_span, previous, -1)[order]).to(device)
+        return torch.from_numpy(rows[order]).to(device), span_of, chunks
 
-    def _touch_idle(self, loss, weights):
-        """A distributed wrapper waits for every parameter's gradient: those of parts that are off get a zero."""
-        idle = [self.beside[name] for name in self.beside if not weights[name] > 0]
+    def _touch_idle_adapters(self, loss, weights):
+        """Adds zero gradients for adapters of inactive terms: a distributed wrapper waits for every parameter."""
+        idle = [self.adapters[name] for name in self.adapters if not weights[name] > 0]
         return loss + sum(0.0 * p.sum() for module in idle for p in module.parameters()) if idle else loss
 
     def total(self, parts, weights=None):
-        """The student's loss and each part's share of it, from unweighted parts (floats)."""
+        """Returns the student's loss and each term's share of it, from unweighted `parts` (floats)."""
         weights = self.weights() if weights is None else weights
-        weighted = {n: weights[n] * parts[n] for n, p in self.parts.items() if p.student and weights[n] > 0}
+        weighted = {n: weights[n] * parts[n] for n, t in self.terms.items() if t.trains_student and weights[n] > 0}
         loss = sum(weighted.values())
         return loss, {name: value / loss if loss else 0.0 for name, value in weighted.items()}

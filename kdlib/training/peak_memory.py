@@ -1,9 +1,9 @@
-"""How much memory training will take at its height, told before its first step.
+"""Predicts peak training memory before the first step.
 
-A step's memory is not derived but watched: forward and backward passes over a few of the longest windows, as many as fill a
-chunk of the head, and over twice as many; every tensor counted while it lives, the highest point noted between one
-parameter's gradient and the next. From there on each of these points grows linearly with the number of windows, so each is
-known for a whole micro-batch. The highest of them, or an update of the weights, is the peak.
+The memory of a step is measured, not derived. Forward and backward passes run over a few of the longest windows, as
+many as fill a chunk of the head, and over twice as many. The peak is recorded between each parameter's gradient and the
+next. From there on each of these peaks grows linearly with the number of windows, so it can be extrapolated to a full
+micro-batch. The prediction is the highest of them, or an update of the weights.
 """
 
 import math
@@ -14,13 +14,15 @@ from kdlib.data.dataset import longest_windows
 from kdlib.training import optimizer, seeds
 
 PHASE = "predicting peak memory, passes"
-LIVELY = 1 / 3
-"""Measured: with all points told / taken is 1.25 where layers are made anew, with the liveliest alone 0.86 to 0.99."""
+LIVE_SHARE = 1 / 3
+"""Predicted / measured with gradient checkpointing: 1.25 with all points, 0.86 to 0.99 with the point of most live
+bytes.
+"""
 
 
 def fit(training, total_bytes, on_progress=lambda phase, done, total: None):
-    """The `predicted_bytes` of a `loop.TrainLoop`. Where they are more than there is, the student's layers are made anew in
-    the backward pass from now on (`TrainLoop.gradient_checkpointing`), if its class can.
+    """Returns the `predicted_bytes` of a `loop.TrainLoop`. If they exceed `total_bytes`, switches gradient
+    checkpointing on, provided that the student's class supports it.
     """
     predicted = predicted_bytes(training, on_progress)
     if (
@@ -34,16 +36,17 @@ def fit(training, total_bytes, on_progress=lambda phase, done, total: None):
 
 
 def predicted_bytes(training, on_progress=lambda phase, done, total: None):
-    """Bytes in use at the height of a `loop.TrainLoop`: what is in use now, the optimizer's state that is still to come,
-    and the higher of an update and of the passes over the longest micro-batch, gradients included. Infinite where not even
-    the passes that are watched find room. No random number is used up, and no gradient stays. `on_progress(phase, done,
-    total)` is called before each of them.
+    """Returns the peak bytes in use of a `loop.TrainLoop`, infinite if even the measured passes run out of memory.
+
+    The sum of the bytes in use now, the optimizer state still to be allocated, and the larger of one update and the
+    passes over the longest micro-batch with their gradients. Leaves random states and gradients as they were. Calls
+    `on_progress(phase, done, total)` before each pass.
     """
     if training.accelerator.device.type == "cuda":
-        memory.release_memory()  # what its allocator keeps for later would count as used
-    now = memory.usage(training.accelerator.device)["used_bytes"] or 0
+        memory.release_memory()  # memory cached by the allocator would count as used
+    used = memory.usage(training.accelerator.device)["used_bytes"] or 0
     try:
-        return now + _more_bytes(training, now, on_progress)
+        return used + _additional_bytes(training, used, on_progress)
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -52,20 +55,18 @@ def predicted_bytes(training, on_progress=lambda phase, done, total: None):
         return math.inf
 
 
-def _more_bytes(training, now, on_progress):
-    """What there will be at the height of a training beside what there is now."""
+def _additional_bytes(training, used, on_progress):
     trained = [p for p in training.objective.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     state, update = optimizer.memory_of(training.optimizer.optimizer)
-    held = gradients if training.config.effective_batch > training.micro_batch else 0  # from one pass to the next
-    passes = held + _highest(training, now + held, bool(held), on_progress)
+    accumulated = gradients if training.config.effective_batch > training.micro_batch else 0
+    passes = accumulated + _passes_peak(training, used + accumulated, bool(accumulated), on_progress)
     return round(state + max(passes, gradients + update))
 
 
-def _highest(training, before, accumulates, on_progress):
-    """Bytes at the highest point of the passes over the longest micro-batch; `before`: what is in use besides. With
-    `accumulates` gradients are there before them. Where one pass holds the whole micro-batch, none over fewer windows
-    is watched.
+def _passes_peak(training, used, accumulates, on_progress):
+    """Returns the peak bytes of passes over the longest micro-batch. `used`: bytes in use before. `accumulates`:
+    gradients exist before the pass. If one pass can hold the full micro-batch, no pass over fewer windows is measured.
     """
     objective = training.objective
     objective.train()
@@ -73,43 +74,42 @@ def _highest(training, before, accumulates, on_progress):
     with seeds.preserve_rng_state(training.accelerator.device):
         try:
             on_progress(PHASE, 0, 3)
-            found = {
-                1: _points(training, longest[-1:])
-            }  # the size of a chunk is known from here on, and gradients are there
-            few = min(len(longest), -(-objective.rows_at_once[0] // len(longest[-1].student_ids)))
-            more = min(len(longest), 2 * few)
-            counts = {few, more} if more < len(longest) else {more}
+            points = {1: _points(training, longest[-1:])}  # sets the chunk size, and leaves gradients
+            few = min(len(longest), -(-objective.chunk_sizes[0] // len(longest[-1].student_ids)))
+            many = min(len(longest), 2 * few)
+            counts = {few, many} if many < len(longest) else {many}
             for count in sorted(counts if accumulates else counts - {1}):
                 if not accumulates:
                     objective.zero_grad()
-                on_progress(PHASE, len(found), 1 + len(counts))
-                found[count] = _points(training, longest[-count:])
+                on_progress(PHASE, len(points), 1 + len(counts))
+                points[count] = _points(training, longest[-count:])
         finally:
             objective.zero_grad()
-    return _top(few, more, len(longest), before, zip(found.get(few, found[more]), found[more], strict=True))
+    return _peak(few, many, len(longest), used, zip(points.get(few, points[many]), points[many], strict=True))
 
 
-def _top(few, more, whole, before, points):
-    """Bytes at the highest of all points where at least LIVELY of the most is alive: what an allocator keeps where there is
-    less was alive elsewhere, and would be counted twice.
+def _peak(few, many, num_windows, used, points):
+    """Returns the bytes at the highest point among those with at least LIVE_SHARE of the most live bytes. Elsewhere,
+    memory cached by the allocator was live at another point, and would be counted twice.
     """
-    heights = [_height(few, more, whole, before, *point) for point in points]
-    most = max(alive for alive, _ in heights)
-    return max(alive + kept for alive, kept in heights if alive >= LIVELY * most)
+    heights = [_extrapolate(few, many, num_windows, used, *point) for point in points]
+    most = max(live for live, _ in heights)
+    return max(live + cached for live, cached in heights if live >= LIVE_SHARE * most)
 
 
-def _height(few, more, whole, before, less, much):
-    """`(alive, kept)` bytes at one point of a micro-batch of `whole` windows, from `(alive, in use beside)` of `few` windows
-    and of `more`. What is more in use beside than there was `before` is what an allocator keeps: it grows with its blocks.
+def _extrapolate(few, many, num_windows, used, at_few, at_many):
+    """Returns `(live, cached)` bytes at one point of a micro-batch of `num_windows`, from `(live, other bytes in use)`
+    with `few` and with `many` windows. Other bytes beyond those `used` before are cached by the allocator and grow
+    alike.
     """
-    kept = [max(0, beside - before) for _, beside in (less, much)]
-    growth = (whole - more) / max(1, more - few)
-    return tuple(last + max(0, last - first) * growth for first, last in ((less[0], much[0]), kept))
+    cached = [max(0, other - used) for _, other in (at_few, at_many)]
+    growth = (num_windows - many) / max(1, many - few)
+    return tuple(last + max(0, last - first) * growth for first, last in ((at_few[0], at_many[0]), cached))
 
 
 def _points(training, windows):
-    """Where the passes over some windows stand highest, `(bytes alive, bytes in use beside)` each: while the teacher runs,
-    while the objective does, and up to each parameter's gradient.
+    """Returns the peaks `(live bytes, other bytes in use)` of the passes over some windows: one for the teacher, one
+    for the objective, and one up to each parameter's gradient.
     """
     objective, device = training.objective, training.accelerator.device
     weights, measure = objective.weights(), 0 < training.config.share_steps <= training.num_steps
@@ -118,16 +118,16 @@ def _points(training, windows):
     points = []
     trained = [p for p in objective.parameters() if p.requires_grad]
     with (
-        memory.AllocationTracker(device) as tally,
+        memory.AllocationTracker(device) as tracker,
         memory.gradient_checkpointing_enabled(objective.student, training.gradient_checkpointing),
     ):
-        hooks = [p.register_post_accumulate_grad_hook(lambda _: points.append(tally.mark())) for p in trained]
+        hooks = [p.register_post_accumulate_grad_hook(lambda _: points.append(tracker.mark())) for p in trained]
         try:
             signal = training.teacher(batch, **objective.teacher_request(weights)) if training.teacher else None
-            points.append(tally.mark())
+            points.append(tracker.mark())
             with training.accelerator.autocast():
                 loss, *_ = objective(batch, signal, counts, weights, measure)
-            points.append(tally.mark())
+            points.append(tracker.mark())
             loss.backward()
         finally:
             for hook in hooks:
