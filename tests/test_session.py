@@ -352,7 +352,7 @@ def test_too_many_steps_without_a_number_fail_the_run_and_keep_its_best_student(
     def broken(objective, rows):
         return terms.next_token(objective, rows) * (float("nan") if next(calls) > 6 else 1.0)  # two look ahead
 
-    monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], values=broken))
+    monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], fn=broken))
     plan = Config.from_dict({**settings, "non_finite_steps": 3, "max_steps": 20, "control": "off", "eval_steps": 2})
     told = []
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
