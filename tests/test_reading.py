@@ -232,7 +232,7 @@ def test_the_verdict_says_what_reading_took(config, tmp_path):
     list(session.distill(config.replace(control="short"), tmp_path / "run"))
     told = files.read_json(tmp_path / "run" / "verdict.json")
     assert told["read_s"] == status(tmp_path / "run")["read_s"] > 0
-    assert "The teacher read the text once" in (tmp_path / "run" / "report.html").read_text()
+    assert "pass over the text before training took" in (tmp_path / "run" / "report.html").read_text()
     trained = [r for r in files.read_records(tmp_path / "run" / "records.jsonl") if r["kind"] == "train"]
     assert trained[5]["elapsed_s"] > 6 / 40 * told["read_s"]
 

@@ -231,7 +231,7 @@ OTHERS = {
     "student": (lambda t, s: {"student": copy_with(t / "s", s["student"], nudged)}, "the student's weights"),
     "teacher": (lambda t, s: {"teacher": copy_with(t / "t", s["teacher"], nudged)}, "the teacher's weights"),
     "tokenizer": (lambda t, s: {"student": copy_with(t / "k", s["student"], renamed_token)}, "the student's tokenizer"),
-    "text": (lambda t, s: {"dataset": other_text(t, s)}, "the text .*how the text is cut into tokens"),
+    "text": (lambda t, s: {"dataset": other_text(t, s)}, "the text .*the tokenization of the text"),
 }
 
 

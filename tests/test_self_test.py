@@ -92,7 +92,7 @@ def test_the_demo_fails_without_a_verdict_or_a_number(bench, monkeypatch):
 def test_the_demo_fails_where_the_card_was_not_used(tmp_path, monkeypatch):
     bench = stand_in(tmp_path, monkeypatch, cuda=True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    assert outcome("demo to its verdict", bench)[:2] == ("failed", "the run did not use the card")
+    assert outcome("demo to its verdict", bench)[:2] == ("failed", "the run did not use the GPU")
 
 
 COMPARED = {

@@ -76,7 +76,8 @@ def check_same_run(previous, run_identity):
         conflicts, notes = fingerprint.diff_runs(previous.facts, run_identity)
     if conflicts:
         raise ValueError(
-            f"{previous.source.path} holds a run that differs in {'; '.join(conflicts)}. Start a new --out, or restore it"
+            f"{previous.source.path} holds a run that differs in {'; '.join(conflicts)}. "
+            "Start a new --out, or use the settings of that run"
         )
     return notes
 
