@@ -54,5 +54,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_findings_and_spans_show_themselves():
     finding = Finding("machine", "Python", "3.11", "ok", "", "")
     assert "| Python |" in Findings([finding])._repr_markdown_()
+    assert "Python" in repr(Findings([finding])) and "Finding(" not in repr(Findings([finding]))
+    assert repr(AlignedSpans([{}, {}])) == "2 spans"
     page = AlignedSpans([{"student": ["a<", "b"], "teacher": ["a<b"]}])._repr_html_()
     assert "a&lt;|b" in page and page.count("<span") == 2

@@ -65,9 +65,9 @@ def bits_per_byte(verdict, theme="light"):
 def agreement(verdict, theme="light"):
     """Plots each student's top-1 agreement with the teacher by token frequency, position, and the teacher's entropy."""
     titles = {
-        "frequency": "training count of the next token",
-        "position": "position in the window",
-        "entropy": "teacher's entropy (nats)",
+        "frequency": "token's training count",
+        "position": "position in window",
+        "entropy": "teacher entropy (nats)",
     }
     with figure(theme, height=3.0, columns=3) as (picture, axes):
         for column, (kind, title) in enumerate(titles.items()):

@@ -31,6 +31,9 @@ class Finding:
 class Findings(list):
     """`Finding`s that a notebook shows as a table."""
 
+    def __repr__(self):
+        return text(self)
+
     def _repr_markdown_(self):
         return markdown(self)
 

@@ -105,6 +105,9 @@ def plot_runs(runs, name="learning_curves", theme="light"):
 class AlignedSpans(list):
     """Spans of `internals.spans`. A notebook shows them as coloured text of both tokenizations."""
 
+    def __repr__(self):
+        return f"{len(self)} spans"
+
     def _repr_html_(self):
         return aligned(self)
 
