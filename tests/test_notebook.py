@@ -157,7 +157,7 @@ def test_distill_with_other_parameters(distilled):
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_papermill_with_other_parameters(name, environment, distilled, tmp_path):
-    parameters = OTHERWISE[name] or {"run": str(distilled[0])}
+    parameters = OTHERWISE[name] or {"folder": str(distilled[0])}
     shown = json.dumps([cell["outputs"] for cell in papermill(name, tmp_path, environment, parameters)])
     if name == "teacher_cache":
         told = json.loads((tmp_path / "other" / "cache.json").read_text())["settings"]
@@ -198,7 +198,7 @@ def test_a_session_without_a_record_ends_its_kernel_well(kernel_of, tmp_path):
     assert (tmp_path / "run" / "records.jsonl").read_text() == ""
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "paused"
     assert "of the time budget of 1 s are used" in shown and "paused ['config.json'" in shown.replace("[\\'", "['")
-    shown = kernel_of("results", run="run")
+    shown = kernel_of("results", folder="run")
     assert "paused, step 0 of 4, session 1, " in shown and "There is no verdict yet." in shown
     assert "run/report.html" in shown
     assert not (tmp_path / "status.json").exists()  # nothing failed
@@ -211,7 +211,7 @@ def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
     for name, content in {"config.json": {"kd_method": "none"}, "status.json": {"state": "running"}}.items():
         if name in files.split():
             (tmp_path / "run" / name).write_text(json.dumps(content))
-    shown = kernel_of("results", run="run")
+    shown = kernel_of("results", folder="run")
     assert "There is no verdict yet." in shown and shown.count("image/png") == 5
     assert ("running" if "status" in files else "started, status.json cannot be read") in shown
     assert not (tmp_path / "status.json").exists()
@@ -219,7 +219,7 @@ def test_results_of_a_run_that_has_just_begun(kernel_of, tmp_path, files):
 
 @pytest.mark.slow
 def test_results_of_no_run_end_their_kernel_well(kernel_of, tmp_path):
-    kernel_of("results", run="nowhere")
+    kernel_of("results", folder="nowhere")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["reason"].startswith("ValueError: nowhere is not a run folder")
 
