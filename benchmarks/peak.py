@@ -118,7 +118,7 @@ def allocated():
 
 
 def measure(shape, num_steps, cuda=False):
-    """`{"used", "told", "taken"}`, bytes; on a card `reserved` too."""
+    """`{"used", "predicted", "peak"}`, bytes; on a card `reserved` too."""
     import time
 
     import torch
@@ -143,7 +143,7 @@ def measure(shape, num_steps, cuda=False):
             break
     step_s = (time.process_time() - started) / num_steps
     reserved = {"reserved": torch.cuda.max_memory_reserved()} if cuda else {}
-    return {"used": used, "told": told, "taken": in_use()[1], **reserved, "told_s": told_s, "step_s": step_s}
+    return {"used": used, "predicted": told, "peak": in_use()[1], **reserved, "told_s": told_s, "step_s": step_s}
 
 
 def main():
@@ -166,9 +166,9 @@ def main():
         command += ["--cuda"] if given.cuda else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        ratio = found["told"] / found["taken"]
+        ratio = found["predicted"] / found["peak"]
         off += [name] if abs(ratio - 1) > OFF else []
-        told = " | ".join(f"{found[key] / 2**20:.0f}" for key in ("used", "told", "taken"))
+        told = " | ".join(f"{found[key] / 2**20:.0f}" for key in ("used", "predicted", "peak"))
         print(f"| {name} | {told} | {ratio:.3f} | {found['told_s']:.1f} | {found['step_s']:.1f} |", flush=True)
     sys.exit(bool(off))
 

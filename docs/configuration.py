@@ -7,8 +7,6 @@ tests/test_docs.py fails if the page and `Config` differ.
 
 import ast
 import dataclasses
-import inspect
-import itertools
 from pathlib import Path
 
 from kdlib import config
@@ -50,16 +48,6 @@ because their content is compared. See [Sessions and resume](sessions.md#what-ma
 TYPES = {int: "integer", float: "float", bool: "`true` or `false`", str: "string"}
 
 
-def docstrings():
-    """Returns `{key: text}`: the docstring under each field of `Config`, on one line."""
-    body = ast.parse(inspect.getsource(config.Config)).body[0].body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
 def may_change_on_resume():
     """Returns the keys that may change on resume, read from the source: importing the module would need torch."""
     for node in ast.parse(FINGERPRINT.read_text(encoding="utf-8")).body:
@@ -99,7 +87,7 @@ def default_of(field):
 def page():
     """Returns the text of the page; ValueError if `GROUPS` and `Config` have different keys."""
     fields = {field.name: field for field in dataclasses.fields(config.Config)}
-    texts, free = docstrings(), may_change_on_resume()
+    texts, free = config.docstrings(), may_change_on_resume()
     grouped = " ".join(GROUPS.values()).split()
     if sorted(grouped) != sorted(fields):
         raise ValueError(f"docs/configuration.py: GROUPS and Config differ in {sorted({*grouped} ^ {*fields})}")

@@ -1,8 +1,5 @@
 """The command line: `kdlib demo | doctor | distill | cache | evaluate | report`."""
 
-import ast
-import inspect
-import itertools
 import json
 import os
 import sys
@@ -66,12 +63,7 @@ def main(arguments=None):
 
 def config_help():
     """Returns help text for all config keys: default values, and the docstrings of `Config`'s fields."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    docs = {
-        field.target.id: " ".join(doc.value.value.split())
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
-    }
+    docs = kdlib.config.docstrings()
     presets = ", ".join(kdlib.config.PRESETS)
     return "\n".join([
         f"  --preset NAME\n      Named set of values ({presets}). Explicit keys override it.",
@@ -231,8 +223,8 @@ def _show(record, config, out, progress):
         return
     if record["kind"] == "start":
         progress.say("\n".join(_start_lines(record)))
-    elif record["kind"] == "reading" and record["phase"] != "shard" and record["told"]:
-        progress.say(record["told"])
+    elif record["kind"] == "reading" and record["phase"] != "shard" and record["text"]:
+        progress.say(record["text"])
     elif record["kind"] == "train":
         name = "control" if record["run"] == "ce_only" else record["run"]
         details = f"loss {record['loss']:.3f}, {format_duration(record['left_s'])} left for the run"

@@ -1,7 +1,10 @@
 """All configuration keys of a run, as one flat frozen dataclass that is validated at construction."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import re
 from pathlib import Path
@@ -297,6 +300,16 @@ _RANGES = {
 def flags():
     """Returns `(name, dataclass field)` of all config keys, in order."""
     return [(field.name, field) for field in dataclasses.fields(Config)]
+
+
+def docstrings():
+    """Returns `{key: text}`: the docstring under each field of `Config`, on one line."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def parse_flag(name, text):

@@ -311,7 +311,7 @@ def check_peak(bench):
     shape = {} if bench.cuda else {"length": 64, "width": 256, "layers": 4}
     arguments = ["--steps", "2", "--shape", json.dumps(shape), *(["--cuda"] if bench.cuda else [])]
     result = bench.process("benchmarks.peak", *arguments)
-    predicted, used, reserved = result["told"], result["taken"], result.get("reserved", result["taken"])
+    predicted, used, reserved = result["predicted"], result["peak"], result.get("reserved", result["peak"])
     mib = [f"{size / 2**20:.0f} MiB" for size in (predicted, used, reserved)]
     text = f"predicted {mib[0]}, used {mib[1]}{f', reserved {mib[2]}' if bench.cuda else ''}: {predicted / used:.3f}"
     if not (1 - PEAK) * used <= predicted <= (1 + PEAK) * reserved:

@@ -384,8 +384,8 @@ def test_a_stale_configuration_page_is_seen(monkeypatch):
     page = configuration.page()
     assert is_fresh(page)
     assert not is_fresh(page.replace("Default: `384`", "Default: `385`"))
-    texts = {**configuration.docstrings(), "seed": "Reworded."}
-    monkeypatch.setattr(configuration, "docstrings", lambda: texts)
+    texts = {**configuration.config.docstrings(), "seed": "Reworded."}
+    monkeypatch.setattr(configuration.config, "docstrings", lambda: texts)
     assert not is_fresh(page)
     monkeypatch.setitem(configuration.GROUPS, "Averaged weights", "use_ema")
     with pytest.raises(ValueError, match="ema_decay"):

@@ -251,7 +251,7 @@ def no_room_for_a_cache(folder):
 def test_without_room_on_the_disk_the_teacher_is_read_live(config, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "free_bytes", no_room_for_a_cache)
     found = list(session.distill(config, tmp_path / "run"))
-    assert (found[0]["phase"], found[0]["told"][:24]) == ("skipped", "The teacher runs during ")
+    assert (found[0]["phase"], found[0]["text"][:24]) == ("skipped", "The teacher runs during ")
     assert found[1]["kind"] == "start"
     list(session.distill(config.replace(teacher_cache="live"), tmp_path / "live"))
     assert weights(tmp_path / "run") == weights(tmp_path / "live")

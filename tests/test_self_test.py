@@ -214,10 +214,10 @@ def test_a_resumed_run_fails_with_other_weights_or_from_the_beginning(bench, mon
 
 def test_a_peak_that_was_predicted_badly_fails(bench, monkeypatch):
     for told, state in ((100, "ok"), (86, "ok"), (114, "ok"), (84, "failed"), (117, "failed")):
-        found = {"told": told * 2**20, "taken": 100 * 2**20, "used": 0}
+        found = {"predicted": told * 2**20, "peak": 100 * 2**20, "used": 0}
         monkeypatch.setattr(bench, "process", lambda *words, found=found: found)
         assert outcome("predicted peak", bench)[0] == state, told
-    monkeypatch.setattr(bench, "process", lambda *words: {"told": 120.0, "taken": 100.0, "reserved": 110.0})
+    monkeypatch.setattr(bench, "process", lambda *words: {"predicted": 120.0, "peak": 100.0, "reserved": 110.0})
     assert outcome("predicted peak", bench)[0] == "ok"
 
 

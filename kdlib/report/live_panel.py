@@ -318,7 +318,7 @@ def _state(history):
     if last["kind"] == "paused":
         return f"<div><b>Paused:</b> {html.escape(last['reason'])}. Run the same cell again to resume.</div>"
     if last["kind"] == "reading":
-        return f"<div>{html.escape(last['told'])}</div>"
+        return f"<div>{html.escape(last['text'])}</div>"
     if "train" not in history.last:
         return "<div>The models are loaded; scoring them before training …</div>"
     train = history.last["train"]

@@ -71,11 +71,11 @@ class CachedFirstPass:
 
     def run(self, budget):
         """Yields records of kind `reading` in a session with a `time_budget.TimeBudget`: those of
-        `cache_writer.cache_teacher` by `phase`, described in `told`. The last one's phase is `complete` or `paused`. A
+        `cache_writer.cache_teacher` by `phase`, described in `text`. The last one's phase is `complete` or `paused`. A
         cache of another run is removed first.
         """
         for record in self._write_cache(budget):
-            yield {**record, "kind": "reading", "phase": record["kind"], "told": _describe(record)}
+            yield {**record, "kind": "reading", "phase": record["kind"], "text": _describe(record)}
 
     def _write_cache(self, budget):
         if self.skip_reason:
