@@ -1,6 +1,7 @@
 """What training takes of a machine's memory: told before it begins, and made less of where there is too little."""
 
 import copy
+import functools
 import math
 import types
 
@@ -114,7 +115,7 @@ USED = 10**8
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
-    """From fewer windows than a step has, to 2 %; nothing random is used up, no gradient left, nothing learned."""
+    """From fewer windows than a step has, to 8 %; nothing random is used up, no gradient left, nothing learned."""
     monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": USED, "total_bytes": 10**12})
     changes = (
         {"width": 64, "tie_word_embeddings": False} if name == "an update" else {}
@@ -132,33 +133,81 @@ def test_the_height_of_real_steps_is_foretold(settings, monkeypatch, name):
     with memory.AllocationTracker("cpu") as tally:
         for _ in range(3):
             next(steps)
-    assert predicted == pytest.approx(tally.peak, rel=0.02)
+    assert predicted == pytest.approx(tally.peak, rel=0.08)
     assert peak_memory.predicted_bytes(training) - USED == pytest.approx(
-        predicted - 8 * sum(p.numel() for p in training.objective.parameters()), rel=0.02
+        predicted - 8 * sum(p.numel() for p in training.objective.parameters()), rel=0.08
     )  # the moments are there now
 
 
-@pytest.mark.parametrize(("chunk_size", "passes"), [(512, [1, 4]), (48, [1, 4]), (8, [1, 2])])
-def test_a_pass_over_all_windows_needs_no_other(settings, monkeypatch, chunk_size, passes):
-    """Fewer windows are watched only where the whole micro-batch is more than two chunks of the head."""
-    training = training_of(settings, loss_chunk_size=chunk_size, batch_size=4)
-    watched, points = [], peak_memory._points
-    monkeypatch.setattr(peak_memory, "_points", lambda run, some: watched.append(len(some)) or points(run, some))
+def test_one_pass_over_a_fourth_is_measured(settings, monkeypatch):
+    """Its windows are the longest and the head's chunks a fourth; the run's own chunk size stays."""
+    training = training_of(settings, loss_chunk_size=512, batch_size=8)
+    longest = max(len(window.student_ids) for window in training.windows)
+    passes, points = [], peak_memory._points
+
+    def record(run, windows):
+        passes.append((len(windows), len(windows[-1].student_ids), run.objective.chunk_sizes[0]))
+        return points(run, windows)
+
+    monkeypatch.setattr(peak_memory, "_points", record)
     peak_memory.predicted_bytes(training)
-    assert watched == passes
+    assert passes == [(2, longest, 128)] and training.objective.chunk_sizes[0] == 512
+
+
+def test_casts_of_weights_are_counted_where_there_are_any():
+    student = tiny_model(unigram())
+    linear = [m.weight.numel() for m in student.modules() if isinstance(m, torch.nn.Linear)]
+    head = student.get_output_embeddings().weight
+    count = functools.partial(peak_memory._cast_bytes, student=student, head=head)
+    assert count(types.SimpleNamespace(mixed_precision="no")) == 0
+    assert count(types.SimpleNamespace(mixed_precision="bf16")) == 2 * (sum(linear) - head.numel())
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 4, "grad_accumulation": 2}], ids=["whole", "accumulated"])
+def test_a_step_holds_all_gradients_from_its_second_pass_on(settings, monkeypatch, changes):
+    training = training_of(settings, **changes)
+    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": USED, "total_bytes": 10**12})
+    monkeypatch.setattr(peak_memory, "_measure", lambda training: ([point(10**9)], 1))
+    parameters = 4 * sum(p.numel() for p in training.objective.parameters())
+    expected = USED + 2 * parameters + 10**9 + bool(changes) * parameters  # AdamW has two moments
+    assert peak_memory.predicted_bytes(training) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_of_a_tied_head_has_a_gradient_of_its_own(settings, tied):
+    """The gradient of the head is there from the forward pass on."""
+    training = training_of(settings, tiny_model(unigram(), tie_word_embeddings=tied))
+    parameters, head = training.objective.parameters(), training.objective.head.weight
+    total = 4 * sum(p.numel() for p in parameters)
+    teacher, objective, *_, last = peak_memory._points(training, training.windows[:2])
+    assert (teacher.fixed, objective.fixed, last.fixed) == (0, 4 * head.numel(), 4 * head.numel())
+    assert last.gradients == total - (0 if tied else 4 * head.numel())
+    assert teacher.gradients == objective.gradients == 0 < last.last_gradient
+
+
+def point(live, other=1000, **fixed):
+    return peak_memory._Point(live, other, **fixed)
+
+
+def test_only_what_depends_on_the_windows_grows():
+    """Of 100 live bytes 30 are gradients, the last of them 5, and 10 are fixed: 60 grow."""
+    points = [point(100, gradients=30, last_gradient=5, fixed=10)]
+    assert peak_memory._peak(points, 3, 1000, False) == 30 + 10 + 3 * 60
+    assert peak_memory._peak(points, 3, 1000, True) == 5 + 10 + 3 * 60
+    assert peak_memory._peak([point(20, gradients=30)], 3, 1000, False) == 30
 
 
 def test_what_an_allocator_keeps_grows_with_the_windows():
-    """Points of 2 and of 4 windows: 100 and 160 bytes alive, 20 and 50 more in use; ten windows."""
-    assert peak_memory._extrapolate(2, 4, 10, 1000, (100, 1020), (160, 1050)) == (160 + 3 * 60, 50 + 3 * 30)
-    assert peak_memory._extrapolate(4, 4, 4, 1000, (100, 990), (100, 990)) == (100, 0)
+    assert peak_memory._peak([point(100, 1020)], 2.5, 1000, False) == 250 + 50
+    assert peak_memory._peak([point(100, 990)], 1, 1000, False) == 100
 
 
 def test_what_was_alive_elsewhere_is_not_counted_again():
     """A point with little alive, where the allocator still holds what an earlier pass has let go."""
-    lively, less, idle = ((200, 1010), (220, 1010)), ((150, 1020), (160, 1045)), ((8, 1000), (16, 1133))
-    assert peak_memory._peak(1, 2, 8, 1000, [lively, idle]) == 220 + 6 * 20 + 10
-    assert peak_memory._peak(1, 2, 8, 1000, [idle, less, lively]) == (160 + 6 * 10) + (45 + 6 * 25)
+    lively, less, idle = point(220, 1010), point(160, 1060), point(16, 1233)
+    assert peak_memory._peak([lively, idle], 2, 1000, False) == 440 + 20
+    assert peak_memory._peak([idle, less, lively], 2, 1000, False) == 440 + 20
+    assert peak_memory._peak([idle, point(160, 1100), lively], 2, 1000, False) == 320 + 200
 
 
 def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):

@@ -117,4 +117,9 @@ def teacher_dtype(accelerator, device="cuda"):
     """Returns the dtype of a teacher on `device`: float32 on a CPU beside a GPU, since half precision is slow there."""
     if torch.device(device).type == "cpu" and torch.device(accelerator.device).type != "cpu":
         return torch.float32
+    return compute_dtype(accelerator)
+
+
+def compute_dtype(accelerator):
+    """Returns the dtype in which autocast computes matrix products."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]

@@ -189,6 +189,16 @@ class Objective(torch.nn.Module):
         truncated = self.config.kd_top_k > 0 and self.config.kd_method != "chunk_likelihood"
         return truncated or self._is_topk_only(signal)
 
+    def plan_chunk_sizes(self):
+        """Returns the head's `(chunk_size, block_size)`, fixed for the run: they decide the order of summation, which
+        must not depend on free memory.
+        """
+        if self.chunk_sizes is None:
+            num_columns = self.head.num_rows + (self.teacher_head or self.head).num_rows
+            device, size = self.student.device, self.config.loss_chunk_size
+            self.chunk_sizes = chunked_head.chunk_sizes(num_columns, device, size)
+        return self.chunk_sizes
+
     def _plan_rows(self, batch, signal, device, num_extra=None):
         """Returns `(order, span_of, chunks)`: the flat positions to decode in the order of the blocks, the aligned
         position that starts the span of each (or -1), and the chunks. `num_extra` `[N]`: extra teacher rows per aligned
@@ -205,10 +215,7 @@ class Objective(torch.nn.Module):
         previous = np.searchsorted(starts, rows, side="right") - 1  # the last aligned position up to each row
         in_span = (previous >= 0) & (rows < np.append(ends, 0)[previous])
         is_aligned = np.isin(rows, starts, assume_unique=True)
-        if self.chunk_sizes is None:  # fixed for the run, so that the order of summation does not depend on free memory
-            num_columns = self.head.num_rows + (self.teacher_head or self.head).num_rows
-            self.chunk_sizes = chunked_head.chunk_sizes(num_columns, device, self.config.loss_chunk_size)
-        order, chunks = chunked_head.plan_blocks(~in_span | is_aligned, is_aligned, *self.chunk_sizes, num_extra)
+        order, chunks = chunked_head.plan_blocks(~in_span | is_aligned, is_aligned, *self.plan_chunk_sizes(), num_extra)
         span_of = torch.from_numpy(np.where(in_span, previous, -1)[order]).to(device)
         return torch.from_numpy(rows[order]).to(device), span_of, chunks
 

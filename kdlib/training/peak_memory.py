@@ -1,19 +1,25 @@
 """Predicts peak training memory before the first step.
 
-The memory of a step is measured, not derived. Forward and backward passes run over a few of the longest windows, as
-many as fill a chunk of the head, and over twice as many. The peak is recorded between each parameter's gradient and the
-next. From there on each of these peaks grows linearly with the number of windows, so it can be extrapolated to a full
-micro-batch. The prediction is the highest of them, or an update of the weights.
+The memory of a step is measured, not derived. One forward and backward pass runs over a fraction of the longest
+micro-batch, with chunks of the head that are smaller by the same fraction. The peak is recorded between each
+parameter's gradient and the next. All of it grows in proportion to the windows, except gradients and casts of weights,
+whose sizes are known. The prediction is the highest of these peaks at the full micro-batch, or an update of the weights.
 """
 
+import dataclasses
 import math
+
+import torch
 
 from kdlib import memory
 from kdlib.data import batching
 from kdlib.data.dataset import longest_windows
+from kdlib.models import devices
 from kdlib.training import optimizer, seeds
 
-PHASE = "predicting peak memory, passes"
+PHASE = "predicting peak memory"
+MEASURED_SHARE = {"cpu": 1 / 4, "cuda": 1 / 2}
+"""Share of the micro-batch that is measured. Passes cost little on a GPU, where the allocator's cache adds noise."""
 LIVE_SHARE = 1 / 3
 """Predicted / measured with gradient checkpointing: 1.25 with all points, 0.86 to 0.99 with the point of most live
 bytes.
@@ -56,80 +62,110 @@ def predicted_bytes(training, on_progress=lambda phase, done, total: None):
 
 
 def _additional_bytes(training, used, on_progress):
-    trained = [p for p in training.objective.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
+    gradients = _num_bytes(p for p in training.objective.parameters() if p.requires_grad)
     state, update = optimizer.memory_of(training.optimizer.optimizer)
-    accumulated = gradients if training.config.effective_batch > training.micro_batch else 0
-    passes = accumulated + _passes_peak(training, used + accumulated, bool(accumulated), on_progress)
+    accumulates = training.config.effective_batch > training.micro_batch
+    accumulated = gradients if accumulates else 0
+    on_progress(PHASE, 0, 1)
+    points, scale = _measure(training)
+    passes = accumulated + _peak(points, scale, used, accumulates)
     return round(state + max(passes, gradients + update))
 
 
-def _passes_peak(training, used, accumulates, on_progress):
-    """Returns the peak bytes of passes over the longest micro-batch. `used`: bytes in use before. `accumulates`:
-    gradients exist before the pass. If one pass can hold the full micro-batch, no pass over fewer windows is measured.
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """Memory at one point of a pass, in bytes: the most live bytes since the point before, and all `other` bytes in use
+    on the device then.
+
+    Of the live bytes, `gradients` are those of parameters whose gradient is complete, `last_gradient` of the one that
+    was completed last, and `fixed` the rest that does not depend on the number of windows.
     """
-    objective = training.objective
-    objective.train()
+
+    live: float
+    other: float
+    gradients: float = 0
+    last_gradient: float = 0
+    fixed: float = 0
+
+
+def _measure(training):
+    """Returns the `_Point`s of a pass over part of the longest micro-batch, and the full one's size relative to it."""
+    objective, device = training.objective, training.accelerator.device
     longest = longest_windows(training.windows, training.micro_batch)
-    with seeds.preserve_rng_state(training.accelerator.device):
-        try:
-            on_progress(PHASE, 0, 3)
-            points = {1: _points(training, longest[-1:])}  # sets the chunk size, and leaves gradients
-            few = min(len(longest), -(-objective.chunk_sizes[0] // len(longest[-1].student_ids)))
-            many = min(len(longest), 2 * few)
-            counts = {few, many} if many < len(longest) else {many}
-            for count in sorted(counts if accumulates else counts - {1}):
-                if not accumulates:
-                    objective.zero_grad()
-                on_progress(PHASE, len(points), 1 + len(counts))
-                points[count] = _points(training, longest[-count:])
-        finally:
-            objective.zero_grad()
-    return _peak(few, many, len(longest), used, zip(points.get(few, points[many]), points[many], strict=True))
+    count = math.ceil(MEASURED_SHARE.get(device.type, 1 / 2) * len(longest))
+    scale, sizes = len(longest) / count, objective.plan_chunk_sizes()
+    objective.train()
+    objective.chunk_sizes = tuple(max(1, round(size / scale)) for size in sizes)
+    try:
+        with seeds.preserve_rng_state(device):
+            return _points(training, longest[-count:]), scale
+    finally:
+        objective.chunk_sizes = sizes
+        objective.zero_grad()
 
 
-def _peak(few, many, num_windows, used, points):
-    """Returns the bytes at the highest point among those with at least LIVE_SHARE of the most live bytes. Elsewhere,
-    memory cached by the allocator was live at another point, and would be counted twice.
+def _peak(points, scale, used, accumulates):
+    """Returns the bytes at the highest point of a pass that is `scale` times as large, among the points with at least
+    LIVE_SHARE of the most live bytes. Elsewhere, memory cached by the allocator was live at another point, and would be
+    counted twice. Other bytes beyond those `used` before are cached by the allocator and grow alike. `accumulates`:
+    gradients of a former pass exist already, and are not counted.
     """
-    heights = [_extrapolate(few, many, num_windows, used, *point) for point in points]
+    heights = []
+    for point in points:
+        growing = max(0, point.live - point.gradients - point.fixed)
+        gradients = point.last_gradient if accumulates else point.gradients
+        heights.append((gradients + point.fixed + scale * growing, scale * max(0, point.other - used)))
     most = max(live for live, _ in heights)
     return max(live + cached for live, cached in heights if live >= LIVE_SHARE * most)
 
 
-def _extrapolate(few, many, num_windows, used, at_few, at_many):
-    """Returns `(live, cached)` bytes at one point of a micro-batch of `num_windows`, from `(live, other bytes in use)`
-    with `few` and with `many` windows. Other bytes beyond those `used` before are cached by the allocator and grow
-    alike.
-    """
-    cached = [max(0, other - used) for _, other in (at_few, at_many)]
-    growth = (num_windows - many) / max(1, many - few)
-    return tuple(last + max(0, last - first) * growth for first, last in ((at_few[0], at_many[0]), cached))
-
-
 def _points(training, windows):
-    """Returns the peaks `(live bytes, other bytes in use)` of the passes over some windows: one for the teacher, one
-    for the objective, and one up to each parameter's gradient.
+    """Returns the `_Point`s of the passes over some windows: one for the teacher, one for the objective, and one up to
+    each parameter's gradient.
     """
     objective, device = training.objective, training.accelerator.device
     weights, measure = objective.weights(), 0 < training.config.share_steps <= training.num_steps
+    measure &= any(term.reads != "logits" for term in objective.terms.values())  # of logits it needs little, but time
     counts = dict.fromkeys(("labels", "aligned", "spans"), 1)
     batch = batching.collate(windows, *training.layout).to(device)
-    points = []
+    head = objective.head.weight
+    fixed = _num_bytes([head] if head.requires_grad else []) + _cast_bytes(
+        training.accelerator, objective.student, head
+    )
     trained = [p for p in objective.parameters() if p.requires_grad]
+    points, complete = [], 0
+
+    def add_point(parameter):
+        nonlocal complete
+        is_untied = parameter is head and parameter is not objective.student.get_input_embeddings().weight
+        size = 0 if is_untied else _num_bytes([parameter])  # the head's own gradient is fixed from the forward pass on
+        complete += size
+        points.append(_Point(*tracker.mark(), complete, size, fixed))
+
     with (
         memory.AllocationTracker(device) as tracker,
         memory.gradient_checkpointing_enabled(objective.student, training.gradient_checkpointing),
     ):
-        hooks = [p.register_post_accumulate_grad_hook(lambda _: points.append(tracker.mark())) for p in trained]
+        hooks = [p.register_post_accumulate_grad_hook(add_point) for p in trained]
         try:
             signal = training.teacher(batch, **objective.teacher_request(weights)) if training.teacher else None
-            points.append(tracker.mark())
+            points.append(_Point(*tracker.mark()))
             with training.accelerator.autocast():
                 loss, *_ = objective(batch, signal, counts, weights, measure)
-            points.append(tracker.mark())
+            points.append(_Point(*tracker.mark(), fixed=fixed))
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
     return points
+
+
+def _cast_bytes(accelerator, student, head):
+    """Returns the bytes of the copies of weights in lower precision that autocast keeps, except the head's."""
+    dtype = devices.compute_dtype(accelerator)
+    linear = [m.weight for m in student.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+    return sum(weight.numel() * dtype.itemsize for weight in linear if weight.dtype != dtype)
+
+
+def _num_bytes(parameters):
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -1,0 +1,139 @@
+"""Does the default help a real pair? kdlib's default beside plain training, at equal steps, over learning rates and seeds.
+
+    python -m benchmarks.real_pair TEACHER STUDENT DATASET --out FILE.jsonl [--methods none byte_prefix] [--rates ...]
+        [--seeds ...] [--steps N]
+
+Loads the pair once and scores every student after its last step on validation and test text. Every finished run is a line
+of FILE, and a run that is there is not made again. `--table` prints means over seeds and the interval of the gain over
+plain training: a bootstrap over test documents, paired by document and averaged over seeds.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.quality import evaluate_text
+from kdlib import cli, clock, files
+from kdlib.config import Config
+from kdlib.models import devices
+from kdlib.session import inputs, run_folder
+from kdlib.training.loop import TrainLoop
+
+DRAWS = 10_000
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("teacher")
+    options.add_argument("student")
+    options.add_argument("dataset")
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--methods", nargs="+", default=["none", "byte_prefix"])
+    options.add_argument("--rates", nargs="+", type=float, default=[1e-4])
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--steps", type=int, default=30)
+    options.add_argument("--batch-size", type=int, default=4)
+    options.add_argument("--max-length", type=int, default=256)
+    options.add_argument("--eval-tokens", type=int, default=2000)
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--table", action="store_true", help="train nothing; print the table of the runs in FILE")
+    options = options.parse_args()
+    cli.quiet()
+    torch.set_num_threads(options.threads)
+    known = files.read_records(options.out) if options.out.exists() else []
+    if not options.table:
+        run(options, known)
+    print(table(known))
+
+
+def run(options, known):
+    base = {
+        "teacher": options.teacher, "student": options.student, "dataset": options.dataset,
+        "batch_size": options.batch_size, "max_length": options.max_length, "eval_tokens": options.eval_tokens,
+        "max_steps": options.steps, "share_steps": 0,
+    }  # fmt: skip
+    jobs = [(m, r, s) for r in options.rates for s in options.seeds for m in options.methods]
+    jobs = [job for job in jobs if not any(key(record) == (*job, options.steps) for record in known)]
+    if not jobs:
+        return
+    loaded = inputs.load(Config.from_dict(base))
+    before = copy.deepcopy(loaded.pair.student.state_dict())
+    teacher, records = ReusedSignals(loaded.pair.teacher), run_folder.Records(options.out)
+    for method, rate, seed in jobs:
+        changes = {"kd_method": method, "learning_rate": rate, "seed": seed}
+        record = train(loaded, before, teacher, Config.from_dict({**base, **changes}))
+        record = {"method": method, "rate": rate, "seed": seed, "steps": options.steps, **record}
+        records.append(record)
+        known.append(record)
+        print(json.dumps({k: v for k, v in record.items() if k not in ("bits", "num_bytes", "losses")}), flush=True)
+
+
+class ReusedSignals:
+    """A live teacher that keeps its signals in memory: runs of one seed read the same batches."""
+
+    def __init__(self, teacher):
+        self.teacher, self.model, self.signals = teacher, teacher.model, {}
+
+    def __call__(self, batch, **request):
+        name = batch.teacher_ids.numpy().tobytes(), repr(request)
+        if name not in self.signals:
+            self.signals[name] = self.teacher(batch, **request)
+        return self.signals[name]
+
+
+def train(loaded, before, teacher, config):
+    """Trains one student from `before`, and returns its scores after the last step."""
+    pair, start = loaded.pair, time.monotonic()
+    pair.student.load_state_dict(before)
+    torch.manual_seed(config.seed)
+    objective = inputs.make_objective(pair, config, pair.student)
+    loop = TrainLoop(
+        objective, teacher if config.needs_teacher else None, loaded.train, config.max_steps, config,
+        devices.accelerator("fp32", cpu=True), clock.Clock(), pair.pads, pair.max_row_width,
+    )  # fmt: skip
+    losses = []
+    for record in loop:
+        losses.append(record.parts["lm"])
+        print(f"  {config.kd_method} {record.step}/{config.max_steps} {record.step_s:.1f} s", flush=True)
+    validation, test = (evaluate_text(pair.student, pair, split) for split in (loaded.validation, loaded.test))
+    return {
+        "validation": round(validation.bits_per_byte, 5), "test": round(test.bits_per_byte, 5),
+        "wall_s": round(time.monotonic() - start, 1), "losses": [round(loss, 4) for loss in losses],
+        "bits": [round(float(value), 1) for value in test.bits], "num_bytes": test.num_bytes.tolist(),
+    }  # fmt: skip
+
+
+def key(record):
+    return tuple(record[name] for name in ("method", "rate", "seed", "steps"))
+
+
+def table(records):
+    """Returns the Markdown table of all runs: a row for each method, rate and number of steps."""
+    lines = ["| method | rate | steps | seeds | validation | test | gain over plain (95 %) |", "|" + "---|" * 7]
+    cells = sorted({(r["method"], r["rate"], r["steps"]) for r in records}, key=lambda c: (c[2], c[1], c[0] != "none"))
+    for method, rate, steps in cells:
+        runs = {r["seed"]: r for r in records if (r["method"], r["rate"], r["steps"]) == (method, rate, steps)}
+        plain = {r["seed"]: r for r in records if (r["method"], r["rate"], r["steps"]) == ("none", rate, steps)}
+        seeds = sorted(runs.keys() & plain.keys())
+        means = " | ".join(f"{np.mean([run[split] for run in runs.values()]):.4f}" for split in ("validation", "test"))
+        gain = "" if method == "none" or not seeds else gain_text([plain[s] for s in seeds], [runs[s] for s in seeds])
+        lines.append(f"| {method} | {rate:g} | {steps} | {len(runs)} | {means} | {gain} |")
+    return "\n".join(lines)
+
+
+def gain_text(base, runs):
+    """Returns the mean of the bits per byte saved over `base`, with its bootstrap interval over documents."""
+    sizes = np.array(runs[0]["num_bytes"], dtype=float)
+    saved = np.mean([np.array(b["bits"]) - np.array(r["bits"]) for b, r in zip(base, runs, strict=True)], axis=0)
+    draws = np.random.default_rng(0).integers(len(sizes), size=(DRAWS, len(sizes)))
+    low, high = np.quantile(saved[draws].sum(axis=1) / sizes[draws].sum(axis=1), (0.025, 0.975))
+    return f"{saved.sum() / sizes.sum():+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+if __name__ == "__main__":
+    main()
