@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/ready $(VENV)/lab/ready $(VENV)/eval/ready
+test-slow: $(VENV)/ready $(VENV)/eval/ready
 	OMP_NUM_THREADS=1 $(RUN) pytest -m slow
 
 lint: $(VENV)/ready
@@ -45,15 +45,6 @@ $(VENV)/ready: pyproject.toml requirements.txt constraints.txt
 	$(RUN) pip install --quiet -c constraints.txt -e ".[test]"
 	$(RUN) pip install --quiet --no-deps --target $(VENV)/clients/2.2.4 "kaggle==2.2.4; $(NEW)" "kagglesdk==0.1.35; $(NEW)"
 	$(RUN) pip install --quiet --no-deps --target $(VENV)/clients/2.2.5 "kaggle==2.2.5; $(NEW)" "kagglesdk==0.1.38; $(NEW)"
-	touch $@
-
-# For the panel's buttons: JupyterLab, what drives a browser that the machine has, and older kernels as Kaggle has them.
-$(VENV)/lab/ready: $(VENV)/ready
-	$(PYTHON) -m venv $(VENV)/lab
-	$(VENV)/lab/bin/python -m pip install --quiet jupyterlab==4.6.6 jupyterlab_widgets==3.0.17 playwright==1.65.2
-	$(RUN) pip install --quiet --no-deps --target $(VENV)/lab/kernels/6.17.1 \
-		ipykernel==6.17.1 ipython==7.34.0 decorator==5.3.1 pickleshare==0.7.5 backcall==0.2.0
-	$(RUN) pip install --quiet --no-deps --target $(VENV)/lab/kernels/6.30.1 ipykernel==6.30.1
 	touch $@
 
 # For lm-eval on exported students: an environment of its own, on top of the first.

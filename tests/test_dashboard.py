@@ -1,4 +1,4 @@
-"""The panel: what it shows and what it costs, without a browser (that is `test_lab.py`)."""
+"""The live panel: what it shows and what it costs, without a kernel (that is `test_front.py`)."""
 
 import itertools
 import json
@@ -7,9 +7,8 @@ import types
 import pytest
 from test_resume import state_of
 
-from kdlib import files
 from kdlib.config import Config
-from kdlib.report import html, live_figure, live_panel, terminal
+from kdlib.report import html, live_figure, live_panel
 from kdlib.session import session
 
 
@@ -21,18 +20,6 @@ class Hand:
 
     def now(self):
         return self.time
-
-
-class Somebody:
-    """A front end that clicks what it is told to, when it is read."""
-
-    def __init__(self, can_read=True):
-        self.can_read, self.clicks, self.num_read = can_read, [], 0
-
-    def read(self):
-        self.num_read += 1
-        while self.clicks:
-            self.clicks.pop(0).click()
 
 
 def train(step, run="distilled", repeat=0, **changes):
@@ -72,7 +59,7 @@ class Drawn(bytes):
 def shown(monkeypatch):
     """What was displayed."""
     things = []
-    monkeypatch.setattr(terminal, "show", things.append)
+    monkeypatch.setattr(live_panel, "show", things.append)
     return things
 
 
@@ -96,8 +83,13 @@ def drawn(monkeypatch, hand):
 
 
 @pytest.fixture
-def panel(shown, hand, drawn):
-    return live_panel.LivePanel(clock=hand, front_end=Somebody())
+def front_end(monkeypatch):
+    monkeypatch.setattr(live_panel, "has_front_end", lambda: True)
+
+
+@pytest.fixture
+def panel(shown, hand, drawn, front_end):
+    return live_panel.LivePanel(clock=hand)
 
 
 def drive(panel, hand, found, step_s=1.0):
@@ -107,16 +99,16 @@ def drive(panel, hand, found, step_s=1.0):
 
 
 def page(panel):
-    return panel.widgets.head.value + panel.widgets.notice.value + panel.widgets.alerts.value
+    return panel.widgets.head.value + panel.widgets.alerts.value
 
 
 def test_it_tells_where_the_run_is(panel, hand):
     drive(panel, hand, [START, scored(0, "teacher"), scored(0)])
-    drive(panel, hand, [*map(train, range(1, 41)), scored(40), PLAN, ALERT, scored(41, asked=True), train(41)])
+    drive(panel, hand, [*map(train, range(1, 41)), scored(40), PLAN, ALERT, train(41)])
     text = page(panel)
     for told in (
         "<b>distilled</b>", "step 41 of 1,000", "loss 3.024 nats", "best 1.9600 bits per byte (step 40)", "200 tokens/s",
-        "15 min 59 s left", "sessions in total: 3; done 2026-12-01 10:00", "57 min 33 s left of 1 h 00 min",
+        "15 min 59 s left", "sessions in total: 3; done 2026-12-01 10:00", "57 min 34 s left of 1 h 00 min",
         "kd makes up 93% of the &lt;loss&gt;", "lower kd_weight",
     ):  # fmt: skip
         assert told in text
@@ -132,54 +124,12 @@ def test_a_session_without_an_end_has_no_bar_of_its_own(panel, hand):
     assert "entire plan" in page(panel)
 
 
-def test_a_click_is_a_wish_and_its_button_rests_until_it_is_fulfilled(panel, hand):
-    buttons = panel.widgets.buttons
-    assert [button.description for button in buttons.values()] == ["Pause and save", "Save now", "Evaluate now"]
-    assert all(button.disabled for button in buttons.values())
-    drive(panel, hand, [START, *map(train, range(1, 20))])
-    assert not any(button.disabled for button in buttons.values())
-    for wish, button in buttons.items():
-        panel.front_end.clicks.append(button)
-        drive(panel, hand, [train(20)])
-        assert panel.wishes == {wish}
-        assert [other for other in buttons if buttons[other].disabled] == [wish]
-        panel.wishes.clear()
-    answer = {"kind": "wish", "wish": "save", "answer": "saved as step-00000020", "step": 20}
-    drive(panel, hand, [answer, *map(train, range(20, 25))])
-    assert "step 20: saved as step-00000020" in page(panel)
-    answer = {"kind": "wish", "wish": "evaluate", "answer": "evaluated on request", "step": 22}
-    drive(panel, hand, [scored(22, asked=True), answer, *map(train, range(25, 35))])
-    assert "step 22: 1.9780 bits per byte, on request" in page(panel)
-
-
-def test_where_clicks_are_not_heard_there_are_no_buttons(shown, hand, drawn):
-    panel = live_panel.LivePanel(clock=hand, front_end=Somebody(can_read=False))
-    assert panel.widgets.buttons == {}
-    drive(panel, hand, [START, *map(train, range(1, 20))])
-    assert "interrupt this cell" in page(panel)
-
-
-def test_clicks_are_read_five_times_a_second(panel, hand):
-    drive(panel, hand, map(train, range(1, 101)), step_s=0.05)
-    assert 20 <= panel.front_end.num_read <= 27
-
-
-def test_whoever_looks_for_a_wish_has_the_clicks_read(panel, hand):
-    """A run looks between two steps; records may be rarer."""
-    drive(panel, hand, map(train, range(1, 20)))
-    panel.front_end.clicks.append(panel.widgets.buttons["pause"])
-    assert "pause" not in panel.wishes
-    hand.time += 0.3
-    assert "pause" in panel.wishes
-    assert panel.widgets.buttons["pause"].disabled
-    panel.close()
-    panel.front_end.clicks.append(panel.widgets.buttons["save"])
-    hand.time += 0.3
-    assert "save" not in panel.wishes
+def test_it_says_how_to_pause(shown, panel):
+    assert "interrupt this cell" in shown[0].children[2].value
 
 
 @pytest.mark.parametrize(("text_s", "figure_s", "step_s"), [(0.002, 0.3, 0.01), (0.02, 2.0, 0.5), (0.001, 0.1, 20.0)])
-def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, monkeypatch, text_s, figure_s, step_s):
+def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, front_end, monkeypatch, text_s, figure_s, step_s):
     """At any time, by a clock on which text and figures take what the test says, the tenth of each three times as long."""
     counts = {"text": 0, "figure": 0}
 
@@ -190,7 +140,7 @@ def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, monkeypatch, te
 
     monkeypatch.setattr(live_panel.Widgets, "show_text", lambda *_: takes("text", text_s))
     monkeypatch.setattr(live_panel, "live_figure", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
-    panel, shares = live_panel.LivePanel(clock=hand, front_end=Somebody()), []
+    panel, shares = live_panel.LivePanel(clock=hand), []
     for step in range(1, 20_001):
         hand.time += step_s
         panel.update(train(step))
@@ -243,39 +193,37 @@ NONSENSE = [
 def test_nonsense_never_throws_and_is_told_at_the_end(panel, hand, record):
     drive(panel, hand, [START, *map(train, range(1, 10)), record, *map(train, range(10, 100))])
     assert panel.problem is not None
-    panel.front_end.clicks.append(panel.widgets.buttons["pause"])
-    drive(panel, hand, map(train, range(100, 104)))
-    assert panel.wishes == {"pause"}
     with pytest.warns(UserWarning, match="the panel stopped, the run did not: ") as told:
         assert panel.close() is None
     assert len(told) == 1
     assert "\n" not in str(told[0].message)
 
 
-def test_a_widget_that_fails_never_throws(shown, hand, drawn, monkeypatch):
-    panel = live_panel.LivePanel(clock=hand, front_end=Somebody())
-    monkeypatch.setattr(panel.front_end, "read", lambda: 1 / 0)
+def test_a_widget_that_fails_never_throws(shown, hand, drawn, front_end, monkeypatch):
+    panel = live_panel.LivePanel(clock=hand)
+    monkeypatch.setattr(panel.widgets, "show_text", lambda *_: 1 / 0)
     drive(panel, hand, map(train, range(1, 30)))
     with pytest.warns(UserWarning, match="ZeroDivisionError: division by zero"):
         panel.close()
 
 
-def test_where_no_widget_can_be_made_the_figure_comes_at_the_end(shown, hand, drawn, monkeypatch):
+def test_where_no_widget_can_be_made_the_figure_comes_at_the_end(shown, hand, drawn, front_end, monkeypatch):
     monkeypatch.setattr(live_panel, "Widgets", lambda *_: 1 / 0)
-    panel = live_panel.LivePanel(clock=hand, front_end=Somebody())
+    panel = live_panel.LivePanel(clock=hand)
     drive(panel, hand, [*map(train, range(1, 30)), {}])
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         assert panel.close() == b"\x89PNG"
     assert drawn == [29]
 
 
-def test_an_interrupt_is_not_swallowed(panel, monkeypatch):
-    def interrupted():
+def test_an_interrupt_is_not_swallowed(panel, hand, monkeypatch):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(panel.front_end, "read", interrupted)
+    monkeypatch.setattr(panel.widgets, "show_text", interrupted)
+    panel.text.share = 1.0
     with pytest.raises(KeyboardInterrupt):
-        panel.update(train(1))
+        drive(panel, hand, [train(1)])
 
 
 def test_without_a_front_end_there_is_one_figure_at_the_end(shown, hand, drawn, monkeypatch):
@@ -285,7 +233,8 @@ def test_without_a_front_end_there_is_one_figure_at_the_end(shown, hand, drawn, 
     assert (drawn, shown, panel.widgets) == ([], [], None)
     assert panel.close() == b"\x89PNG"
     assert panel.close() is None
-    monkeypatch.setattr(terminal, "kernel", lambda: object())
+    monkeypatch.setattr(live_panel, "kernel", lambda: object())
+    monkeypatch.setattr(live_panel, "has_front_end", lambda: False)
     panel = live_panel.LivePanel(clock=hand)
     drive(panel, hand, map(train, range(1, 20)))
     assert panel.close() is None
@@ -294,15 +243,13 @@ def test_without_a_front_end_there_is_one_figure_at_the_end(shown, hand, drawn, 
     assert len(shown) == 1
 
 
-def test_close_leaves_the_last_state_with_the_buttons_at_rest(shown, hand, drawn):
-    with live_panel.LivePanel(clock=hand, front_end=Somebody()) as panel:
+def test_close_leaves_the_last_state(shown, hand, drawn, front_end):
+    with live_panel.LivePanel(clock=hand) as panel:
         drive(panel, hand, [START, *map(train, range(1, 20))])
         assert not panel.widgets.picture.value
-        assert not any(button.disabled for button in panel.widgets.buttons.values())
         panel.update(PAUSED)
     assert "<b>Paused:</b> asked to pause; resumes from step-00000040" in page(panel)
     assert panel.widgets.picture.value[:4] == b"\x89PNG"
-    assert all(button.disabled for button in panel.widgets.buttons.values())
     assert len(shown) == 1
 
 
@@ -326,20 +273,20 @@ STAGES = {
     "only the control": [train(n, "ce_only", shares={"lm": 1.0}) for n in range(1, 9)],
     "a second student": [*map(train, range(1, 30)), train(1, repeat=1), train(2, repeat=1)],
     "a part that joins": [train(1), train(2), train(3, shares={"lm": 0.2, "kd": 0.3, "layerwise": 0.5})],
-    "looks": [scored(0), scored(5), scored(7, asked=True), *map(train, range(1, 8))],
+    "evaluations alone": [scored(0), scored(5), *map(train, range(1, 8))],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_figure_at_any_stage(stage):
-    made = live_figure.live_figure(STAGES[stage], "dark" if stage == "looks" else "light")
+    made = live_figure.live_figure(STAGES[stage], "dark" if stage == "evaluations alone" else "light")
     assert made.png()[:4] == b"\x89PNG"
     assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in made.axes)
 
 
 def test_the_figure_shows_the_values():
     found = [*map(train, range(1, 31)), *(train(n, "ce_only") for n in range(1, 9)), scored(0, "teacher"), scored(0)]
-    found += [scored(10), scored(20), scored(25, asked=True), scored(5, "ce_only")]
+    found += [scored(10), scored(20), scored(5, "ce_only")]
     loss, shares, gradient, curves, memory, rate = live_figure.live_figure(found).axes
     tops = [max(path.get_extents().y1 for path in stack.get_paths()) for stack in loss.collections[:2]]
     assert tops == pytest.approx([0.4 * 4.0, 4.0])
@@ -347,7 +294,6 @@ def test_the_figure_shows_the_values():
     assert [list(line.get_ydata()) for line in gradient.get_lines()] == [pytest.approx([p] * 3) for p in (30, 70)]
     lines = {tuple(line.get_ydata()): line for line in curves.get_lines()}
     assert (2.0, 1.99, 1.98) in lines
-    assert lines[1.975,].get_markerfacecolor() == "none"
     assert [line.get_ydata()[0] for line in memory.get_lines()] == [3.0, 4.0, 16.0]
     assert memory.get_lines()[0].get_xdata()[-1] == pytest.approx(15.0 + 4.0)
     assert {len(line.get_ydata()): line.get_ydata()[0] for line in rate.get_lines()} == {8: 1.0, 30: 1.0}
@@ -359,109 +305,30 @@ def test_a_second_student_is_the_one_that_is_shown():
     assert len(loss.collections[0].get_paths()[0].vertices) < 20
 
 
-class Kernel:
-    """As much of a kernel as is looked at."""
-
-    def __init__(self, allow_stdin):
-        self._allow_stdin = allow_stdin
+def kernel(allow_stdin):
+    return types.SimpleNamespace(get_parent=lambda channel: {"content": {"allow_stdin": allow_stdin}})
 
 
 @pytest.mark.parametrize(("found", "batch", "seen"), [
-    (None, "", False), (Kernel(True), "", True), (Kernel(False), "", False), (Kernel(True), "Batch", False),
-    (Kernel(True), "Interactive", True),
+    (None, "", False), (kernel(True), "", True), (kernel(False), "", False), (kernel(True), "Batch", False),
+    (kernel(True), "Interactive", True), (types.SimpleNamespace(get_parent=lambda channel: {}), "", False),
 ])  # fmt: skip
 def test_who_may_answer_sits_in_front(monkeypatch, found, batch, seen):
-    monkeypatch.setattr(terminal, "kernel", lambda: found)
+    monkeypatch.setattr(live_panel, "kernel", lambda: found)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", batch) if batch else None
-    assert (terminal.find_front_end() is not None) == seen
-    assert seen is False or not terminal.find_front_end().can_read
-
-
-class Stream:
-    """Messages that wait, and a callback, as a kernel has them."""
-
-    def __init__(self, callback):
-        self._recv_callback, self.waiting, self.copy = callback, [], False
-
-    def on_recv(self, callback, copy):
-        self._recv_callback, self.copy = callback, copy
-
-    def _run_callback(self, callback, message):
-        callback(message)
-
-    def flush(self, flag=3):
-        while flag & 1 and self.waiting:
-            self._recv_callback(self.waiting.pop(0))
-
-
-class Speaker(Kernel):
-    """A kernel with a stream: what it handled, what it left for later, what it said of its state."""
-
-    def __init__(self):
-        super().__init__(True)
-        self.handled, self.later, self.states, self.problems = [], [], [], []
-        self.shell_channel_thread, self.shell_stream = None, Stream(self.later.append)
-        self.shell_handlers = {
-            kind: self._handler(kind) for kind in ("comm_msg", "comm_info_request", "execute_request")
-        }
-        self.session = types.SimpleNamespace(feed_identities=self._fed, deserialize=lambda parts, content, copy: parts)
-        self.log = types.SimpleNamespace(exception=self.problems.append)
-
-    def _fed(self, message, copy):
-        return [], {"header": {"msg_type": message.split()[0]}, "content": message}
-
-    def _handler(self, kind):
-        async def reply(message):
-            self.handled.append(message)
-
-        def handle(stream, idents, message):
-            if "broken" in message["content"]:
-                raise RuntimeError
-            if kind == "comm_info_request":
-                return reply(message["content"])
-            self.handled.append(message["content"])
-            return None
-
-        return handle
-
-    def _publish_status(self, state, channel, parent=None):
-        self.states.append((state, parent and parent["content"]))
-
-
-def test_clicks_are_dealt_with_and_all_else_waits_in_its_order():
-    kernel = Speaker()
-    reader, callback = terminal.FrontEnd(kernel), kernel.shell_stream._recv_callback
-    assert reader.can_read
-    sent = ["execute_request 1", "comm_msg 2", "complete_request 3", "comm_info_request 4", "execute_request 5"]
-    kernel.shell_stream.waiting += sent
-    reader.read()
-    assert kernel.handled == ["comm_msg 2", "comm_info_request 4"]
-    assert kernel.later == ["execute_request 1", "complete_request 3", "execute_request 5"]
-    assert kernel.shell_stream._recv_callback == callback
-    one = [("busy", "comm_msg 2"), ("idle", "comm_msg 2"), ("busy", None)]
-    assert kernel.states == one + [(state, told and "comm_info_request 4") for state, told in one]
-
-
-def test_a_message_that_breaks_its_handler_stops_nothing():
-    kernel = Speaker()
-    kernel.shell_stream.waiting += ["comm_msg broken", "execute_request 1", "", "comm_msg 2"]
-    terminal.FrontEnd(kernel).read()
-    assert (kernel.handled, kernel.later, len(kernel.problems)) == (["comm_msg 2"], ["execute_request 1", ""], 1)
+    assert live_panel.has_front_end() == seen
 
 
 def test_a_panel_changes_nothing_of_a_run(settings, tmp_path, shown, hand, drawn, monkeypatch):
-    """With somebody who clicks all the time, and with nobody."""
     monkeypatch.setattr(html, "write_report", lambda folder: None)
-    for name, somebody in (("clicked", Somebody()), ("alone", None)):
+    for name in ("watched", "alone"):
+        monkeypatch.setattr(live_panel, "has_front_end", lambda name=name: name == "watched")
         plan = Config.from_dict({**settings, "max_steps": 6, "eval_steps": 4, "control": "off"})
-        panel = live_panel.LivePanel(tmp_path / name, hand, somebody)
-        for record in session.distill(plan, tmp_path / name, wishes=panel.wishes):
+        panel = live_panel.LivePanel(tmp_path / name, hand)
+        assert bool(panel.widgets) == (name == "watched")
+        for record in session.distill(plan, tmp_path / name, on_progress=panel.progress):
             hand.time += 10.0
-            if somebody:
-                somebody.clicks += [panel.widgets.buttons[wish] for wish in ("save", "evaluate")]
             panel.update(record)
         panel.close()
         assert panel.problem is None
-    looks = [r["step"] for r in files.read_records(tmp_path / "clicked" / "records.jsonl") if r.get("asked")]
-    assert len(looks) >= 2
-    assert state_of(tmp_path / "clicked") == state_of(tmp_path / "alone")
+    assert state_of(tmp_path / "watched") == state_of(tmp_path / "alone")

@@ -21,7 +21,7 @@ from kdlib.files import read_json, read_records
 from kdlib.models import devices, teacher_cache
 from kdlib.models.teacher import Teacher
 from kdlib.report import html
-from kdlib.session import cache_writer, experiment, finish, inputs, resume, run_folder, session
+from kdlib.session import cache_writer, experiment, finish, inputs, resume, run_folder, session, time_budget
 from kdlib.training import loop
 
 SMALL = {"control": "off", "max_steps": 2, "eval_steps": 1}
@@ -48,6 +48,12 @@ def raising(error):
         raise error
 
     return call
+
+
+def out_of_time(patch):
+    """No time is left for another step; there is enough for everything else."""
+    patch.setattr(time_budget.TimeBudget, "fits", lambda budget, *tasks: "step" not in tasks)
+    patch.setattr(session.Session, "_describe_time", lambda session: "no time is left")
 
 
 @pytest.mark.parametrize(
@@ -163,13 +169,13 @@ def test_a_pause_that_can_not_export_is_still_a_pause(settings, tmp_path, monkey
             return real(*given)
         raise kind("it broke")
 
-    wishes, found, out = set(), [], tmp_path / "run"
+    found, out = [], tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(place, what, failing)
-        for record in session.distill(Config.from_dict(settings), out, wishes=wishes):
+        for record in session.distill(Config.from_dict(settings), out):
             found.append(record)
             if record["kind"] == "train" and record["step"] == 2:
-                wishes.add("pause")
+                out_of_time(patch)
     assert found[-1]["kind"] == "paused"
     assert status(out)["state"] == "paused"
     assert "resumes from step-00000002" in status(out)["reason"]
@@ -181,13 +187,13 @@ def test_a_pause_that_can_not_export_is_still_a_pause(settings, tmp_path, monkey
 
 def test_a_checkpoint_that_can_not_be_written_is_no_failed_run(settings, tmp_path, monkeypatch):
     """Whatever the library that writes it raises: the session ends paused, and says why."""
-    wishes, out = set(), tmp_path / "run"
+    out = tmp_path / "run"
     settings = {**settings, "control": "off", "max_steps": 4, "save_steps": 2}
     with monkeypatch.context() as patch:
-        for record in session.distill(Config.from_dict(settings), out, wishes=wishes):
+        for record in session.distill(Config.from_dict(settings), out):
             if record["kind"] == "train" and record["step"] == 3:
                 patch.setattr(safetensors.torch, "save_file", raising(safetensors.SafetensorError("I/O error")))
-                wishes.add("pause")
+                out_of_time(patch)
     assert record["kind"] == "paused"
     assert "not saved (I/O error); resumes from step-00000002" in record["reason"]
     assert distil(settings, out)[-1]["kind"] == "verdict"
@@ -204,10 +210,11 @@ def test_the_budget_may_end_while_the_models_load(settings, tmp_path, monkeypatc
     """Nothing of an earlier session is lost, though this one has come to nothing; nor is a run begun elsewhere."""
     settings = {**settings, "control": "off", "max_steps": 4, "save_steps": 2}
     distil(settings, tmp_path / "whole")
-    wishes, out = set(), tmp_path / "run"
-    for record in session.distill(Config.from_dict(settings), out, wishes=wishes):
-        if record["kind"] == "train" and record["step"] == 2:
-            wishes.add("pause")
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        for record in session.distill(Config.from_dict(settings), out):
+            if record["kind"] == "train" and record["step"] == 2:
+                out_of_time(patch)
 
     class Slow:
         time = 0.0
@@ -297,7 +304,7 @@ def test_everything_that_takes_long_says_how_far_it_is(settings, tmp_path):
     ]  # fmt: skip
     assert phases.index("the teacher reads the text, positions") < phases.index("start")
     for phase in ("scoring the student on validation text", "scoring the student on test text",
-                  "predicting peak memory, passes", "timing steps for the control, blocks", "the samples",
+                  "predicting peak memory", "timing steps for the control, blocks", "the samples",
                   "the model analysis", "the report"):  # fmt: skip
         assert phase in phases
     counted = [at for at in heard if not isinstance(at, str)]

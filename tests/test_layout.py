@@ -20,7 +20,7 @@ PACKAGES = {
 }
 """What each package may import, beside the small modules."""
 STANDARD_LIBRARY_ONLY = {
-    "clock", "config", "environment", "files", "session.alerts", "session.requests",
+    "clock", "config", "environment", "files", "session.alerts",
     "session.run_folder", "session.time_budget", "report.findings",
 }  # fmt: skip
 ROOMS = [

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -123,16 +124,15 @@ def noting(call, asked):
 
 
 def test_a_session_that_ends_while_the_teacher_reads_says_what_is_kept(config, tmp_path):
-    wishes = set()
-    run = session.distill(config, tmp_path / "run", wishes=wishes)
+    run = session.distill(config, tmp_path / "run")
     assert next(run)["phase"] == "plan"
     assert next(run)["phase"] == "shard"
-    wishes.add("pause")
+    signal.raise_signal(signal.SIGTERM)
     last = list(run)[-1]
     assert (last["kind"], last["step"]) == ("paused", 0)
     told = status(tmp_path / "run")
     assert told["state"] == "paused"
-    assert told["reason"] == "asked to pause; the teacher cache written so far is kept"
+    assert told["reason"] == "asked to stop (SIGTERM); the teacher cache written so far is kept"
     assert told["shards_read"] == 1
     assert told["read_s"] > 0
     assert run_folder.RunFolder(tmp_path / "run").can_resume()

@@ -93,9 +93,7 @@ def _plot_evaluations(axes, points, ink):
         line = [r for r in points if (r["run"], r["repeat"], r.get("averaged", False)) == (run, repeat, averaged)]
         style = {"color": COLOURS[run], "lw": 1.6, "ms": 3.5, "alpha": 0.9}
         label = None if repeat or averaged else NAMES[run]
-        planned, requested = ([r for r in line if bool(r.get("asked")) == asked] for asked in (False, True))
-        axes.plot(*_over_time(planned, seconds), ":" if averaged else "-", marker="o", label=label, **style)
-        axes.plot(*_over_time(requested, seconds), "o", mfc="none", **style)
+        axes.plot(*_over_time(line, seconds), ":" if averaged else "-", marker="o", label=label, **style)
     for level in known(r["bits_per_byte"] for r in points if r["run"] == "teacher")[:1]:
         axes.axhline(level, color=COLOURS["teacher"], ls="--", lw=1.4, label=NAMES["teacher"])
     _from_zero(axes, [r["elapsed_s"] / seconds for r in points])

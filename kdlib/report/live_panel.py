@@ -1,7 +1,7 @@
-"""Live notebook panel of a run: progress, a figure, and buttons to pause, save and evaluate.
+"""Live notebook panel of a run: progress, alerts and a figure.
 
     panel = live_panel.LivePanel()
-    for record in distill(config, out, wishes=panel.wishes, on_progress=panel.progress):
+    for record in distill(config, out, on_progress=panel.progress):
         panel.update(record)
     panel.close()
 
@@ -12,30 +12,24 @@ progress to stderr every minute, and shows one figure at `close`.
 import contextlib
 import html
 import math
+import sys
 import warnings
 from pathlib import Path
 
-from kdlib import files, progress
+from kdlib import environment, files, progress
 from kdlib.clock import Clock, format_duration
-from kdlib.report import terminal
 from kdlib.report.live_figure import live_figure
 from kdlib.report.style import NAMES, known, number, written
 
 TEXT_SHARE, FIGURE_SHARE = 0.0015, 0.006
-"""Maximum shares of the time for text and figures. The rest of 1 % is for reading clicks."""
+"""Maximum shares of the time for text and figures."""
 INITIAL_TEXT_S, INITIAL_FIGURE_FACTOR = 0.01, 2.5
 """Initial cost estimates: seconds of a text update, and cost of a figure as a multiple of an empty one's."""
-READ_EVERY_S = 0.2
 MAX_RECORDS = 1500
 """Train records kept per student. Longer runs keep every second, then every fourth."""
 MAX_ALERTS = 4
 LINE_EVERY_S = 60.0
 """Seconds between two lines of progress without an interactive front end."""
-BUTTONS = {
-    "pause": ("Pause and save", "pause", "Save everything and stop; run the same cell again to resume"),
-    "save": ("Save now", "save", "Write a checkpoint and continue"),
-    "evaluate": ("Evaluate now", "search", "Score the student on the validation text; this does not affect training"),
-}
 HOW_TO_STOP = "To pause, interrupt this cell (■): the run saves a checkpoint. Run the cell again to resume."
 STYLE = """<style>
 .kdlib-panel { font-size: 13px; line-height: 1.5; max-width: 1040px; color: var(--jp-ui-font-color1, inherit); }
@@ -74,38 +68,48 @@ class RenderBudget:
             self.expected_s = max(duration_s, 0.9 * self.expected_s)
 
 
-class Wishes(set):
-    """Set of clicked requests. A membership test first reads new clicks, because long phases show no record."""
+def kernel():
+    """Returns the IPython kernel of this process, or None."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None)
 
-    def __init__(self, read):
-        super().__init__()
-        self.read = read
 
-    def __contains__(self, wish):
-        self.read()
-        return super().__contains__(wish)
+def has_front_end():
+    """Whether the running cell has an interactive front end. Editors allow a cell to ask for input; batch runners
+    (papermill, nbconvert, nbval) do not.
+    """
+    current = kernel()
+    if current is None or environment.in_batch_kernel():
+        return False
+    request = current.get_parent("shell") or {}
+    return bool(request.get("content", {}).get("allow_stdin"))
+
+
+def show(content):
+    """Displays a widget, or the bytes of a PNG."""
+    from IPython import display
+
+    display.display(display.Image(content) if isinstance(content, bytes) else content)
 
 
 class LivePanel:
-    """Live display of the records of `kdlib.distill`. Pass `wishes` and `progress` to its `wishes` and `on_progress`.
+    """Live display of the records of `kdlib.distill`. Pass `progress` to its `on_progress`.
 
     `out`: the run folder, to include earlier sessions. `clock`: a `clock.Clock`. `problem` is the first exception in the
     panel, or None.
     """
 
-    def __init__(self, out=None, clock=None, front_end=None):
-        self.out, self.clock, self.wishes = out, clock or Clock(), Wishes(self._read_clicks)
+    def __init__(self, out=None, clock=None):
+        self.out, self.clock, empty_s = out, clock or Clock(), 0.0
         self.history, self.problem, self.widgets, self.closed = History(), None, None, False
-        self.front_end, self.read_at, empty_s = None, math.inf, 0.0
         with self._isolated():
-            self.front_end = front_end or terminal.find_front_end()
-            if self.front_end:
-                self.widgets = Widgets(self.wishes, self.front_end.can_read)
+            if has_front_end():
+                self.widgets = Widgets()
                 empty_s = -self.clock.now()
                 live_figure([]).png()
                 empty_s += self.clock.now()
         self.lines = None if self.widgets else progress.Progress("loading", LINE_EVERY_S)
-        self.opened, self.spent_s, self.read_at = self.clock.now(), 0.0, -math.inf
+        self.opened, self.spent_s = self.clock.now(), 0.0
         self.text = RenderBudget(self.clock, TEXT_SHARE, INITIAL_TEXT_S)
         self.figure = RenderBudget(self.clock, FIGURE_SHARE, INITIAL_FIGURE_FACTOR * empty_s)
         self.num_drawn = 0
@@ -122,8 +126,7 @@ class LivePanel:
         return self.spent_s / max(self.clock.now() - self.opened, 1e-9)
 
     def update(self, record):
-        """Shows a record of any kind. Never raises; buttons work even after an error in the panel."""
-        self._read_clicks()
+        """Shows a record of any kind. Never raises."""
         started = self.clock.now()
         if self.problem is None or not self.widgets:
             with self._isolated():
@@ -132,7 +135,6 @@ class LivePanel:
 
     def progress(self, phase, done, total):
         """Shows the phase between two records, as the `on_progress` of `distill`. Never raises."""
-        self._read_clicks()
         started = self.clock.now()
         with self._isolated():
             self.history.phase = f"{phase}: {done:,} of {total:,}" if total else phase
@@ -153,22 +155,10 @@ class LivePanel:
         if self.problem is None or not self.widgets:
             with self._isolated():
                 figure = self._show_last()
-        if self.widgets:
-            with self._isolated():
-                self.widgets.end()
         if self.problem is not None:
             kind, text = type(self.problem).__name__, str(self.problem).strip().splitlines() or [""]
             warnings.warn(f"the panel stopped, the run did not: {kind}: {text[0][:200]}", stacklevel=2)
         return figure
-
-    def _read_clicks(self):
-        started = self.clock.now()
-        if self.widgets and not self.closed and started - self.read_at >= READ_EVERY_S:
-            self.read_at = started
-            with self._isolated():
-                self.front_end.read()
-                self.widgets.show_wishes(set(self.wishes))
-            self.spent_s += self.clock.now() - started
 
     def _show_last(self):
         if self.widgets:
@@ -177,9 +167,9 @@ class LivePanel:
                 self.widgets.show_figure(live_figure(self.history.all()).png())
         elif self.history.trained:
             figure = live_figure(self.history.all())
-            if terminal.kernel() is None:
+            if kernel() is None:
                 return figure
-            terminal.show(figure.png())
+            show(figure.png())
         return None
 
     def _show_record(self, record):
@@ -215,7 +205,7 @@ class History:
 
     def __init__(self):
         self.trained, self.strides, self.scored, self.alerts, self.last = {}, {}, [], [], {}
-        self.count, self.notice, self.started, self.phase = 0, "", 0.0, "loading"
+        self.count, self.started, self.phase = 0, 0.0, "loading"
 
     def all(self):
         return [*self.scored, *(record for rows in self.trained.values() for record in rows)]
@@ -227,13 +217,8 @@ class History:
             self._add_trained(record)
         elif kind == "eval":
             self.scored.append(record)
-            if record.get("asked") and not record.get("averaged"):
-                bits = written(record["bits_per_byte"], ".4f")
-                self.notice = f"step {written(record['step'], ',')}: {bits} bits per byte, on request"
         elif kind == "alert":
             self.alerts.append(record)
-        elif kind == "wish" and not record["answer"].startswith("evaluated"):
-            self.notice = f"step {written(record['step'], ',')}: {record['answer']}"
         self.count += kind in ("train", "eval")
         self.last[kind], self.last["any"], self.phase = record, record, ""
         self.started = now if kind == "start" else self.started
@@ -250,51 +235,26 @@ class History:
 
 
 class Widgets:
-    """Widgets of the panel: status with progress bars, buttons, alerts, and a figure."""
+    """Widgets of the panel: status with progress bars, alerts, and a figure."""
 
-    def __init__(self, wishes, has_buttons):
+    def __init__(self):
         import ipywidgets
 
-        style, self.head, self.notice, self.alerts = (ipywidgets.HTML() for _ in range(4))
-        style.value, self.head.value = STYLE, _box("Loading the models …")
+        style, self.head, notice, self.alerts = (ipywidgets.HTML() for _ in range(4))
+        style.value, self.head.value, notice.value = STYLE, _box("Loading the models …"), _box(HOW_TO_STOP)
         self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none"))
         self.picture.add_class("kdlib-figure")
-        self.buttons = {}
-        for wish, (name, icon, tooltip) in BUTTONS.items() if has_buttons else ():
-            button = ipywidgets.Button(description=name, icon=icon, tooltip=tooltip, disabled=True)
-            button.layout.width = "150px"
-            button.on_click(lambda _, wish=wish: wishes.add(wish))
-            self.buttons[wish] = button
-        if not has_buttons:
-            self.notice.value = _box(HOW_TO_STOP)
-        row = ipywidgets.HBox([*self.buttons.values(), self.notice])
-        row.layout.align_items = "center"
-        self.is_training = False
-        terminal.show(ipywidgets.VBox([style, self.head, row, self.alerts, self.picture]))
-
-    def show_wishes(self, wishes):
-        """Disables a button while its request is pending, and all buttons before training."""
-        for wish, button in self.buttons.items():
-            is_disabled = not self.is_training or wish in wishes
-            if button.disabled != is_disabled:
-                button.disabled = is_disabled
+        show(ipywidgets.VBox([style, self.head, notice, self.alerts, self.picture]))
 
     def show_text(self, history, now):
-        self.is_training = "train" in history.last
         self._set(self.head, _box(_headline(history) + _bars(history, now)))
         self._set(
             self.alerts, _box("".join(map(_alert, reversed(history.alerts[-MAX_ALERTS:]))) + _hidden(history.alerts))
         )
-        if self.buttons:
-            self._set(self.notice, _box(f"<span class='quiet'>{html.escape(history.notice)}</span>"))
 
     def show_figure(self, picture):
         self.picture.value = picture
         self.picture.layout.display = None
-
-    def end(self):
-        for button in self.buttons.values():
-            button.disabled = True
 
     def _set(self, widget, text):
         if widget.value != text:
@@ -327,7 +287,6 @@ def _state(history):
     fields = [f"<b>{NAMES[train['run']]}</b>", f"step {step} of {last_step}", f"loss {loss}"]
     key = train["run"], train["repeat"], "validation"
     scored = [r for r in history.scored if (r["run"], r["repeat"], r["split"]) == key and known([r["bits_per_byte"]])]
-    scored = [r for r in scored if not r.get("asked")]
     if scored:
         best = min(scored, key=lambda r: r["bits_per_byte"])
         fields.append(f"best {best['bits_per_byte']:.4f} bits per byte (step {written(best['step'], ',')})")

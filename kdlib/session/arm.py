@@ -65,7 +65,7 @@ class Arm:
         scores = {name: values[name] and scoring.Score.from_dict(values[name]) for name in ("at_compare", "at_end")}
         arm = cls(**{**values, **scores}, best_weights=best_weights)
         for record in records:
-            if arm.owns(record) and record["kind"] in ("train", "eval") and not record.get("asked"):
+            if arm.owns(record) and record["kind"] in ("train", "eval"):
                 arm.monitor.update(record)
         return arm
 

@@ -273,10 +273,6 @@ class Experiment:
             records += [record] if record["averaged"] else self._with_alerts(arm, record)
         return records
 
-    def evaluate_on_request(self, arm):
-        """Returns the records of `evaluate` without changing any state."""
-        return [{**record, "asked": True} for _, record in self._score_validation(arm)]
-
     def _score_validation(self, arm):
         """Returns `[(model, record)]` of the current weights and of their average."""
         models = [self.pair.student]

@@ -15,7 +15,6 @@ from kdlib.session import backup, checkpoint, finish, resume, run_folder, time_b
 from kdlib.session.arm import Scorer
 from kdlib.session.experiment import Experiment
 from kdlib.session.first_pass import CachedFirstPass
-from kdlib.session.requests import UnknownWish, Wishes
 
 PLAN_AFTER_S = 60.0
 _ACTIVE = weakref.WeakValueDictionary()
@@ -33,11 +32,11 @@ class Paused(Exception):
     """The session ends at a safe point; the message is the reason."""
 
 
-def distill(config, out, clock=None, resume="auto", wishes=None, on_progress=lambda phase, done, total: None):
+def distill(config, out, clock=None, resume="auto", on_progress=lambda phase, done, total: None):
     """Runs or resumes `config` in the folder `out`, and yields records (dicts).
 
     Records are those of `records.jsonl`, and also: `start` (what was loaded), `reading` (progress of the teacher's pass
-    over the text), `plan` (after the first minute), `wish` (answer to a request), and `verdict` or `paused` at the end.
+    over the text), `plan` (after the first minute), and `verdict` or `paused` at the end.
 
     `resume`: `auto` resumes the run in `out`, if any; `never` requires a new folder; the path of a run folder or
     checkpoint elsewhere is resumed in `out`. Raises ValueError before anything is written if the config, the models,
@@ -45,25 +44,18 @@ def distill(config, out, clock=None, resume="auto", wishes=None, on_progress=lam
     and is raised. The caller may stop the generator at any record, and SIGTERM or SIGINT stop it too: then the state is
     saved as `paused`.
 
-    `wishes`: a set to which the caller may add words at any time, from any thread. Each is removed when it is
-    fulfilled, at the next safe point. `pause` ends the session. `save` writes a checkpoint. `evaluate` scores the
-    student on the validation text; its eval record has `asked`, and nothing depends on it. Any other word saves and
-    raises ValueError.
-
     `on_progress(phase, done, total)` is called between records, before every batch and every long task: loading,
     scoring held-out text, evaluations, the report. A `total` of 0 is unknown.
     """
-    session = Session(config, out, clock or Clock(), resume, wishes, on_progress)
+    session = Session(config, out, clock or Clock(), resume, on_progress)
     yield from session.run()
 
 
 class Session:
     """State of `distill`."""
 
-    def __init__(
-        self, config, out, clock, resume_from="auto", wishes=None, on_progress=lambda phase, done, total: None
-    ):
-        self.config, self.clock, self.wishes, self.on_progress = config, clock, Wishes(wishes), on_progress
+    def __init__(self, config, out, clock, resume_from="auto", on_progress=lambda phase, done, total: None):
+        self.config, self.clock, self.on_progress = config, clock, on_progress
         self.started = clock.now() - environment.session_age_s()
         self.budget = time_budget.TimeBudget(parse_duration(config.time_budget), clock, self.started)
         self.stop_signals = time_budget.StopSignals()
@@ -147,9 +139,6 @@ class Session:
             yield from self._run_experiment()
         except Paused as pause:
             yield from self._pause(str(pause))
-        except UnknownWish as error:
-            self.stop(str(error))
-            raise
         except GeneratorExit:
             self.stop("stopped by the caller")
             raise
@@ -273,7 +262,7 @@ class Session:
         yield from records
 
     def _between_tasks(self):
-        """Saves if due, fulfils wishes, yields the plan, and raises `Paused` if the next task does not fit."""
+        """Saves if due, yields the plan, and raises `Paused` if the next task does not fit."""
         arm = self.experiment.arms[-1] if self.experiment.arms else None
         if arm is None or self.experiment.training is None:
             return
@@ -284,38 +273,17 @@ class Session:
         # every session takes at least one step
         final_tasks = self.budget.final_tasks() if self.experiment.step > self.first_step else ["save"]
         fits = arm.done or self.budget.fits(*tasks, *final_tasks)
-        lacks_time = "evaluate" in self.wishes and not self.budget.fits(
-            *tasks, "save", "evaluate", "evaluate", "export"
-        )
-        flags = (self.schedule.is_due(arm), bool(self.stop_signals.reason), not fits, *self.wishes.flags(), lacks_time)
-        save, stop, late, *wishes = any_process(self.accelerator, flags)
+        flags = self.schedule.is_due(arm), bool(self.stop_signals.reason), not fits
+        save, stop, late = any_process(self.accelerator, flags)
         if stop:
             raise Paused(self.stop_signals.reason or "another process was asked to stop")
         if late:
             raise Paused(self._describe_time())
         if save:
             self.schedule.start()
-        yield from self._fulfil_wishes(arm, *wishes)
         if self.plan is None and arm.step and self.clock.now() - self.train_started >= PLAN_AFTER_S:
             self._update_plan()
             yield {"kind": "plan", "session": self.num_sessions, **self.plan}
-
-    def _fulfil_wishes(self, arm, pause, save, evaluate, unknown, lacks_time):
-        if unknown:
-            self.wishes.check_words()
-            raise UnknownWish("another process was given an unknown wish")
-        if pause:
-            self._pause_on_request()
-        requests = self.wishes.fulfil(self.experiment, self.schedule, arm, save, evaluate, lacks_time)
-        for records, wish, answer in requests:
-            yield from self._write_records(records)
-            self.wishes.discard(wish)
-            place = {**self.experiment.place(), "session": self.num_sessions}
-            yield {"kind": "wish", "wish": wish, "answer": answer, **place}
-
-    def _pause_on_request(self):
-        self.wishes.discard("pause")
-        raise Paused("asked to pause")
 
     def _update_plan(self):
         arm = self.experiment.arms[-1]
@@ -328,15 +296,13 @@ class Session:
         return f"{used} of the time budget of {total} are used, and the rest is reserved for saving"
 
     def _progress(self, phase, done, total):
-        """Reports progress between batches. Raises `Paused` on request, or if no time would be left to save."""
+        """Reports progress between batches. Raises `Paused` on a signal, or if no time would be left to save."""
         if self.is_main:
             self.on_progress(phase, done, total)
         if self.accelerator.num_processes > 1:
             return  # processes must stop together
         if self.stop_signals.reason:
             raise Paused(self.stop_signals.reason)
-        if "pause" in self.wishes:
-            self._pause_on_request()
         now, (last_phase, last_time) = self.clock.now(), self.last_progress
         if done and phase == last_phase and not self.experiment:  # a `Scorer` measures its own batches
             self.budget.record("batch", now - last_time)
