@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from clocks import Ticks
 from families import byte_level, tiny_model
+from host_reads import HostReads
 from processes import CONTEXT
 
 from kdlib import cli, demo, files
@@ -252,6 +253,16 @@ def test_a_cut_loss_inside_tokens_is_the_live_one_over_the_same_outcomes(loaded)
         assert float((there[1] - here[1]).norm()) < 8 * HALF * float(here[1].norm())
         found.append(there[0]["kd"])
     assert found[1] < found[0] < whole[0]["kd"]  # fewer outcomes: a lower bound
+
+
+@pytest.mark.parametrize("name", ["prefix", "inside"])
+def test_between_forward_and_backward_the_host_waits_for_nothing(loaded, monkeypatch, name):
+    config, _, cached = loaded[name]
+    objective, batch = objective_of(cached, config), batch_of(cached).to("cpu")
+    signal, counts = cached.pair.teacher(batch, **objective.teacher_request(objective.weights())), counts_of(batch)
+    with HostReads(monkeypatch) as recorder:
+        objective(batch, signal, counts)[0].backward()
+    assert recorder.reads == []
 
 
 @pytest.mark.parametrize("packed", [False, True])

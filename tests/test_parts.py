@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import ARCHITECTURES, byte_level, tiny_model, unigram
+from host_reads import HostReads
 
 from kdlib import clock, demo
 from kdlib.align.boundaries import Alignment
@@ -461,3 +462,29 @@ def test_the_plug_board_holds_every_part_of_the_mission():
         assert part.fn.__doc__
     for part in (*terms.FEATURES.values(), *(row["kd"] for row in terms.KD.values() if row)):
         assert part.fn.__doc__.count("Cost:") == part.fn.__doc__.count("Start:") == 1
+
+
+@pytest.mark.parametrize("method", sorted(terms.KD))
+def test_between_forward_and_backward_the_host_waits_for_nothing(loaded, monkeypatch, method):
+    """All terms at once, from a live teacher and, where it can be, from one that was truncated for a cache."""
+    objective = made(loaded, kd_method=method)
+    batch = batching.collate(loaded.train[:3], *loaded.pair.pads).to("cpu")
+    assert batch.host_copy is not None
+    counts, weights = counts_of(batch), objective.weights()
+    signal = loaded.pair.teacher(batch, **objective.teacher_request(weights))
+    with HostReads(monkeypatch) as recorder:
+        loss, *_ = objective(batch, signal, counts, weights)
+        loss.backward()
+    reads = set(recorder.reads)
+    assert reads == set(), "\n".join(sorted(reads))
+
+
+def test_a_batch_on_another_device_keeps_its_copy_in_host_memory(loaded):
+    """`meta` tensors have no values: they stand for those of a GPU, which would have to be waited for."""
+    batch = batching.collate(loaded.train[:3], *loaded.pair.pads)
+    moved = batch.to("meta")
+    assert moved.labels.is_meta and moved.host_copy is moved.to("meta").host_copy is batch
+    for side in ("student", "teacher"):
+        for ours, theirs in zip(moved.spans_of(side), batch.spans_of(side), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert moved.inner_rows.is_meta

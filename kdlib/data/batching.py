@@ -51,6 +51,8 @@ class Batch:
     """Index of each window in the list given to `collate`."""
     batch_id: object = dataclasses.field(default_factory=object, compare=False)
     """Identifies a batch and its copies on other devices."""
+    host_copy: object = dataclasses.field(default=None, compare=False)
+    """This batch in host memory, or None if it is there."""
 
     @property
     def student_mask(self):
@@ -100,22 +102,24 @@ class Batch:
         return self.teacher_ids.numel()
 
     def spans_of(self, side):
-        """Returns `(labels, starts, ends)` of one side's spans in flat positions, as numpy arrays."""
-        labels = self.labels if side == "student" else self.teacher_labels
-        tensors = labels.flatten(), getattr(self, f"{side}_rows"), getattr(self, f"{side}_span_ends")
-        return tuple(tensor.cpu().numpy() for tensor in tensors)
+        """Returns `(labels, starts, ends)` of one side's spans in flat positions, as arrays. Copies nothing from a GPU."""
+        batch = self.host_copy or self
+        labels = batch.labels if side == "student" else batch.teacher_labels
+        tensors = labels.flatten(), getattr(batch, f"{side}_rows"), getattr(batch, f"{side}_span_ends")
+        return tuple(tensor.numpy() for tensor in tensors)
 
     @property
     def inner_rows(self):
         """The teacher's flat positions inside the spans, that is after their first position, span by span: `[M]`."""
-        starts, sizes = self.teacher_rows + 1, (self.teacher_span_ends - self.teacher_rows - 1).clamp_min(0)
-        span_of = torch.repeat_interleave(sizes)
-        return torch.arange(len(span_of), device=sizes.device) + (starts - sizes.cumsum(0) + sizes)[span_of]
+        _, starts, ends = self.spans_of("teacher")
+        sizes = np.maximum(ends - starts - 1, 0)
+        rows = np.arange(sizes.sum()) + np.repeat(starts + 1 - np.cumsum(sizes) + sizes, sizes)
+        return torch.from_numpy(rows).to(self.teacher_ids.device, non_blocking=True)
 
     def to(self, device):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {n: v.to(device, non_blocking=True) for n, v in fields.items() if isinstance(v, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+        return dataclasses.replace(self, host_copy=self.host_copy or self, **tensors)
 
 
 def computed_per_token(counts, teacher):

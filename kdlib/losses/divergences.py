@@ -123,9 +123,8 @@ def segment_log_softmax(logs_F, owner_F, num, temperature=1.0):
 
 def span_log_probs(token_nats_N, span_of_N, num_spans):
     """Sums token cross-entropies (nats) to span log-likelihoods `[C]`; `span_of_N` is -1 for tokens outside spans."""
-    inside = span_of_N >= 0
-    sums = token_nats_N.new_zeros(num_spans)
-    return -sums.index_add(0, span_of_N[inside], token_nats_N[inside])
+    sums = token_nats_N.new_zeros(num_spans + 1)  # the last one is for tokens outside
+    return -sums.index_add(0, torch.where(span_of_N < 0, num_spans, span_of_N), token_nats_N)[:-1]
 
 
 def span_divergence(student_C, teacher_C, divergence="forward_kl", temperature=1.0):

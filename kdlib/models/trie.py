@@ -277,8 +277,8 @@ class Trie:
         is_kept = topk.log_probs[:, :-1] > NO_MASS
         index = torch.where(is_kept, outcomes.starts[:, None] + topk.ids, 0)
         kept = torch.where(is_kept, logs[index], math.log(divergences.TINY))
-        in_tail = torch.ones_like(logs, dtype=torch.bool).index_fill(0, index[is_kept], False)
-        tail = logs.new_zeros(len(nodes)).index_add(0, outcomes.owner[in_tail], logs[in_tail].exp())
+        in_tail = torch.ones_like(logs).scatter_reduce(0, index.flatten(), 1.0 - is_kept.flatten().to(logs), "amin")
+        tail = logs.new_zeros(len(nodes)).index_add(0, outcomes.owner, in_tail * logs.exp())
         student = torch.cat([kept, (tail + divergences.TINY).log()[:, None]], dim=1)
         values = divergences.tempered_divergence(student, topk.log_probs, divergence, temperature)
         return torch.where(has_mass & (topk.log_probs > NO_MASS).any(dim=1), values, 0.0)

@@ -103,11 +103,16 @@ class Objective(torch.nn.Module):
         active = {n: term for n, term in self.terms.items() if term.reads == "logits" and weights[n] > 0}
         partial = PartialTokens.build(self.tries, batch, signal.partial_topk) if self.tries and "kd" in active else None
         order, span_of, chunks = self._plan_rows(batch, signal, hidden.device, partial and partial.num_inner)
-        partial = partial and partial.reordered(order.cpu().numpy())
+        partial = partial and partial.reordered(order)
+        order = torch.from_numpy(order).to(hidden.device, non_blocking=True)
         labels = self.head.columns(batch.labels.flatten())[order]
         metrics = ["kd_covered"] if "kd" in active and self._is_truncated(signal) else []
         metrics += ["kd_positions"] if partial else []
-        agrees = agreement_mask(self.buckets, batch).to(hidden.device) if self.buckets and "kd" in active else None
+        agrees = (
+            agreement_mask(self.buckets, batch).to(hidden.device, non_blocking=True)
+            if self.buckets and "kd" in active
+            else None
+        )
 
         def block_losses(logits, teacher_logits, block):
             aligned = block.aligned
@@ -176,7 +181,7 @@ class Objective(torch.nn.Module):
         if row_order is not None:
             states, row_order = (
                 torch.cat([signal.hidden, signal.partial_hidden]),
-                torch.from_numpy(row_order).to(device),
+                torch.from_numpy(row_order).to(device, non_blocking=True),
             )
             return lambda rows: decode(states[row_order[rows]].to(weight.device, weight.dtype)).to(device)
         return lambda rows: decode(signal.hidden[rows].to(weight.device, weight.dtype)).to(device)
@@ -200,13 +205,11 @@ class Objective(torch.nn.Module):
         return self.chunk_sizes
 
     def _plan_rows(self, batch, signal, device, num_extra=None):
-        """Returns `(order, span_of, chunks)`: the flat positions to decode in the order of the blocks, the aligned
-        position that starts the span of each (or -1), and the chunks. `num_extra` `[N]`: extra teacher rows per aligned
-        position.
+        """Returns `(order, span_of, chunks)`: the flat positions to decode in the order of the blocks (an array), the
+        aligned position that starts the span of each (or -1), and the chunks. `num_extra` `[N]`: extra teacher rows per
+        aligned position.
         """
-        labels, starts, ends = (
-            tensor.cpu().numpy() for tensor in (batch.labels.flatten(), batch.student_rows, batch.student_span_ends)
-        )
+        labels, starts, ends = batch.spans_of("student")
         is_decoded = labels != IGNORE
         if signal is None:
             starts, ends = starts[:0], ends[:0]
@@ -216,8 +219,8 @@ class Objective(torch.nn.Module):
         in_span = (previous >= 0) & (rows < np.append(ends, 0)[previous])
         is_aligned = np.isin(rows, starts, assume_unique=True)
         order, chunks = chunked_head.plan_blocks(~in_span | is_aligned, is_aligned, *self.plan_chunk_sizes(), num_extra)
-        span_of = torch.from_numpy(np.where(in_span, previous, -1)[order]).to(device)
-        return torch.from_numpy(rows[order]).to(device), span_of, chunks
+        span_of = torch.from_numpy(np.where(in_span, previous, -1)[order]).to(device, non_blocking=True)
+        return rows[order], span_of, chunks
 
     def _touch_idle_adapters(self, loss, weights):
         """Adds zero gradients for adapters of inactive terms: a distributed wrapper waits for every parameter."""

@@ -173,8 +173,8 @@ def chunk_likelihood(objective, block):
     config = objective.config
     nats = divergences.cross_entropy(block.log_probs(), block.labels)
     student = divergences.span_log_probs(nats, block.span_of, block.num_aligned)
-    starts_span = torch.zeros_like(student, dtype=torch.bool)
-    starts_span[block.span_of[block.span_of >= 0]] = True
+    num, span_of = block.num_aligned, torch.where(block.span_of < 0, block.num_aligned, block.span_of)
+    starts_span = torch.zeros(num + 1, dtype=torch.bool, device=student.device).index_fill(0, span_of, True)[:num]
     teacher = block.teacher_span_log_probs.to(student.dtype)
     values = divergences.span_divergence(student, teacher, config.kd_divergence, config.kd_temperature)
     return torch.where(starts_span, values, 0.0)
