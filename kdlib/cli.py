@@ -141,6 +141,7 @@ def cache(positional, flags):
         quiet()
         for record in cache_teacher(config, out, Clock(), other_caches, writer, progress):
             if record["kind"] == "plan":
+                progress.say("\n".join(record["data"]))
                 progress.say(
                     f"{record['positions']:,} token positions, {record['bytes_a_position']:.0f} bytes each: "
                     f"{record['bytes'] / 1e6:,.1f} MB in {record['shards']} shards, {record['missing']} missing."
@@ -243,6 +244,7 @@ def _start_lines(start):
     alignment = start["alignment"]
     if start["resumed"]:
         yield f"Session {start['session']} resumes from {start['resumed']}."
+    yield from start["data"]
     for note in start["notes"]:
         yield f"Changed since the last session: {note}. Results will not be bit-identical to an unchanged run."
     yield (

@@ -23,8 +23,8 @@ def compare(config, on_progress=lambda phase, done, total: None):
 
     `teacher`, `student`: metrics of both models, with `calibration_error`. `retention`: results of `Breakdown`, with
     token frequencies in this text. `documents`: sizes and bits per byte. `samples`: continuations of the same openings,
-    with repetition metrics. `alignment`: alignment of the tokenizers. Raises ValueError for invalid input.
-    `on_progress(phase, done, total)` is called before each piece of work.
+    with repetition metrics. `alignment`: alignment of the tokenizers. `data`: what was read, as lines of text. Raises
+    ValueError for invalid input. `on_progress(phase, done, total)` is called before each piece of work.
     """
     accelerator, clock = devices.accelerator(config.amp_dtype), Clock()
     teacher_device = devices.teacher_device(config.teacher_device, accelerator)
@@ -42,8 +42,9 @@ def compare(config, on_progress=lambda phase, done, total: None):
         {"num_bytes": size, **{name: bits[name][i] / size for name in bits}} for i, size in enumerate(sizes) if size
     ]
     return {
-        **metrics, "alignment": loaded.alignment, "retention": {name: scores[name].retention for name in scores},
-        "documents": documents, "samples": _samples(loaded, on_progress),
+        **metrics, "data": loaded.data_lines(), "alignment": loaded.alignment,
+        "retention": {name: scores[name].retention for name in scores}, "documents": documents,
+        "samples": _samples(loaded, on_progress),
     }  # fmt: skip
 
 
@@ -71,6 +72,7 @@ def _samples(loaded, on_progress):
 
 def text_lines(comparison):
     """Yields the lines of a `compare` result for a terminal."""
+    yield from comparison["data"]
     headers = (("bits per byte", 15), ("perplexity", 12), ("KL to teacher", 15), ("top-1 agreement", 17))
     yield " " * 10 + "".join(f"{header:>{width}}" for header, width in headers) + "   calibration error"
     for name in ("teacher", "student"):

@@ -46,11 +46,20 @@ class Config:
     """Hugging Face id or folder of the student, a causal language model with its tokenizer."""
     dataset: str = ""
     """Training text: a Hugging Face id (`owner/name` or `owner/name:configuration`), a file (.txt .md .jsonl .json .csv
-    .tsv .parquet, optionally .gz), a folder of such files, or several of these separated by commas."""
+    .tsv .parquet .arrow, optionally .gz or .zst), a folder of such files, or several of these separated by commas."""
     eval_dataset: str = ""
     """Held-out text, in the same formats. Empty: a tenth of the documents of `dataset`, selected by a hash."""
+    dataset_split: str = "train"
+    """Split of a dataset from the Hub or stored by `datasets`, for example `train_sft`; from the Hub also `train[:10%]`."""
     text_field: str = "text"
-    """Record field that holds the text. A record with `messages` is a conversation; only its answers are trained on."""
+    """Record field that holds the text. The usual forms of conversations and instructions are recognized by their own
+    fields; only their answers are trained on."""
+    prompt_field: str = ""
+    """Record field of a prompt that is not trained on. With `completion_field`, it names the two fields of a record."""
+    completion_field: str = ""
+    """Record field of the text after the prompt, which is trained on."""
+    max_bad_records: float = 0.05
+    """Largest share of records that may be unusable. They are skipped, counted and named by reason."""
     max_length: int = 384
     """Maximum length of a training window, in student tokens."""
     batch_size: int = 8
@@ -283,6 +292,7 @@ _PATTERNS = {
     "second_copy": (_COPIES, "kaggle:OWNER/NAME (NAME: 6-50 of a-z 0-9 -) or hub:OWNER/NAME"),
 }  # fmt: skip
 _RANGES = {
+    "max_bad_records": (0.0, 1.0),
     "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
     "max_steps": (0, _HUGE), "learning_rate": (0.0, 10.0), "projector_learning_rate": (0.0, 10.0),
     "weight_decay": (0.0, 10.0), "max_grad_norm": (1e-9, _HUGE), "warmup": (0.0, 1.0),

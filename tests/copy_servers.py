@@ -216,7 +216,7 @@ class Run:
     def __init__(self, path, where, every=1):
         path.mkdir()
         self.folder = run_folder.RunFolder(path)
-        self.folder.open({"kd_method": "none"}, {})
+        self.folder.open({"kd_method": "none"}, {}, {})
         self.folder.status("running", step=0)
         self.config = Config(second_copy=where, second_copy_saves=every)
         self.copies = backup.for_run(self.config, self.folder)

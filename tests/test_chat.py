@@ -617,11 +617,11 @@ def test_the_record_of_a_file_is_named_and_is_no_part_of_its_content(tmp_path):
     assert plain.key == Document("", talk("x", "y")).key
     assert blank.messages == talk(" ", "y", system="")
     with pytest.raises(
-        ValueError, match=rf"^{tmp_path}/chat.jsonl record 2: .* rejects this conversation: no system role here$"
+        ValueError, match=rf"^{tmp_path}/chat.jsonl line 2: .* rejects this conversation: no system role here$"
     ):
         tokenize.encode(blank, reader_of("Gemma", "unigram"))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns_of(talk("x", " "))}))
-    with pytest.raises(ValueError, match="record 1: a message needs a role and a content that is a string"):
+    with pytest.raises(ValueError, match=r"1 with a blank answer \(first: .*chat.jsonl line 1\)"):
         corpus.read_documents(str(tmp_path / "chat.jsonl"))
 
 

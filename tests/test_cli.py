@@ -48,7 +48,7 @@ def refused(capsys, words, match, out):
         ({"kd_method": "magic"}, "unknown kd_method 'magic'"),
         ({"dataset": "missing.txt"}, "no such file or folder: missing.txt"),
         ({"dataset": None}, "dataset is missing"),
-        ({"text_field": "body"}, "has no field 'body'; it has text"),
+        ({"text_field": "body"}, r"without the field body or a known form \(fields: text\)"),
         ({"teacher": "nowhere"}, "teacher 'nowhere': cannot load its configuration"),
         ({"batch_size": 400}, "the training text makes .* windows of 48 tokens, one optimizer step takes 400"),
         ({"amp_dtype": "fp16"}, "amp_dtype fp16 needs a CUDA GPU"),
@@ -162,8 +162,8 @@ def test_distill_writes_exactly_the_files_of_the_contract(capsys, settings, tmp_
     out = tmp_path / "run"
     assert cli.main(["distill", str(config), "--max-steps", "3", "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "env.json", "records.jsonl", "status.json", "checkpoints", "student", "verdict.json", "report.html",
-        "figures",
+        "config.json", "data.json", "env.json", "records.jsonl", "status.json", "checkpoints", "student", "verdict.json",
+        "report.html", "figures",
     }  # fmt: skip
     assert json.loads((out / "config.json").read_text())["max_steps"] == 3
     status = json.loads((out / "status.json").read_text())

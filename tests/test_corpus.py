@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from kdlib.data import corpus
+from kdlib.data import corpus, records
 
 ROWS = [{"id": 1, "text": 'One, with a comma and "quotes".'}, {"id": 2, "text": "Two\nlines."}, {"id": 3, "text": "3"}]
 
@@ -67,7 +67,7 @@ def test_another_field_and_conversations(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"body": "plain"}\n{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
     )
-    plain, chat = corpus.read_documents(str(tmp_path / "a.jsonl"), "body")
+    plain, chat = corpus.read_documents(str(tmp_path / "a.jsonl"), records.Fields(text="body"))
     assert (plain.text, plain.messages) == ("plain", ())
     assert (chat.text, chat.messages) == ("", (("user", "Hi"), ("assistant", "Ho")))
 
@@ -75,22 +75,38 @@ def test_another_field_and_conversations(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\nnope\n', "line 2 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is a list"),
-        ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
-        ("a.jsonl", '{"text": "x"}\n{"text": "\\ud800 y"}\n', r"record 2 contains the lone surrogate \\ud800"),
-        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "\\udfff"}]}\n', r"the lone surrogate \\udfff"),
-        ("a.jsonl", '{"messages": 5}\n', "record 1: messages is int, expected a list"),
-        ("a.jsonl", '{"messages": {"role": "assistant"}}\n', "record 1: messages is dict, expected a list"),
-        ("a.jsonl", '{"text": null}\n', "field 'text' is NoneType, expected a string"),
-        ("a.json", '[{"text": "x"}, 3]', "record 2 is a int; expected an object"),
-        ("a.json", '{"data": [{"text": "x"}]}', "record 1 has no field 'text'; it has data; set --text-field"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\nnope\n',
+            r"1 of 2 records of .*: 1 not JSON \(Expecting value\) \(first: .*a.jsonl line 2\)",
+        ),
+        ("a.jsonl", "[1]\n", "1 not an object with fields but a list"),
+        ("a.jsonl", "[" * 100_000, r"1 not JSON \(nested too deeply\)"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"text": "\\ud800 y"}\n',
+            r"1 with the lone surrogate \\ud800 \(first: .*a.jsonl line 2\)",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "assistant", "content": "\\udfff"}]}\n',
+            r"1 with the lone surrogate \\udfff",
+        ),
+        ("a.jsonl", '{"messages": 5}\n', "1 whose messages are a int, not a list"),
+        ("a.jsonl", '{"messages": {"role": "assistant"}}\n', "1 whose messages are a dict, not a list"),
+        ("a.jsonl", '{"text": null}\n', "1 whose text is null, not a string"),
+        ("a.json", '[{"text": "x"}, 3]', "1 not an object with fields but a int"),
+        (
+            "a.json",
+            '{"data": [{"text": "x"}]}',
+            r"1 without a known form \(fields: data\); name the fields with --text-field",
+        ),
         ("a.json", '[{"text": "x"}', "a.json is not JSON"),
-        ("a.json", '{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
+        ("a.json", '{"text": "x"}\n{"text"\n', r"1 not JSON \(Expecting ':' delimiter\)"),
         ("a.json", " \n", "a.json contains no text"),
         ("a.csv", "", "a.csv is not a valid table: Empty CSV file"),
         ("a.csv", "id,text\n", "a.csv contains no text"),
-        ("a.csv", "id,body\n1,x\n", "record 1 has no field 'text'; it has id, body; set --text-field"),
+        ("a.csv", "id,body\n1,x\n", r"1 without a known form \(fields: id, body\)"),
         ("a.csv", "id,text\n1,x,y\n", "a.csv is not a valid table: CSV parse error"),
         ("a.csv", b"id,text\n1,\xe9t\xe9\n", r"a.csv is not UTF-8 text \(byte 10\)"),
         ("a.txt", b"M\0Z\0", r"is not UTF-8 text \(NUL at character 1\)"),
@@ -100,13 +116,13 @@ def test_another_field_and_conversations(tmp_path):
         (
             "a.pdf",
             b"%PDF",
-            r"cannot read .*a.pdf: its name must end in .txt .md .jsonl .json .csv .tsv .parquet \(or in .gz",
+            "cannot read .*a.pdf: its name must end in .txt .md .jsonl .json .csv .tsv .parquet .arrow, or in .gz .zst",
         ),
         ("corpus", "words", "corpus: its name must end in"),
-        ("a.jsonl", '{"body": "x"}\n', "record 1 has no field 'text'; it has body; set --text-field"),
-        ("a.jsonl", '{"text": 3}\n', "field 'text' is int, expected a string"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "contain no answer"),
-        ("a.jsonl", '{"messages": [{"role": "assistant"}]}\n', "needs a role and a content"),
+        ("a.jsonl", '{"body": "x"}\n', r"1 without a known form \(fields: body\)"),
+        ("a.jsonl", '{"text": 3}\n', "1 whose text is int, not a string"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "1 without an answer"),
+        ("a.jsonl", '{"messages": [{"role": "assistant"}]}\n', "1 with a message whose content is null"),
         ("a.jsonl", "", "contains no text"),
         ("a.txt", " \n\n ", "contains no text"),
         ("a.txt", b"\xff\xfe\x00x", "is not UTF-8 text"),

@@ -350,7 +350,7 @@ def test_too_many_steps_without_a_number_fail_the_run_and_keep_its_best_student(
     calls = itertools.count(1)
 
     def broken(objective, rows):
-        return terms.next_token(objective, rows) * (float("nan") if next(calls) > 6 else 1.0)  # two look ahead
+        return terms.next_token(objective, rows) * (float("nan") if next(calls) > 5 else 1.0)  # one predicts the memory
 
     monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], fn=broken))
     plan = Config.from_dict({**settings, "non_finite_steps": 3, "max_steps": 20, "control": "off", "eval_steps": 2})

@@ -29,6 +29,7 @@ def by_hand(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
     for number, document in enumerate(documents):
         coded = tokenize.encode(document, ours), tokenize.encode(document, theirs)
         made += windowing.cut_windows(document, *coded, ours, theirs, max_length, number)
+    made = [window for window in made if (window.student_labels >= 0).any()]
     return [dataclasses.replace(window, window_id=place) for place, window in enumerate(made)]
 
 
@@ -134,6 +135,7 @@ def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
     keys = [dataset._key(DOCUMENTS, **how)]
     again = dataclasses.replace(PAIR[0], tokenizer=other(PAIR[0].tokenizer, lambda t: None))
     assert dataset._key(list(DOCUMENTS), **{**how, "student": again}) == keys[0]
+    keys.append(dataset._key([dataclasses.replace(DOCUMENTS[0], prompt_length=1), *DOCUMENTS[1:]], **how))
     monkeypatch.setattr(dataset, "FORMAT", 0)
     keys.append(dataset._key(DOCUMENTS, **how))
     for library in ("tokenizers", "transformers"):
@@ -141,7 +143,7 @@ def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
             dataset.importlib.metadata, "version", lambda name, new=library: "9" if name == new else "1"
         )
         keys.append(dataset._key(DOCUMENTS, **how))
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 5
 
 
 def test_the_name_does_not_tell_where_a_document_comes_from(read):
@@ -233,17 +235,28 @@ def test_a_cache_that_takes_nothing_is_told(cache, several, request):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_document_that_will_not_do_is_told_in_one_line(cache, several, request, monkeypatch):
+def test_a_rejected_document_has_no_window_and_a_reason(cache, several, request, monkeypatch):
     if several:
         request.getfixturevalue("two_processes")
     monkeypatch.setattr(dataset, "BATCH_CHARS", 100)
     rude = other(PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "Hello"))
     named = [dataclasses.replace(each, source=f"a.jsonl record {i}") for i, each in enumerate(DOCUMENTS, start=1)]
     first = 1 + DOCUMENTS.index(CHAT)
-    with pytest.raises(ValueError, match=rf"^a.jsonl record {first}: .* drops or changes a user message$") as raised:
-        build_windows(named, ours=dataclasses.replace(PAIR[0], tokenizer=rude))
-    assert "\n" not in str(raised.value)
-    assert {path.name for path in cache.glob("*/*")} == {"lock"}
+    found = build_windows(named, ours=dataclasses.replace(PAIR[0], tokenizer=rude))
+    conversations = {i for i, document in enumerate(DOCUMENTS) if document.messages}
+    assert set(found.problems) == conversations and min(conversations) == first - 1
+    assert all(reason.startswith("rejected: the chat template of ") for reason in found.problems.values())
+    assert found.problems[first - 1].endswith("drops or changes a user message")
+    kept = [window for window in by_hand() if window.document not in conversations]
+    assert_same(list(found), [dataclasses.replace(window, window_id=i) for i, window in enumerate(kept)])
+    assert found.total("student_ids") == sum(len(window.student_ids) for window in found)
+
+
+def test_a_conversation_whose_answer_is_too_far_has_no_window_and_a_reason(cache):
+    far = Document("", (("user", "word " * 60), ("assistant", "Yes.")))
+    found = build_windows([*DOCUMENTS, far])
+    assert found.problems[len(DOCUMENTS)] == "without a training target in its first 24 tokens"
+    assert len(found) == len(build_windows(DOCUMENTS))
 
 
 def test_who_waited_for_another_process_takes_what_that_one_made(monkeypatch, read):
@@ -271,7 +284,9 @@ def test_numbers_over_all_windows_are_those_of_each(monkeypatch):
     for side in ("student", "teacher"):
         wanted = np.concatenate([getattr(w, f"{side}_labels") for w in each])
         assert np.concatenate(list(found.labels(side))).tolist() == wanted[wanted != windowing.IGNORE].tolist()
-        coded = [tokenize.encode(d, PAIR[side == "teacher"]) for d in DOCUMENTS]
+        coded = [
+            tokenize.encode(d, PAIR[side == "teacher"]) for i, d in enumerate(DOCUMENTS) if i not in found.problems
+        ]
         assert found.total(f"{side}_text") == sum(int(c.is_text.sum()) for c in coded)
         assert found.total(f"{side}_faithful") == sum(int((c.faithful & c.is_text).sum()) for c in coded)
 

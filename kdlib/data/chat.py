@@ -16,6 +16,14 @@ LEADS = ("\n", ".", "x", "")
 """Prefixes for a piece of a text, so that tokenizers that mark the start of a text do not mark the piece's."""
 
 
+class RejectedConversation(ValueError):
+    """A conversation that a chat template rejects, drops or changes. `reason` does not name the record."""
+
+    def __init__(self, reason, source=""):
+        super().__init__(f"{source}: {reason}" if source else reason)
+        self.reason = reason
+
+
 @dataclasses.dataclass(frozen=True)
 class Content:
     """The content of one message in a rendered conversation: characters `[start, end)`.
@@ -40,11 +48,12 @@ class Tokens:
     ends: np.ndarray
 
 
-def locate_contents(messages, tokenizer):
+def locate_contents(messages, tokenizer, prompt_length=0):
     """Renders a conversation with its tokenizer's chat template. Returns `(text, contents)`, `Content`s in order.
 
-    Blank contents are skipped, and so are contents that the template moves behind a later answer. Raises ValueError if
-    the template rejects the conversation, or drops or changes a content.
+    The first `prompt_length` messages hold no answers to learn. Blank contents are skipped, and so are contents that
+    the template moves behind a later answer. Raises `RejectedConversation` if the template rejects the conversation,
+    or drops or changes a content.
     """
     text = _render(messages, tokenizer)
     placeholders = _placeholders(messages, text)
@@ -58,8 +67,9 @@ def locate_contents(messages, tokenizer):
         if index in ranges:
             start, end = ranges[index]
             first = base + len(content[: _num_trimmed(content, text[start:end])].encode())
-            tail = _common_length(ending, text[end : end + len(ending)]) if role == "assistant" else 0
-            contents.append(Content(start, end, first, role == "assistant", end + tail))
+            is_answer = role == "assistant" and index >= prompt_length
+            tail = _common_length(ending, text[end : end + len(ending)]) if is_answer else 0
+            contents.append(Content(start, end, first, is_answer, end + tail))
         base += len(content.encode()) + 1
     return text, contents
 
@@ -111,7 +121,9 @@ def _render(messages, tokenizer):
         return tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the chat template of {_name(tokenizer)} rejects this conversation: {reason}") from None
+        raise RejectedConversation(
+            f"the chat template of {_name(tokenizer)} rejects this conversation: {reason}"
+        ) from None
 
 
 def _placeholders(messages, text):
@@ -123,7 +135,9 @@ def _placeholders(messages, text):
 
 
 def _render_placeholders(messages, placeholders, tokenizer):
-    """Renders the conversation with `placeholders` instead of contents. Raises ValueError unless each occurs once."""
+    """Renders the conversation with `placeholders` instead of contents. Raises
+    `RejectedConversation` unless each occurs once.
+    """
     replaced = [(role, placeholders.get(index, content)) for index, (role, content) in enumerate(messages)]
     rendered = _render(replaced, tokenizer)
     for index, placeholder in placeholders.items():
@@ -192,7 +206,9 @@ def _num_trimmed(content, part):
 
 
 def _in_order(messages, ranges, text, tokenizer):
-    """Returns the ranges in message order, without contents that were moved. Raises ValueError for moved answers."""
+    """Returns the ranges in message order, without contents that were moved. Raises
+    `RejectedConversation` for moved answers.
+    """
     kept, cursor = {}, 0
     for index, (start, end) in sorted(ranges.items()):
         later_answers = [ranges[i][0] for i in ranges if i > index and messages[i][0] == "assistant"]
@@ -221,7 +237,7 @@ def _common_length(first, second):
 def _changed(messages, index, tokenizer):
     role = messages[index][0]
     article = "an" if role == "assistant" else "a"
-    return ValueError(f"the chat template of {_name(tokenizer)} drops or changes {article} {role} message")
+    return RejectedConversation(f"the chat template of {_name(tokenizer)} drops or changes {article} {role} message")
 
 
 def _name(tokenizer):

@@ -1,22 +1,27 @@
 """Loads documents from files, folders and Hugging Face datasets, and splits off held-out documents.
 
-A record is a text in a field, or a conversation in `messages`. A dataset that does not load, or a file with an unknown
-suffix, is an error.
+A dataset that does not load, or a file with an unknown suffix, is an error. A record that cannot be used is skipped and
+counted.
 """
 
-import dataclasses
 import glob
-import gzip
-import hashlib
+import itertools
 import json
 import os
 import re
-import zlib
 from pathlib import Path
 
-TEXTS, TABLES = (".txt", ".md"), (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+from kdlib.data.records import PAIRS, Document, Fields, Report, UnusableRecord, to_document
+
+TEXTS, TABLES = (".txt", ".md"), (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SUFFIXES = TEXTS + TABLES
-"""Suffixes of supported files: plain texts, and tables of records. All but .parquet may be followed by .gz."""
+"""Suffixes of supported files: plain texts, and tables of records."""
+BINARY = (".parquet", ".arrow")
+PACKED = {".gz": "gzip", ".zst": "zstd"}
+"""Suffixes of compression, after one of `SUFFIXES` that is not in `BINARY`."""
+TRAINING = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)", re.IGNORECASE)
+HELD_OUT = re.compile(r"(^|[^a-z])(test(ing)?|val|valid|validation|dev|eval|evaluation)([^a-z]|$)", re.IGNORECASE)
+"""File or folder names of the splits of a dataset."""
 ABOUT_TEXT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog)(?![a-z])", re.IGNORECASE)
 ABOUT_JSON = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "dataset-metadata.json", "state.json")
 """Files that describe a dataset and are not loaded; those of ABOUT_TEXT only if there are tables too."""
@@ -24,45 +29,44 @@ BLOCK_CHARS = 8_000
 MIN_DOCUMENTS = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text, or a conversation: then `messages` is a tuple of (role, content) and `text` is empty. `source` is the
-    file and record of a conversation, for error messages.
-    """
+class Documents(list):
+    """Documents, with the `records.Report` of how they were read."""
 
-    text: str
-    messages: tuple = ()
-    source: str = dataclasses.field(default="", compare=False)
-
-    @property
-    def key(self):
-        """Hash of the content, as a number in [0, 1)."""
-        content = self.text or json.dumps(self.messages)
-        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6], "big") / 2**48
+    def __init__(self, documents, report):
+        super().__init__(documents)
+        self.report = report
 
 
-def read_documents(source, text_field="text"):
+def read_documents(source, fields=Fields(), max_bad_records=0.05, split="train"):  # noqa: B008 - frozen
     """Loads all documents of `source`: a comma-separated list of files, folders, patterns and Hugging Face ids.
 
     The suffix decides how a file is read (`SUFFIXES`). In a text, form feeds separate documents. A text with fewer than
     20 is cut into blocks of about 8,000 characters at blank lines, so that some can be held out. A table has one record
-    per row, line or list element. Raises ValueError if a source is missing, unreadable or empty.
+    per row, line or list element; `fields` name theirs (`records.to_document`). `split` is the one of a dataset on the
+    Hub or stored by `datasets`. Raises ValueError if a source is missing, unreadable or empty, or if more than a share
+    `max_bad_records` of its records cannot be used.
     """
-    documents = []
+    documents = Documents([], Report())
     for part in filter(None, (part.strip() for part in source.split(","))):
-        part_documents = _read_source(part, text_field)
-        if not part_documents:
-            raise ValueError(f"{part} contains no text")
-        documents += part_documents
-    if not documents:
-        raise ValueError(f"dataset {source!r} contains no text")
+        report = Report()
+        documents += _read_source(part, fields, split, report)
+        report.check(part, max_bad_records)
+        documents.report.add(report)
+    documents.report.check(f"dataset {source!r}", max_bad_records)
     return documents
 
 
+def documents_of(config, key="dataset"):
+    """Returns the `Documents` of a config key, `dataset` or `eval_dataset`."""
+    fields = Fields(config.text_field, config.prompt_field, config.completion_field)
+    return read_documents(getattr(config, key), fields, config.max_bad_records, config.dataset_split)
+
+
 def suffix_of(path):
-    """Returns the file's suffix from `SUFFIXES`, ignoring case and a .gz ending; empty if it has none of them."""
-    name = Path(path).name.lower().removesuffix(".gz")
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    """Returns the file's suffix from `SUFFIXES`, ignoring case and one of `PACKED`; empty if it has none of them."""
+    path = Path(str(path).lower())
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return suffix if suffix in SUFFIXES and not (suffix in BINARY and path.suffix in PACKED) else ""
 
 
 def is_text(path):
@@ -72,13 +76,19 @@ def is_text(path):
 
 
 def files_in(folder):
-    """Returns the supported files of a folder and its subfolders, sorted. Skips hidden folders, and text files like
-    README or LICENSE if there are tables.
+    """Returns the supported files of a folder and its subfolders, sorted.
+
+    Skips hidden folders, text files like README or LICENSE if there are tables, and the files of other splits if some
+    names say that they are for training.
     """
     paths = sorted(path for path in Path(folder).rglob("*") if is_text(path))
     paths = [path for path in paths if not any(name[0] == "." for name in path.relative_to(folder).parts)]
     has_tables = any(suffix_of(path) in TABLES for path in paths)
-    return [path for path in paths if not (has_tables and suffix_of(path) in TEXTS and ABOUT_TEXT.match(path.name))]
+    paths = [path for path in paths if not (has_tables and suffix_of(path) in TEXTS and ABOUT_TEXT.match(path.name))]
+    names = {path: str(path.relative_to(folder)) for path in paths}
+    if any(TRAINING.search(name) for name in names.values()):
+        paths = [path for path in paths if TRAINING.search(names[path]) or not HELD_OUT.search(names[path])]
+    return paths
 
 
 def split_documents(documents, held_out=0.1):
@@ -103,11 +113,11 @@ def halve(documents):
     return [[document for document in documents if rank[document.key] % 2 == half] for half in (0, 1)]
 
 
-def _read_source(part, text_field):
+def _read_source(part, fields, split, report):
     path = Path(os.path.expanduser(part))
     if os.path.isdir(path):
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return _from_rows(_load_saved(path), text_field, part)
+            return _from_rows(_load_saved(path, split), fields, part, report)
         files = files_in(path)
         if not files:
             raise ValueError(f"folder {part} has no file that ends in {' '.join(SUFFIXES)}{_describe_files(path)}")
@@ -120,8 +130,8 @@ def _read_source(part, text_field):
     elif suffix_of(part) or part.startswith((".", "/", "~")) or "\\" in part or part.count("/") > 1:
         raise ValueError(f"no such file or folder: {part}")
     else:
-        return _from_rows(_load_from_hub(part), text_field, part)
-    return [document for file in files for document in _read_file(file, text_field)]
+        return _from_rows(_load_from_hub(part, split), fields, part, report)
+    return [document for file in files for document in _read_file(file, fields, report)]
 
 
 def _describe_files(folder, max_names=5):
@@ -130,38 +140,50 @@ def _describe_files(folder, max_names=5):
     return f"; it has {', '.join(names[:max_names])}{remainder}" if names else ""
 
 
-def _read_file(path, text_field):
+def _read_file(path, fields, report):
     suffix = suffix_of(path)
     if not suffix:
         raise ValueError(
-            f"cannot read {path}: its name must end in {' '.join(SUFFIXES)} (or in .gz after one of these)"
+            f"cannot read {path}: its name must end in {' '.join(SUFFIXES)}, or in {' '.join(PACKED)} after one of these "
+            f"but {' '.join(BINARY)}"
         )
-    if suffix == ".parquet":
-        return _from_rows(_load_parquet(path), text_field, path)
+    if suffix in BINARY:
+        return _from_rows((_load_parquet if suffix == ".parquet" else _load_arrow)(path), fields, path, report)
     content = _content(path)
     if suffix in TEXTS:
-        return [Document(text) for text in _split_text(content)]
+        texts = _split_text(content)
+        report.forms["texts"] += len(texts)
+        return [Document(text) for text in texts]
     if suffix in (".csv", ".tsv"):
-        return _from_rows(_load_csv(content, path, text_field, "," if suffix == ".csv" else "\t"), text_field, path)
-    return _from_rows((_json_lines if suffix == ".jsonl" else _json)(content, path), text_field, path)
+        rows = _load_csv(content, path, fields, "," if suffix == ".csv" else "\t")
+        return _from_rows(rows, fields, path, report)
+    unit = "line" if suffix == ".jsonl" else "record"
+    return _from_rows((_json_lines if suffix == ".jsonl" else _json)(content, path), fields, path, report, unit)
 
 
 def _content(path):
-    """Reads the text of a file, and decompresses it if its name ends in .gz."""
+    """Reads the text of a file, and decompresses it if its name says so."""
+    packed = PACKED.get(path.suffix.lower())
     try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
+        content = _unpack(path, packed) if packed else path.read_bytes()
         content = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a valid gzip file: {error}") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
     if "\0" in content:
         raise ValueError(f"{path} is not UTF-8 text (NUL at character {content.index(chr(0))}); convert it first")
     return content.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _unpack(path, kind):
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as file:
+        try:
+            return pyarrow.CompressedInputStream(file, kind).read()
+        except OSError as error:
+            raise ValueError(f"{path} is not a valid {kind} file: {_first_line(error)}") from None
 
 
 def _split_text(content):
@@ -189,89 +211,55 @@ def _json(content, path):
         if getattr(error, "msg", "") == "Extra data":  # after the first object
             return _json_lines(content, path)
         raise ValueError(f"{path} is not JSON: {error}") from None
-    rows = value if isinstance(value, list) else [value]
-    return [_object(row, f"{path} record {number}") for number, row in enumerate(rows, start=1)]
+    return value if isinstance(value, list) else [value]
 
 
 def _json_lines(content, path):
+    """Returns the value of each line, an `UnusableRecord` if it is not JSON, and None if it is empty."""
     rows = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-            rows.append(_object(row, f"{path} line {number}"))
+    for line in content.split("\n"):
+        try:
+            rows.append(json.loads(line) if line.strip() else None)
+        except (ValueError, RecursionError) as error:
+            rows.append(UnusableRecord(f"not JSON ({getattr(error, 'msg', None) or 'nested too deeply'})"))
     return rows
 
 
-def _object(row, record):
-    if not isinstance(row, dict):
-        raise ValueError(f"{record} is a {type(row).__name__}; expected an object with fields")
-    return row
-
-
-def _load_csv(content, path, text_field, delimiter):
-    """Parses a .csv or .tsv file whose first row names the fields. The text field is never converted to numbers."""
+def _load_csv(content, path, fields, delimiter):
+    """Parses a .csv or .tsv file whose first row names the fields. Fields of text are never converted to numbers."""
     import pyarrow.csv
 
     data = content.encode()
+    names = {fields.text, fields.prompt, fields.completion, "prompt", "completion", "chosen", *itertools.chain(*PAIRS)}
+    types = dict.fromkeys(names, pyarrow.string())
     try:
         return pyarrow.csv.read_csv(
             pyarrow.BufferReader(data),
             pyarrow.csv.ReadOptions(block_size=min(len(data) + 1, 2**31 - 1)),  # records must fit in one block
             pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(column_types={text_field: pyarrow.string()}, strings_can_be_null=False),
+            pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         ).to_pylist()
     except (pyarrow.ArrowException, UnicodeError) as error:
         raise ValueError(f"{path} is not a valid table: {_first_line(error)}") from None
 
 
-def _from_rows(rows, text_field, source):
+def _from_rows(rows, fields, source, report, unit="record"):
+    """Converts records to documents, and counts them in `report`. None is no record."""
     documents = []
     for number, row in enumerate(rows, start=1):
-        record = f"{source} record {number}"
-        if row.get("messages"):
-            _check_characters(row["messages"], record)
-            documents.append(Document("", _messages(row["messages"], record), record))
+        if row is None:
             continue
-        if text_field not in row:
-            fields = ", ".join(row) or "no fields"
-            raise ValueError(f"{record} has no field {text_field!r}; it has {fields}; set --text-field")
-        text = row[text_field]
-        if not isinstance(text, str):
-            raise ValueError(f"{record}: field {text_field!r} is {type(text).__name__}, expected a string")
-        _check_characters(text, record)
-        if text.strip():
-            documents.append(Document(text))
+        name = f"{source} {unit} {number}"
+        try:
+            if isinstance(row, UnusableRecord):
+                raise row
+            form, document = to_document(row, fields, name)
+        except UnusableRecord as error:
+            report.skip(str(error), name)
+        else:
+            report.forms[form] += 1
+            documents.append(document)
     return documents
-
-
-def _check_characters(value, record):
-    """Raises ValueError for a lone surrogate, which tokenizers reject, or for messages that are not a list."""
-    if not isinstance(value, (str, list, tuple)):
-        raise ValueError(f"{record}: messages is {type(value).__name__}, expected a list of messages")
-    try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
-    except UnicodeEncodeError as error:
-        surrogate = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"{record} contains the lone surrogate {surrogate}; repair the text first") from None
-
-
-def _messages(messages, record):
-    turns = []
-    for message in messages:
-        fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        is_blank_answer = role == "assistant" and isinstance(content, str) and not content.strip()
-        if not isinstance(role, str) or not isinstance(content, str) or is_blank_answer:
-            raise ValueError(
-                f"{record}: a message needs a role and a content that is a string, not blank for an answer"
-            )
-        turns.append((role, content))
-    if "assistant" not in [role for role, _ in turns]:
-        raise ValueError(f"{record}: messages contain no answer (role assistant), so there is no training target")
-    return tuple(turns)
 
 
 def _load_parquet(path):
@@ -283,7 +271,16 @@ def _load_parquet(path):
         raise ValueError(f"{path} is not a valid parquet file: {_first_line(error)}") from None
 
 
-def _load_saved(path):
+def _load_arrow(path):
+    import datasets
+
+    try:
+        return datasets.Dataset.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - any failure of the loader becomes a one-line error
+        raise ValueError(f"{path} is not a valid arrow file: {_first_line(error)}") from None
+
+
+def _load_saved(path, split):
     import datasets
 
     try:
@@ -291,16 +288,18 @@ def _load_saved(path):
     except Exception as error:  # noqa: BLE001 - any failure of the loader becomes a one-line error
         raise ValueError(f"{path} is not a valid saved dataset: {_first_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
-        loaded = loaded["train"] if "train" in loaded else loaded[next(iter(loaded))]
+        if split not in loaded:
+            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(loaded)}; set --dataset-split")
+        loaded = loaded[split]
     return loaded
 
 
-def _load_from_hub(part):
+def _load_from_hub(part, split):
     import datasets
 
     name, _, configuration = part.partition(":")
     try:
-        return datasets.load_dataset(name, configuration or None, split="train")
+        return datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # noqa: BLE001 - any failure of the loader becomes a one-line error
         reason = f"loading it from the Hugging Face Hub failed: {_first_line(error)}"
         raise ValueError(f"dataset {part!r}: no such file or folder, and {reason}") from None

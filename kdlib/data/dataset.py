@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import warnings
@@ -18,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from kdlib import environment
-from kdlib.data import tokenize, windowing
-from kdlib.data.corpus import Document
+from kdlib.data import chat, tokenize, windowing
+from kdlib.data.records import Document, merge_system
 from kdlib.files import read_json, write_json
 
-FORMAT = 3
+FORMAT = 4
 """Increment when `tokenize`, `chat`, `windowing`, `boundaries` or `vocab` produce different windows for the same text.
 """
 PARALLEL_CHARS, PROGRESS_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
@@ -37,15 +38,23 @@ SCHEMA = pa.schema(
     [(name, pa.list_(pa.int32())) for name in LISTS]
     + [(name, pa.list_(pa.bool_())) for name in MARKS]
     + [(name, pa.int64()) for name in NUMBERS + COUNTS]
+    + [("problem", pa.string())]
 )
-DOCUMENT = pa.schema([(name, pa.large_string()) for name in ("text", "messages", "source")] + [("number", pa.int64())])
+DOCUMENT = pa.schema(
+    [(name, pa.large_string()) for name in ("text", "messages", "source")]
+    + [(name, pa.int64()) for name in ("prompt_length", "number")]
+)
 """Schema of the documents file, which the tokenizing processes read."""
 
 
 class WindowDataset(collections.abc.Sequence):
-    """Sequence of `windowing.Window`s backed by an Arrow table; a window is built on access."""
+    """Sequence of `windowing.Window`s backed by an Arrow table; a window is built on access.
+
+    `problems` says why documents have no window, by index. Their rows in the table are no windows.
+    """
 
     def __init__(self, table):
+        self.problems, table = _split_problems(table)
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
         self._columns = {}
@@ -102,6 +111,16 @@ class WindowDataset(collections.abc.Sequence):
         return (_values(batch.column(name)) for batch in self._batches)
 
 
+def _split_problems(table):
+    """Returns `({document: problem}, table without these rows)`; copies nothing."""
+    if "problem" not in table.column_names or table["problem"].null_count == len(table):
+        return {}, table
+    rows = np.flatnonzero(table["problem"].is_valid().to_numpy())
+    problems = {table["document"][int(row)].as_py(): table["problem"][int(row)].as_py() for row in rows}
+    edges = itertools.pairwise([-1, *rows.tolist(), len(table)])
+    return problems, pa.concat_tables([table.slice(start + 1, stop - start - 1) for start, stop in edges])
+
+
 def window_lengths(windows, side="student"):
     """Returns the number of tokens of each window on one side, int64."""
     if isinstance(windows, WindowDataset):
@@ -124,8 +143,10 @@ def sample_windows(windows, num_tokens):
         total += lengths[index]
 
 
-def table_of(windows, counts=()):
-    """Converts windows to `{column: Arrow array}`; `counts` `[len(windows)][4]` as in COUNTS (default: zeros)."""
+def table_of(windows, counts=(), problems=None):
+    """Converts windows to `{column: Arrow array}`; `counts` `[len(windows)][4]` as in COUNTS (default: zeros). `problems`:
+    why a row is no window, or None.
+    """
     columns = {name: _lists([getattr(w, name) for w in windows], np.int32) for name in LISTS}
     for side in ("student", "teacher"):
         labels = [getattr(w, f"{side}_labels") for w in windows]
@@ -136,6 +157,7 @@ def table_of(windows, counts=()):
     counts = np.array(counts, np.int64).reshape(-1, len(COUNTS))
     counts = counts if len(counts) else np.zeros((len(windows), len(COUNTS)), np.int64)
     columns |= {name: pa.array(counts[:, i]) for i, name in enumerate(COUNTS)}
+    columns["problem"] = pa.array(problems or [None] * len(windows), pa.string())
     return {name: columns[name] for name in SCHEMA.names}
 
 
@@ -173,7 +195,7 @@ def _key(documents, student, teacher, max_length):
         digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), *map(repr, settings)]).encode())
     for document in documents:
         content = document.text.encode() if not document.messages else json.dumps(document.messages).encode()
-        digest.update(f"{bool(document.messages)} {len(content)} ".encode() + content)
+        digest.update(f"{bool(document.messages)} {document.prompt_length} {len(content)} ".encode() + content)
     return digest.hexdigest()[:32]
 
 
@@ -243,15 +265,35 @@ def _map_environment(num_chars, num_documents):
 
 
 def _tokenize_batch(batch, student, teacher, max_length):
-    windows, counts = [], []
-    for text, messages, source, number in zip(*(batch[name] for name in DOCUMENT.names), strict=True):
-        document = Document(text, tuple(map(tuple, json.loads(messages))), source)
-        sides = [tokenize.encode(document, reader) for reader in (student, teacher)]
-        cut = windowing.cut_windows(document, *sides, student, teacher, max_length, number)
-        masks = [mask for side in sides for mask in (side.faithful & side.is_text, side.is_text)]
-        windows += cut
-        counts += ([[int(mask.sum()) for mask in masks]] + [[0] * len(COUNTS)] * len(cut))[: len(cut)]
-    return pa.table(table_of(windows, counts), SCHEMA)
+    windows, counts, problems = [], [], []
+    for text, messages, source, prompt_length, number in zip(*(batch[n] for n in DOCUMENT.names), strict=True):
+        document = Document(text, tuple(map(tuple, json.loads(messages))), source, prompt_length)
+        problem = f"without a training target in its first {max_length} tokens"
+        cut, first_counts = [], [0] * len(COUNTS)
+        try:
+            document, sides = _encode_both(document, student, teacher)
+        except chat.RejectedConversation as error:
+            problem = f"rejected: {error.reason}"
+        else:
+            cut = windowing.cut_windows(document, *sides, student, teacher, max_length, number)
+            cut = [window for window in cut if (window.student_labels != windowing.IGNORE).any()]
+            masks = [mask for side in sides for mask in (side.faithful & side.is_text, side.is_text)]
+            first_counts = [int(mask.sum()) for mask in masks]
+        windows += cut or [windowing.empty(number)]
+        counts += [first_counts] + [[0] * len(COUNTS)] * (len(cut) - 1)
+        problems += [None] * len(cut) or [problem]
+    return pa.table(table_of(windows, counts, problems), SCHEMA)
+
+
+def _encode_both(document, *readers):
+    """Returns `(document, its two Encodeds)`. If a template rejects the system message, both sides read it merged."""
+    try:
+        return document, [tokenize.encode(document, reader) for reader in readers]
+    except chat.RejectedConversation:
+        merged = merge_system(document)
+        if merged is None:
+            raise
+        return merged, [tokenize.encode(merged, reader) for reader in readers]
 
 
 def _batched(documents):
@@ -274,6 +316,7 @@ def _document_columns(batch):
         "text": [document.text for _, document in batch],
         "messages": [json.dumps(document.messages) for _, document in batch],
         "source": [document.source for _, document in batch],
+        "prompt_length": [document.prompt_length for _, document in batch],
         "number": [number for number, _ in batch],
     }
 

@@ -123,22 +123,25 @@ def encode(document, reader):
     A conversation is rendered with the tokenizer's own chat template and tokenized as one string, so its ids equal
     those of `apply_chat_template`. Only contents are text; in the shared byte count they follow each other with one
     byte between. Targets are answers (role `assistant`) and the template text after them, up to the last special token
-    of their turn. Raises ValueError with the record's name if the template rejects the conversation.
+    of their turn. In a text, a token is a target unless it begins in the prompt (`Document.prompt_length`). Raises
+    `chat.RejectedConversation` with the record's name.
     """
     if document.messages:
         return _encode_chat(document, reader)
     encoding = reader.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoding["input_ids"]
     spans = boundaries.token_spans(document.text, ids, encoding["offset_mapping"], reader.vocabulary)
-    lengths, mask = np.diff(spans.ends, prepend=0), np.ones(len(ids), dtype=bool)
-    return Encoded(np.array(ids, dtype=np.int64), spans.ends, spans.boundary, spans.faithful, lengths, mask, mask)
+    starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+    lengths, is_text = np.diff(spans.ends, prepend=0), np.ones(len(ids), dtype=bool)
+    arrays = spans.ends, spans.boundary, spans.faithful, lengths, is_text, starts >= document.prompt_length
+    return Encoded(np.array(ids, dtype=np.int64), *arrays)
 
 
 def _encode_chat(document, reader):
     try:
-        text, contents = chat.locate_contents(document.messages, reader.tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{document.source}: {error}" if document.source else str(error)) from None
+        text, contents = chat.locate_contents(document.messages, reader.tokenizer, document.prompt_length)
+    except chat.RejectedConversation as error:
+        raise chat.RejectedConversation(error.reason, document.source) from None
     tokens = chat.tokenize(text, contents, reader)
     encoded = Encoded(tokens.ids, *(np.zeros(len(tokens.ids), kind) for kind in (int, bool, bool, int, bool, bool)))
     for content in contents:

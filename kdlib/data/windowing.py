@@ -40,6 +40,12 @@ class Window:
     window_id: int = 0
 
 
+def empty(document):
+    """Returns a `Window` of a document without any tokens."""
+    ids, mask = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+    return Window(ids, ids, mask, ids, ids, mask, ids, ids, ids, ids, 0, 0, document)
+
+
 def cut_windows(document, student, teacher, student_reader, teacher_reader, max_length, number=0):
     """Cuts one document into `Window`s. `student` and `teacher` are its two `Encoded`s, `number` its index.
 

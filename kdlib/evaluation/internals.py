@@ -65,7 +65,7 @@ def align_sentence(config):
         teacher = teacher_cache.CachedTeacher(teacher_cache.folders_of(config.teacher_cache)).reader
     else:
         teacher = loading.load_reader(config.teacher, "teacher")
-    text = next(iter(corpus.read_documents(config.dataset, config.text_field))).text
+    text = corpus.documents_of(config)[0].text
     document = Document(_truncate(text, SHOWN_CHARS))
     encodings = tokenize.encode(document, student), tokenize.encode(document, teacher)
     windows = windowing.cut_windows(document, *encodings, student, teacher, 4 * SHOWN_CHARS)

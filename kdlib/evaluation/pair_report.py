@@ -34,7 +34,8 @@ def findings_of(config, loaded, scores, sampled=False):
     """
     pair, alignment = loaded.pair, loaded.alignment
     text = "a sample" if sampled else "your text"
-    findings = [_shared(pair.shared), _coverage(alignment["coverage"], text)]
+    findings = [_data(key, report) for key, report in loaded.reports.items()]
+    findings += [_shared(pair.shared), _coverage(alignment["coverage"], text)]
     findings += [_one_to_one(pair.sample, text), _faithful(alignment), _rows("student", pair.head)]
     findings += [_rows("teacher", pair.teacher.head)] if pair.teacher.head else []
     findings += [_cuts(pair), _marks("student", pair.student_reader), _marks("teacher", pair.teacher.reader)]
@@ -46,6 +47,13 @@ def findings_of(config, loaded, scores, sampled=False):
 def _finding(name, value, warning="", remedy="", meaning="", number=None):
     """Returns a `warning` if there is a text for it, else an `ok` finding."""
     return Finding("pair", name, value, "warning" if warning else "ok", warning or meaning, remedy, number)
+
+
+def _data(key, report):
+    *read, last = report.lines()
+    if not report.num_skipped:
+        return _finding(key, " ".join([*read, last]))
+    return _finding(key, " ".join(read), last, "correct these records, or leave them out", number=report.num_records)
 
 
 def _shared(shared):

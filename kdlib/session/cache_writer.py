@@ -57,6 +57,7 @@ class CacheWriter:
         self.loaded, self.pair = loaded, loaded.pair
         self.device = self.pair.teacher.model.device
         held_out = [inputs.windows_of(split) for split in (self.loaded.validation, self.loaded.test)]
+        self.data_lines = loaded.data_lines()
         self.windows = dict(zip(teacher_cache.SPLITS, (self.loaded.train, *held_out), strict=True))
         self.facts = {
             "format": teacher_cache.FORMAT,
@@ -131,6 +132,7 @@ class CacheWriter:
         folders = [folder for folder in (self.out, *self.others) if (folder / INDEX).exists()]
         return {
             "kind": "plan",
+            "data": self.data_lines,
             "windows": sum(map(len, self.windows.values())),
             "tokens": WindowDataset.from_list(self.windows["train"]).total("student_ids"),
             "positions": num_positions,

@@ -43,9 +43,9 @@ class Experiment:
         return sum(arm.step for arm in self.arms if arm.name == DISTILLED)
 
     def summary(self):
-        """Returns the size of the run, the alignment and the current step, for the `start` record."""
+        """Returns the size of the run, what was read, the alignment and the current step, for the `start` record."""
         sizes = {"num_windows": len(self.inputs.train), "max_steps": self.config.max_steps}
-        return {**sizes, "alignment": self.inputs.alignment, "step": self.step}
+        return {**sizes, "data": self.inputs.data_lines(), "alignment": self.inputs.alignment, "step": self.step}
 
     def place(self):
         """Returns run, repeat and step of the current arm, as in records."""

@@ -28,6 +28,7 @@ class Inputs:
 
     `alignment` reports how well the tokenizers align on this text, as fractions in [0, 1]. `identity` fingerprints the
     inputs (`fingerprint.fingerprint_inputs`). `held_out_tokens` counts the student's tokens, by split.
+    `reports` are the `records.Report`s of what was read, by config key.
     """
 
     pair: Pair
@@ -37,6 +38,11 @@ class Inputs:
     alignment: dict
     identity: dict
     held_out_tokens: dict = dataclasses.field(default_factory=dict)
+    reports: dict = dataclasses.field(default_factory=dict)
+
+    def data_lines(self):
+        """Returns what was read and skipped, as one line of text per config key."""
+        return [f"{key}: {' '.join(report.lines())}" for key, report in self.reports.items()]
 
 
 def load(
@@ -52,7 +58,9 @@ def load(
     if config.optimizer == "adamw_8bit":
         devices.bitsandbytes("optimizer", config.optimizer, "adamw")
     on_progress("reading the text", 0, 0)
-    documents = documents or _read_documents(config)
+    reports = {}
+    if documents is None:
+        documents, reports = _read_documents(config)
     pair = load_pair(config, device, teacher_dtype, teacher_device, on_progress)
     if config.gradient_checkpointing == "on" and not memory.can_recompute(pair.student):
         raise ValueError(
@@ -60,6 +68,7 @@ def load(
         )
     on_progress("tokenizing the text", 0, 0)
     train, validation, test = (_build_windows(split, pair, config) for split in documents)
+    _count_rejected(reports, config, zip(documents, (train, validation, test), strict=True))
     _check_train_size(train, config)
     pair.max_row_width = _max_row_width(pair, config, (train, validation, test))
     pair.sample, pair.text = list(sample_windows(train, MEASURED_TOKENS)), train
@@ -86,7 +95,7 @@ def load(
     if config.check_teacher:
         scoring.check_teacher(pair.teacher, train, held_out[0])
     sizes = {name: int(window_lengths(split).sum()) for name, split in zip(HELD_OUT, (validation, test), strict=True)}
-    return Inputs(pair, train, *held_out, alignment, identity, sizes)
+    return Inputs(pair, train, *held_out, alignment, identity, sizes, reports)
 
 
 def with_cache(loaded, config, on_progress=lambda phase, done, total: None):
@@ -101,7 +110,7 @@ def with_cache(loaded, config, on_progress=lambda phase, done, total: None):
     samples = [windows_of(split) for split in (loaded.validation, loaded.test)]
     held_out = _prepare_both(samples, pair, config, loaded.train, on_progress)
     identity = {**loaded.identity, **teacher.identity}
-    return Inputs(pair, loaded.train, *held_out, loaded.alignment, identity, loaded.held_out_tokens)
+    return Inputs(pair, loaded.train, *held_out, loaded.alignment, identity, loaded.held_out_tokens, loaded.reports)
 
 
 def windows_of(held_out):
@@ -120,15 +129,16 @@ def load_for_evaluation(
     if config.cached:
         raise ValueError("evaluate needs the teacher itself; give --teacher, not --teacher-cache")
     on_progress("reading the text", 0, 0)
-    documents = corpus.read_documents(config.dataset, config.text_field)
+    documents = corpus.documents_of(config)
     pair = load_pair(config, device, teacher_dtype, teacher_device, on_progress)
     on_progress("tokenizing the text", 0, 0)
-    windows = _build_windows(documents, pair, config)
+    windows, reports = _build_windows(documents, pair, config), {"dataset": documents.report}
+    _count_rejected(reports, config.replace(eval_dataset=""), [(documents, windows)])
     _check_not_empty({"given": windows})
     pair.max_row_width = _max_row_width(pair, config, [windows])
     counts = torch.from_numpy(scoring.times_seen(pair.student_reader.vocabulary, windows))
     held_out = _prepare_held_out(windows, pair, config, "held-out", counts, on_progress)
-    return Inputs(pair, windows, held_out, held_out, _alignment(windows, pair), {})
+    return Inputs(pair, windows, held_out, held_out, _alignment(windows, pair), {}, reports=reports)
 
 
 def make_objective(pair, config, student=None):
@@ -220,10 +230,23 @@ def _sample_features(pair, config, student, layers):
 
 
 def _read_documents(config):
-    documents = corpus.read_documents(config.dataset, config.text_field)
+    """Returns `((train, validation, test), {config key: records.Report})`."""
+    documents = corpus.documents_of(config)
     if config.eval_dataset:
-        return documents, *corpus.halve(corpus.read_documents(config.eval_dataset, config.text_field))
-    return corpus.split_documents(documents)
+        held_out = corpus.documents_of(config, "eval_dataset")
+        return (documents, *corpus.halve(held_out)), {"dataset": documents.report, "eval_dataset": held_out.report}
+    return corpus.split_documents(documents), {"dataset": documents.report}
+
+
+def _count_rejected(reports, config, splits):
+    """Counts the documents without windows in the reports of their sources. Raises ValueError for too many."""
+    for index, (documents, windows) in enumerate(splits):
+        key = "eval_dataset" if index and config.eval_dataset else "dataset"
+        for number, problem in windows.problems.items():
+            if key in reports:
+                reports[key].reject(problem, documents[number].source)
+    for key, report in reports.items():
+        report.check(getattr(config, key), config.max_bad_records)
 
 
 def _build_windows(documents, pair, config):

@@ -98,12 +98,14 @@ class RunFolder:
     def _lock_path(self):
         return self.path / ".lock"
 
-    def open(self, config, env):
-        """Writes `config.json` and `env.json` at the start of a session."""
+    def open(self, config, env, data):
+        """Writes `config.json`, `env.json` and, unless it is empty, `data.json` at the start of a session."""
         try:
             files.recover(self.path / "student")
             files.write_json(self.path / "config.json", config)
             files.write_json(self.path / "env.json", env)
+            if data:
+                files.write_json(self.path / "data.json", data)
             self.records.path.touch()
         except OSError as error:
             raise ValueError(f"--out {self.path} can't be written: {error.strerror or error}") from None

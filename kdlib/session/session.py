@@ -69,7 +69,7 @@ class Session:
         self.own_folder = self.folder if self.is_main else None
         self.experiment, self.schedule, self.final_state, self.plan = None, None, None, None
         self.train_started, self.first_step = None, 0
-        self.load_pause, self.last_progress = "", ("", 0.0)
+        self.load_pause, self.last_progress, self.data = "", ("", 0.0), {}
         try:
             if self.is_main and self.folder.holds_run():
                 self.folder.acquire()
@@ -97,6 +97,7 @@ class Session:
 
     def _load(self, config):
         loaded, per_step = self.first_pass.inputs(config), config.effective_batch * self.accelerator.num_processes
+        self.data = {key: report.to_dict() for key, report in loaded.reports.items()}
         self.config = config.replace(max_steps=time_budget.num_steps(config, len(loaded.train), per_step))
         self.run_identity = {
             "config": self.config.to_dict(),
@@ -173,7 +174,7 @@ class Session:
             cache = self.previous_run.source.cache
             config = self.previous_run.facts["config"] if self.previous_run.facts else config
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        self.folder.open(config, environment.describe(devices))
+        self.folder.open(config, environment.describe(devices), self.data)
         if self.previous_run:
             resume.adopt(self.previous_run, self.folder)
         self.first_pass.copy_shards(cache)

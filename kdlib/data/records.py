@@ -1,0 +1,284 @@
+"""Records of a dataset in their usual forms, and the documents that they hold.
+
+The names of fields are those of trl's dataset formats, of ShareGPT, of Alpaca and of common question-answer sets.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+
+ROLES = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
+"""Roles of ShareGPT conversations."""
+SYSTEM = ("system", "system_prompt")
+PAIRS = {
+    ("instruction", "input", "output"): "Alpaca instructions",
+    ("instruction", "output"): "instructions with an output",
+    ("instruction", "context", "response"): "Dolly instructions",
+    ("instruction", "response"): "instructions with a response",
+    ("question", "answer"): "questions and answers",
+    ("question", "response"): "questions and responses",
+    ("query", "response"): "queries and responses",
+    ("query", "answer"): "queries and answers",
+    ("problem", "solution"): "problems and solutions",
+    ("prompt", "response"): "prompts and responses",
+    ("input", "output"): "inputs and outputs",
+    ("inputs", "targets"): "inputs and targets",
+}
+"""Fields of one question and its answer: the last one is the answer, the others form the question."""
+EXAMPLES = 3
+"""Records that are named for each reason why records are not used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text, or a conversation: then `messages` is a tuple of (role, content) and `text` is empty.
+
+    `prompt_length`: the characters of the text, or the messages, that come before the training targets. `source` names
+    file and record, for error messages.
+    """
+
+    text: str
+    messages: tuple = ()
+    source: str = dataclasses.field(default="", compare=False)
+    prompt_length: int = 0
+
+    @property
+    def key(self):
+        """Hash of the content, as a number in [0, 1)."""
+        content = self.text or json.dumps(self.messages)
+        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6], "big") / 2**48
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Names of record fields (config keys `text_field`, `prompt_field` and `completion_field`)."""
+
+    text: str = "text"
+    prompt: str = ""
+    completion: str = ""
+
+
+def merge_system(document):
+    """Returns the document with its system message in front of the first user message, or None if it has no such two.
+
+    Templates without a system role, as Gemma's, describe this as the way to give one.
+    """
+    (first, system), (second, user), *rest = (*document.messages, ("", ""), ("", ""))[: max(2, len(document.messages))]
+    if (first, second) != ("system", "user"):
+        return None
+    messages = (("user", f"{system}\n\n{user}" if system.strip() else user), *rest)
+    return dataclasses.replace(document, messages=messages, prompt_length=max(0, document.prompt_length - 1))
+
+
+class UnusableRecord(ValueError):
+    """A record that holds no training text. The message is the reason; it is the same for similar records."""
+
+
+class Report:
+    """Counts of what was read: records by form, and unusable records by reason with their first sources."""
+
+    def __init__(self):
+        self.forms, self.num_skipped, self.examples = collections.Counter(), collections.Counter(), {}
+        self.num_rejected = 0
+
+    @property
+    def num_records(self):
+        return self.forms.total() + self.num_skipped.total() - self.num_rejected
+
+    def add(self, other):
+        """Adds the counts of another report."""
+        self.forms += other.forms
+        self.num_rejected += other.num_rejected
+        for reason, count in other.num_skipped.items():
+            self.num_skipped[reason] += count
+            self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:EXAMPLES]
+
+    def skip(self, reason, source):
+        self.num_skipped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(source)
+
+    def reject(self, reason, source):
+        """Skips a record that was counted by its form already."""
+        self.num_rejected += 1
+        self.skip(reason, source)
+
+    def check(self, source, max_bad_records):
+        """Raises ValueError if there are no documents, or if the share of unusable records exceeds `max_bad_records`."""
+        num_bad = self.num_skipped.total()
+        if num_bad and num_bad > max_bad_records * self.num_records:
+            share = f"{num_bad:,} of {self.num_records:,} records of {source} cannot be used"
+            raise ValueError(
+                f"{share}: {'; '.join(self._reasons())}. At most {max_bad_records:.0%} may be skipped (max_bad_records)"
+            )
+        if self.forms.total() == self.num_rejected:
+            raise ValueError(f"{source} contains no text")
+
+    def lines(self):
+        """Returns what was read as lines of text."""
+        read = [f"Read {count:,} {form}." for form, count in self.forms.most_common()]
+        num_bad = self.num_skipped.total()
+        noun = "record" if num_bad == 1 else "records"
+        return read + ([f"Skipped {num_bad:,} {noun}: {'; '.join(self._reasons())}."] if num_bad else [])
+
+    def to_dict(self):
+        skipped = {
+            reason: {"count": count, "examples": self.examples[reason]}
+            for reason, count in self.num_skipped.most_common()
+        }
+        return {"forms": dict(self.forms), "skipped": skipped}
+
+    def _reasons(self):
+        for reason, count in self.num_skipped.most_common():
+            yield f"{count:,} {reason} (first: {self.examples[reason][0]})"
+
+
+def to_document(row, fields, source):
+    """Returns `(form, Document)` of a record, a mapping. Raises `UnusableRecord`."""
+    if not isinstance(row, dict):
+        raise UnusableRecord(f"not an object with fields but a {type(row).__name__}")
+    form, document = _convert(row, fields)
+    _check_characters(document)
+    return form, dataclasses.replace(document, source=source)
+
+
+def _convert(row, fields):
+    if fields.prompt or fields.completion:
+        names = fields.prompt or "prompt", fields.completion or "completion"
+        return f"records with {names[0]} and {names[1]}", _prompt_and_completion(row, *names)
+    if fields.text != "text" and fields.text in row:
+        return f"texts in {fields.text}", _text(row, fields.text)
+    if row.get("messages"):
+        return "conversations", _conversation(_messages(row["messages"]), row)
+    for name in ("conversations", "conversation"):
+        if row.get(name):
+            return "ShareGPT conversations", _conversation(_messages(row[name]), row)
+    if row.get("chosen"):
+        return "preferences (the chosen answers)", _preference(row)
+    if "prompt" in row and "completion" in row:
+        return "prompts and completions", _prompt_and_completion(row, "prompt", "completion")
+    names = next((names for names in PAIRS if all(name in row for name in names)), None)
+    if names and (fields.text not in row or names[0] == "instruction"):
+        return PAIRS[names], _question_and_answer(row, names)
+    if fields.text in row:
+        return "texts", _text(row, fields.text)
+    if "messages" in row:
+        raise UnusableRecord("whose messages are empty")
+    names = ", ".join(row) or "no fields"
+    form = "a known form" if fields.text == "text" else f"the field {fields.text} or a known form"
+    raise UnusableRecord(
+        f"without {form} (fields: {names}); name the fields with --text-field, or with --prompt-field and "
+        "--completion-field"
+    )
+
+
+def _text(row, name):
+    return Document(_string(row, name))
+
+
+def _string(row, name):
+    """Returns the text of a field, or raises `UnusableRecord` if it is not text or blank."""
+    if name not in row:
+        raise UnusableRecord(f"without the field {name}")
+    if not isinstance(row[name], str):
+        kind = "null" if row[name] is None else type(row[name]).__name__
+        raise UnusableRecord(f"whose {name} is {kind}, not a string")
+    if not row[name].strip():
+        raise UnusableRecord(f"whose {name} is blank")
+    return row[name]
+
+
+def _question_and_answer(row, names):
+    *question, answer = names
+    parts = [_string(row, question[0])]
+    parts += [_string(row, name) for name in question[1:] if row[name] and row[name] != ""]
+    return _conversation((("user", "\n\n".join(parts)), ("assistant", _string(row, answer))), row)
+
+
+def _prompt_and_completion(row, prompt, completion):
+    """Two strings are one text without a chat template, two lists of messages one conversation, as in trl."""
+    if isinstance(row.get(prompt), list) or isinstance(row.get(completion), list):
+        before = _messages(row.get(prompt))
+        return _conversation((*before, *_messages(row.get(completion))), row, len(before))
+    first = _string(row, prompt)
+    return Document(first + _string(row, completion), prompt_length=len(first))
+
+
+def _preference(row):
+    if isinstance(row["chosen"], str):
+        return _prompt_and_completion(row, "prompt", "chosen") if row.get("prompt") else _text(row, "chosen")
+    chosen, prompt = _messages(row["chosen"]), row.get("prompt")
+    if any(role == "user" for role, _ in chosen) or not prompt:
+        return _conversation(chosen, row)
+    before = (("user", _string(row, "prompt")),) if isinstance(prompt, str) else _messages(prompt)
+    return _conversation((*before, *chosen), row, len(before))
+
+
+def _conversation(messages, row, prompt_length=0):
+    system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), "")
+    if system and messages and messages[0][0] != "system":
+        messages, prompt_length = (("system", system), *messages), prompt_length + 1 if prompt_length else 0
+    if not any(role == "assistant" for role, _ in messages[prompt_length:]):
+        raise UnusableRecord("without an answer (role assistant)")
+    return Document("", tuple(messages), prompt_length=prompt_length)
+
+
+def _messages(value):
+    """Returns a list of messages, or its JSON, as a tuple of (role, content)."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UnusableRecord("whose messages are a string that is not JSON") from None
+    if not isinstance(value, list):
+        raise UnusableRecord(f"whose messages are {_kind(value)}, not a list")
+    return tuple(_message(message) for message in value)
+
+
+def _message(message):
+    if not isinstance(message, dict):
+        raise UnusableRecord(f"with a message that is {_kind(message)}, not an object")
+    role, content = message.get("role"), message.get("content")
+    if "from" in message:
+        role, content = ROLES.get(message["from"]), message.get("value")
+        if role is None:
+            raise UnusableRecord(f"with a message from {message['from']!r}")
+    if message.get("tool_calls"):
+        raise UnusableRecord("with tool calls")
+    if isinstance(content, list):
+        content = _join_parts(content)
+    if not isinstance(role, str):
+        raise UnusableRecord("with a message without a role")
+    if not isinstance(content, str):
+        raise UnusableRecord(f"with a message whose content is {_kind(content)}, not a string")
+    if role == "assistant" and not content.strip():
+        raise UnusableRecord("with a blank answer")
+    return role, content
+
+
+def _join_parts(parts):
+    """Joins contents of type `text`. Raises `UnusableRecord` for images and other types."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UnusableRecord(f"with a content of type {kind}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _kind(value):
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _check_characters(document):
+    """Raises `UnusableRecord` for a lone surrogate, which tokenizers reject."""
+    try:
+        "".join((document.text, *(content for _, content in document.messages))).encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRecord(f"with the lone surrogate \\u{ord(error.object[error.start]):04x}") from None
