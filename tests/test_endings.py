@@ -303,7 +303,7 @@ def test_everything_that_takes_long_says_how_far_it_is(settings, tmp_path):
         "the teacher reads validation text", "the teacher reads test text",
     ]  # fmt: skip
     assert phases.index("the teacher reads the text, positions") < phases.index("start")
-    for phase in ("scoring the student on validation text", "scoring the student on test text",
+    for phase in ("matching the vocabularies", "scoring the student on validation text", "scoring the student on test text",
                   "predicting peak memory", "timing steps for the control, blocks", "the samples",
                   "the model analysis", "the report"):  # fmt: skip
         assert phase in phases

@@ -323,3 +323,4 @@ def test_rejected_conversations_are_counted_and_named(settings, tmp_path):
     records_on_disk = list(session.distill(config, tmp_path / "run"))
     assert records_on_disk[-1]["kind"] == "verdict"
     assert files.read_json(tmp_path / "run" / "data.json")["dataset"]["skipped"][reason]["count"] == 2
+    assert "Records of dataset that were skipped: 2 rejected: " in (tmp_path / "run" / "report.html").read_text()

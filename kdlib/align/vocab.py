@@ -209,6 +209,9 @@ def _word_piece(piece, prefix):
 
 
 def _sentence_piece(piece, fallback, suffix):
+    """Returns the bytes of a SentencePiece piece. `fallback`: pieces like `<0x0A>` are bytes. `suffix` marks the end of a
+    word and is dropped.
+    """
     byte = _BYTE_PIECE.fullmatch(piece) if fallback else None
     if byte:
         return bytes([int(byte[1], 16)])

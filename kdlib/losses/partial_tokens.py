@@ -113,14 +113,19 @@ class PartialTokens:
     def for_block(self, logits, block):
         """Splits a block's teacher logits (None with a cache) into `(PartialTokenBlock, aligned)`, after `reordered`."""
         first, num_aligned = block.aligned.start, block.aligned.stop - block.aligned.start
-        student = slice(*np.searchsorted(self.positions, [block.rows.start, block.rows.stop]))
+        inside = slice(*np.searchsorted(self.positions, [block.rows.start, block.rows.stop]))
         topk, inner_topk = self.partial_topk
-        topk, inner_topk = topk and topk.rows(student), inner_topk and inner_topk.rows(block.extra)
-        rows, spans = self.positions[student] - block.rows.start, self.span_of[student] - first
-        inner_spans, inner_nodes = self.inner_span_of[block.extra] - first, self.inner_nodes[block.extra]
-        aligned, inner = (None, None) if logits is None else (logits[:num_aligned], logits[num_aligned:])
-        student_side, inner_side = (rows, spans, self.nodes[student], topk), (inner_spans, inner_nodes, inner_topk)
-        return PartialTokenBlock(*student_side, *inner_side, inner), aligned
+        partial = PartialTokenBlock(
+            student_rows=self.positions[inside] - block.rows.start,
+            span_of=self.span_of[inside] - first,
+            nodes=self.nodes[inside],
+            topk=topk and topk.rows(inside),
+            inner_span_of=self.inner_span_of[block.extra] - first,
+            inner_nodes=self.inner_nodes[block.extra],
+            inner_topk=inner_topk and inner_topk.rows(block.extra),
+            inner_logits=None if logits is None else logits[num_aligned:],
+        )
+        return partial, None if logits is None else logits[:num_aligned]
 
 
 def agreement_mask(buckets, batch):

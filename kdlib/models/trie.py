@@ -164,25 +164,17 @@ class Trie:
         """Builds a trie from `tokenize.spellings`, one per outer id. `bucket_of` holds the buckets of inner ids, the
         last of which is `tail`. `outer_columns` maps outer ids to columns of a `loading.Head`.
         """
-        entries, num_inner = {}, 1 + max((max(spelling) for spelling in spellings if spelling), default=0)
-        for outer_id, spelling in enumerate(spellings):
-            for depth in range(1, len(spelling) + 1):
-                outcome = int(bucket_of[spelling[depth]]) if depth < len(spelling) else END
-                entries.setdefault(spelling[:depth], []).append((outer_id, outcome))
-        entries = {prefix: np.array(pairs).T for prefix, pairs in entries.items()}
-        entries = {prefix: pairs for prefix, pairs in entries.items() if (pairs[1] != END).any()}
-        for pairs in entries.values():
-            pairs[1, pairs[1] == tail] = END
-        node_of = {(): 0} | {prefix: node for node, prefix in enumerate(entries, 1)}
-        edges = sorted((node_of[prefix[:-1]] * num_inner + prefix[-1], node_of[prefix]) for prefix in entries)
+        nodes, num_inner = _nodes_of(spellings, bucket_of, tail), 1 + max(map(max, filter(None, spellings)), default=0)
+        node_of = {(): 0} | {prefix: node for node, prefix in enumerate(nodes, 1)}
+        edges = sorted((node_of[prefix[:-1]] * num_inner + prefix[-1], node_of[prefix]) for prefix in nodes)
         keys, children = np.array(edges, dtype=np.int64).reshape(-1, 2).T
         outer_ids, outcome_of, outcomes = ([np.zeros(0, dtype=np.int64)] for _ in range(3))
-        for ids, next_buckets in entries.values():
+        for ids, next_buckets in nodes.values():
             buckets = np.unique(next_buckets[next_buckets != END])
             outer_ids.append(ids)
             outcome_of.append(np.where(next_buckets == END, END, np.searchsorted(buckets, next_buckets)))
             outcomes.append(buckets)
-        ends = np.array([False] + [student_side == "inner" or bool((b == END).any()) for _, b in entries.values()])
+        ends = np.array([False] + [student_side == "inner" or bool((b == END).any()) for _, b in nodes.values()])
         outer_starts, outcome_starts = (np.append(0, np.cumsum(list(map(len, a)))) for a in (outer_ids, outcomes))
         outer_ids, outcome_of, outcomes = map(np.concatenate, (outer_ids, outcome_of, outcomes))
         columns = outer_columns(torch.from_numpy(outer_ids)).numpy()
@@ -346,6 +338,22 @@ class Outcomes:
         if temperature == 1.0:
             return logs
         return divergences.segment_log_softmax(logs, self.owner, len(self.nodes), temperature)
+
+
+def _nodes_of(spellings, bucket_of, tail):
+    """Returns `{proper prefix of an outer token: (outer ids, next buckets)}`: the outer tokens that start with these
+    inner ids, and the bucket of the next inner id of each; END if it ends there or the next bucket is `tail`.
+    """
+    nodes = {}
+    for outer_id, spelling in enumerate(spellings):
+        for depth in range(1, len(spelling) + 1):
+            bucket = int(bucket_of[spelling[depth]]) if depth < len(spelling) else END
+            nodes.setdefault(spelling[:depth], []).append((outer_id, bucket))
+    nodes = {prefix: np.array(pairs).T for prefix, pairs in nodes.items()}
+    nodes = {prefix: pairs for prefix, pairs in nodes.items() if (pairs[1] != END).any()}  # others are whole tokens
+    for _, next_buckets in nodes.values():
+        next_buckets[next_buckets == tail] = END
+    return nodes
 
 
 def _owners(starts):

@@ -54,6 +54,7 @@ class Run:
             read_json_or_empty(self.path / name)
             for name in ("status.json", "config.json", "env.json", "verdict.json", "figures/inside.json")
         )
+        self.data = read_json_or_empty(self.path / "data.json")
         self.verdict, records = verdict or None, self.path / "records.jsonl"
         if "kd_method" not in self.config and "state" not in self.status and not records.exists():
             raise ValueError(f"{path} is not a run folder: it has no config.json, status.json or records.jsonl")
@@ -201,7 +202,7 @@ def _page(run, images):
             parts.append(_figure(images["gain"], f"Mean gain with its 95 % interval{marks}."))
         else:
             parts.append(f"<figure>{images['bits_per_byte']}</figure>")
-        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, run.records, inside)]
+        parts += ["<h2>What to trust, and what not</h2>", _trust(verdict, run)]
     for head, names in SECTIONS.items():
         section = [_figure(images[name], CAPTIONS.get(name, "")) for name in names if name in images]
         if section:
@@ -297,8 +298,8 @@ def _samples(samples, recut):
             yield f'<div class="sample"><b>{NAMES[name]}</b>{html.escape(text)}</div>'
 
 
-def _trust(verdict, records, inside):
-    alignment = verdict["alignment"]
+def _trust(verdict, run):
+    alignment, records, inside = verdict["alignment"], run.records, run.inside
     signal = known(r["figures"].get("kd_positions") for r in records if r.get("figures"))
     signal_text = f"; {np.mean(signal):.0%} had a teacher signal, including positions inside tokens" if signal else ""
     coverage, of_student, of_teacher = (
@@ -310,6 +311,9 @@ def _trust(verdict, records, inside):
         f"The test text was not used in training: {written(verdict['num_documents'], '')} documents, "
         f"{written(verdict['num_bytes'], ',')} bytes. The best weights were chosen on validation documents.",
     ]
+    for key, report in run.data.items():
+        skipped = ", ".join(f"{written(entry['count'], ',')} {reason}" for reason, entry in report["skipped"].items())
+        lines += [f"Records of {key} that were skipped: {skipped}."] if skipped else []
     if verdict["control"] == "off":
         lines.append("No control was trained, so the numbers do not show whether distillation beat plain training.")
     if verdict["control"] == "short":

@@ -97,8 +97,10 @@ def adopt(previous, folder):
 
 
 def adopt_complete(previous, folder, writes):
-    """Copies a complete run from elsewhere to `folder` if this process `writes`, or else removes the teacher cache and
-    temporary files that a killed process left. Releases `folder`.
+    """Makes `folder` hold a complete run, in the process that `writes`, and releases it.
+
+    A run elsewhere is copied. Of a run that is there already, the teacher cache and temporary files are removed, which
+    a killed process left.
     """
     if writes and folder.path.resolve() != previous.source.path.resolve():
         for path in previous.source.path.iterdir():
