@@ -6,14 +6,14 @@ from kdlib.config import Config
 
 __all__ = [
     "Config", "LivePanel", "Progress", "Run", "align_sentence", "cache_teacher", "demo_config", "diagnose", "distill",
-    "kaggle", "plot_runs", "quiet",
+    "kaggle", "plot_runs", "preview", "quiet",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
 _MODULES = {
     "LivePanel": "report.live_panel", "Progress": "progress", "Run": "report.html", "plot_runs": "report.html",
     "align_sentence": "evaluation.internals", "cache_teacher": "session.cache_writer", "demo_config": "demo",
-    "diagnose": "doctor", "distill": "session.session", "quiet": "cli",
+    "diagnose": "doctor", "distill": "session.session", "preview": "evaluation.preview", "quiet": "cli",
 }  # fmt: skip
 
 

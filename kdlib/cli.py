@@ -16,6 +16,7 @@ USAGE = """kdlib distils a large language model into a small one with a differen
   kdlib demo --out DIR [--key value ...]                      distil two built-in small models, offline, on a CPU
   kdlib doctor [CONFIG.json] [--key value ...] [--json]       check machine, models, memory and run time; exit status 1
                                                               if the run would fail
+  kdlib doctor [CONFIG.json] --show N                         print N documents as both models read them, targets marked
   kdlib doctor --self-test [--out DIR]                        test kdlib on this machine with small models
   kdlib distill [CONFIG.json] --out DIR [--key value ...]     start a run (student, control, verdict) or resume it
   kdlib cache [CONFIG.json] --out DIR [--key value ...]       write a teacher cache for a run with the same keys; then
@@ -29,7 +30,7 @@ too: --resume A,B adopts shards of other writers, --writer 2/3 makes this the se
 doctor checks the machine only; --accelerator NvidiaTeslaT4 names the accelerator that was requested from Kaggle.
 Keys of distill, demo, cache and doctor, with their defaults:
 """
-OPTIONS = ("out", "json", "help", "resume", "writer", "accelerator", "self_test")
+OPTIONS = ("out", "json", "help", "resume", "writer", "accelerator", "self_test", "show")
 """Command-line options that are not config keys."""
 
 
@@ -95,8 +96,10 @@ def demo(positional, flags):
 def doctor(positional, flags):
     if flags.pop("self_test", False):
         return _self_test(positional, flags)
-    as_json, accelerator = flags.pop("json", False), flags.pop("accelerator", "")
+    as_json, accelerator, count = flags.pop("json", False), flags.pop("accelerator", ""), flags.pop("show", "")
     config = _config("doctor", positional, flags)
+    if count:
+        return _preview(config, count)
     with Progress("loading libraries") as progress:
         from kdlib import doctor
 
@@ -105,6 +108,17 @@ def doctor(positional, flags):
             progress(stage, 0, 0)
     print(json.dumps(doctor.to_json(findings), indent=2) if as_json else doctor.text(findings))
     return 1 if doctor.overall_state(findings) == "error" else 0
+
+
+def _preview(config, count):
+    from kdlib.evaluation.preview import preview
+
+    if not count.isdigit() or not int(count):
+        raise ValueError(f"--show takes a number of documents, got {count!r}")
+    config.require_inputs()
+    quiet()
+    print(preview(config, int(count)).text(colours=sys.stdout.isatty()))
+    return 0
 
 
 def _self_test(positional, flags):

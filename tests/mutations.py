@@ -168,6 +168,8 @@ MUTANTS = {
     "other splits trained on": ("kdlib/data/corpus.py", " or not HELD_OUT.search(names[path])", " or True", ["test_records.py"]),
     "rejected conversations not counted": ("kdlib/session/inputs.py", "reports[key].reject(problem, documents[number].source)", "pass", ["test_records.py"]),
     "the report is silent about skipped records": ("kdlib/report/html.py", '        lines += [f"Records of {key} that were skipped', '        lines += [] and [f"Records of {key} that were skipped', ["test_records.py"]),
+    "targets marked a token early": ("kdlib/evaluation/preview.py", "np.append(False, labels[:-1] != IGNORE)", "np.append(labels[:-1] != IGNORE, False)", ["test_preview.py"]),
+    "text of the data as markup": ("kdlib/evaluation/preview.py", 'f\'<span style="{STYLES[learned]}">{html.escape(text)}</span>\'', 'f\'<span style="{STYLES[learned]}">{text}</span>\'', ["test_preview.py"]),
     "rejected conversations counted twice": ("kdlib/data/records.py", "        self.num_rejected += 1\n", "", ["test_records.py"]),
     "no second try with a merged system message": ("kdlib/data/dataset.py", "        if merged is None:\n", "        if True:\n", ["test_records.py"]),
     "windows without a target": ("kdlib/data/dataset.py", "            cut = [window for window in cut if (window.student_labels != windowing.IGNORE).any()]\n", "", ["test_windows.py"]),

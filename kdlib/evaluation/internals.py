@@ -10,8 +10,9 @@ import torch
 
 from kdlib.data import corpus, tokenize, windowing
 from kdlib.data.corpus import Document
+from kdlib.evaluation.preview import load_readers
 from kdlib.losses import features
-from kdlib.models import hooks, loading, teacher_cache
+from kdlib.models import hooks, loading
 from kdlib.report.html import AlignedSpans
 
 SHOWN_SPANS, SHOWN_CHARS = 24, 240
@@ -60,11 +61,7 @@ def _reload_teacher(config, pair):
 
 def align_sentence(config):
     """Returns the `AlignedSpans` of the first characters of a config's text. Loads the tokenizers, but no models."""
-    student = loading.load_reader(config.student, "student")
-    if config.cached:
-        teacher = teacher_cache.CachedTeacher(teacher_cache.folders_of(config.teacher_cache)).reader
-    else:
-        teacher = loading.load_reader(config.teacher, "teacher")
+    student, teacher = load_readers(config)
     text = corpus.documents_of(config)[0].text
     document = Document(_truncate(text, SHOWN_CHARS))
     encodings = tokenize.encode(document, student), tokenize.encode(document, teacher)
