@@ -55,7 +55,7 @@ def run(options, known):
     base = {
         "teacher": options.teacher, "student": options.student, "dataset": options.dataset,
         "batch_size": options.batch_size, "max_length": options.max_length, "eval_tokens": options.eval_tokens,
-        "max_steps": options.steps, "share_steps": 0,
+        "max_steps": options.steps, "share_steps": 0, "check_teacher": False,
     }  # fmt: skip
     jobs = [(m, r, s) for r in options.rates for s in options.seeds for m in options.methods]
     jobs = [job for job in jobs if not any(key(record) == (*job, options.steps) for record in known)]
