@@ -324,3 +324,35 @@ def test_rejected_conversations_are_counted_and_named(settings, tmp_path):
     assert records_on_disk[-1]["kind"] == "verdict"
     assert files.read_json(tmp_path / "run" / "data.json")["dataset"]["skipped"][reason]["count"] == 2
     assert "Records of dataset that were skipped: 2 rejected: " in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_targets_beyond_a_window_are_counted_and_a_length_is_named(settings, tmp_path):
+    """Every tenth conversation has an answer that is cut."""
+
+    def answer(i):
+        return {"role": "assistant", "content": f"It is {i}. " + "word " * (60 if i % 10 == 0 else 2)}
+
+    write(tmp_path / "chat.jsonl", [{"messages": [USER, answer(i)]} for i in range(100)])
+    values = {**settings, "dataset": str(tmp_path / "chat.jsonl"), "max_length": 64, "eval_tokens": 60, "batch_size": 4}
+    config = Config.from_dict({**values, "max_steps": 1})
+    loaded = inputs.load(config)
+    (note,) = loaded.reports["dataset"].notes
+    train = loaded.train
+    documents = corpus.split_documents(corpus.documents_of(config))[0]
+    encoded = [tokenize.encode(document, loaded.pair.student_reader) for document in documents]
+    num_prefix = len(loaded.pair.student_reader.prefix_of(documents[0]))
+    cut = [int(each.learn[64 - num_prefix :].sum()) for each in encoded]
+    share = sum(cut) / sum(int(each.learn.sum()) for each in encoded)
+    longest = num_prefix + max(map(len, encoded))
+    assert 0 < sum(count > 0 for count in cut) <= 10 and train.total("cut_targets") == sum(cut)
+    assert note == (
+        f"{share:.1%} of the targets lie beyond max_length 64, in {sum(count > 0 for count in cut)} conversations, and are "
+        f"not trained on; --max-length {longest} holds 99% of the documents."
+    )
+    assert loaded.reports["dataset"].lines()[-1] == note
+    assert inputs.load(config.replace(max_length=longest)).reports["dataset"].notes == []
+    assert inputs.load(Config.from_dict(settings)).reports["dataset"].notes == []
+    far = {"messages": [{"role": "user", "content": "word " * 300}, USER, answer(0)]}
+    write(tmp_path / "chat.jsonl", [{"messages": [USER, answer(i)]} for i in range(96)] + [far] * 4)
+    (note,) = inputs.load(config).reports["dataset"].notes
+    assert int(note.split("--max-length ")[1].split()[0]) > 300

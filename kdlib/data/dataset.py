@@ -32,8 +32,10 @@ PARALLEL_CHARS, PROGRESS_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
 LISTS = ("student_ids", "teacher_ids", "student_rows", "teacher_rows", "student_span_ends", "teacher_span_ends")
 MARKS = ("student_learned", "teacher_learned", "student_scored", "teacher_scored")
 NUMBERS = ("num_bytes", "num_positions", "document")
-COUNTS = ("student_faithful", "student_text", "teacher_faithful", "teacher_text")
-"""Faithful text tokens and all text tokens of a document, stored with its first window."""
+COUNTS = ("student_faithful", "student_text", "teacher_faithful", "teacher_text", "cut_targets", "document_tokens")
+"""Numbers of a document, stored with its first window: faithful text tokens and all text tokens by side, targets of a
+conversation beyond its window, and the student's tokens with their prefix.
+"""
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.int32())) for name in LISTS]
     + [(name, pa.list_(pa.bool_())) for name in MARKS]
@@ -50,11 +52,12 @@ DOCUMENT = pa.schema(
 class WindowDataset(collections.abc.Sequence):
     """Sequence of `windowing.Window`s backed by an Arrow table; a window is built on access.
 
-    `problems` says why documents have no window, by index. Their rows in the table are no windows.
+    `problems` says why documents have no window, by index, and `problem_lengths` counts their tokens. Their rows in the
+    table are no windows.
     """
 
     def __init__(self, table):
-        self.problems, table = _split_problems(table)
+        self.problems, self.problem_lengths, table = _split_problems(table)
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
         self._columns = {}
@@ -112,13 +115,14 @@ class WindowDataset(collections.abc.Sequence):
 
 
 def _split_problems(table):
-    """Returns `({document: problem}, table without these rows)`; copies nothing."""
+    """Returns `({document: problem}, their lengths in tokens, table without these rows)`; copies nothing."""
     if "problem" not in table.column_names or table["problem"].null_count == len(table):
-        return {}, table
+        return {}, np.zeros(0, np.int64), table
     rows = np.flatnonzero(table["problem"].is_valid().to_numpy())
     problems = {table["document"][int(row)].as_py(): table["problem"][int(row)].as_py() for row in rows}
     edges = itertools.pairwise([-1, *rows.tolist(), len(table)])
-    return problems, pa.concat_tables([table.slice(start + 1, stop - start - 1) for start, stop in edges])
+    lengths = _numbers(table["document_tokens"])[rows]
+    return problems, lengths, pa.concat_tables([table.slice(start + 1, stop - start - 1) for start, stop in edges])
 
 
 def window_lengths(windows, side="student"):
@@ -144,8 +148,8 @@ def sample_windows(windows, num_tokens):
 
 
 def table_of(windows, counts=(), problems=None):
-    """Converts windows to `{column: Arrow array}`; `counts` `[len(windows)][4]` as in COUNTS (default: zeros). `problems`:
-    why a row is no window, or None.
+    """Converts windows to `{column: Arrow array}`. `counts` `[len(windows)][len(COUNTS)]`: as in COUNTS (default: zeros).
+    `problems`: why a row is no window, or None.
     """
     columns = {name: _lists([getattr(w, name) for w in windows], np.int32) for name in LISTS}
     for side in ("student", "teacher"):
@@ -278,7 +282,10 @@ def _tokenize_batch(batch, student, teacher, max_length):
             cut = windowing.cut_windows(document, *sides, student, teacher, max_length, number)
             cut = [window for window in cut if (window.student_labels != windowing.IGNORE).any()]
             masks = [mask for side in sides for mask in (side.faithful & side.is_text, side.is_text)]
-            first_counts = [int(mask.sum()) for mask in masks]
+            kept = sum(int((window.student_labels != windowing.IGNORE).sum()) for window in cut)
+            num_tokens = len(student.prefix_of(document)) + len(sides[0])
+            num_cut = int(sides[0].learn.sum()) - kept if document.messages else 0
+            first_counts = [*(int(mask.sum()) for mask in masks), num_cut, num_tokens]
         windows += cut or [windowing.empty(number)]
         counts += [first_counts] + [[0] * len(COUNTS)] * (len(cut) - 1)
         problems += [None] * len(cut) or [problem]

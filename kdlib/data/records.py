@@ -79,11 +79,14 @@ class UnusableRecord(ValueError):
 
 
 class Report:
-    """Counts of what was read: records by form, and unusable records by reason with their first sources."""
+    """Counts of what was read: records by form, and unusable records by reason with their first sources.
+
+    `notes` are sentences about what of the records is not used.
+    """
 
     def __init__(self):
         self.forms, self.num_skipped, self.examples = collections.Counter(), collections.Counter(), {}
-        self.num_rejected = 0
+        self.num_rejected, self.notes = 0, []
 
     @property
     def num_records(self):
@@ -124,14 +127,14 @@ class Report:
         read = [f"Read {count:,} {form}." for form, count in self.forms.most_common()]
         num_bad = self.num_skipped.total()
         noun = "record" if num_bad == 1 else "records"
-        return read + ([f"Skipped {num_bad:,} {noun}: {'; '.join(self._reasons())}."] if num_bad else [])
+        return read + ([f"Skipped {num_bad:,} {noun}: {'; '.join(self._reasons())}."] if num_bad else []) + self.notes
 
     def to_dict(self):
         skipped = {
             reason: {"count": count, "examples": self.examples[reason]}
             for reason, count in self.num_skipped.most_common()
         }
-        return {"forms": dict(self.forms), "skipped": skipped}
+        return {"forms": dict(self.forms), "skipped": skipped, "notes": self.notes}
 
     def _reasons(self):
         for reason, count in self.num_skipped.most_common():

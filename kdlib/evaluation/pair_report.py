@@ -50,10 +50,11 @@ def _finding(name, value, warning="", remedy="", meaning="", number=None):
 
 
 def _data(key, report):
-    *read, last = report.lines()
-    if not report.num_skipped:
-        return _finding(key, " ".join([*read, last]))
-    return _finding(key, " ".join(read), last, "correct these records, or leave them out", number=report.num_records)
+    lines, num_read = report.lines(), len(report.forms)
+    warning, remedy = " ".join(lines[num_read:]), ""
+    if warning:
+        remedy = "correct these records, or leave them out" if report.num_skipped else "raise --max-length"
+    return _finding(key, " ".join(lines[:num_read]), warning, remedy, number=report.num_records)
 
 
 def _shared(shared):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 
 from kdlib import memory
@@ -16,6 +17,8 @@ from kdlib.models.projector import FeatureMap, LayerRouter, TeacherToStudentProj
 from kdlib.training.objective import Objective
 
 MIN_COVERAGE = 0.01
+LONG_SHARE = 0.99
+"""Share of the documents that the advised `max_length` holds."""
 TEST_FACTOR = 4
 HELD_OUT = ("validation", "test")
 MEASURED_TOKENS = 4096
@@ -68,7 +71,7 @@ def load(
         )
     on_progress("tokenizing the text", 0, 0)
     train, validation, test = (_build_windows(split, pair, config) for split in documents)
-    _count_rejected(reports, config, zip(documents, (train, validation, test), strict=True))
+    _report_unused(reports, config, zip(documents, (train, validation, test), strict=True))
     _check_train_size(train, config)
     pair.max_row_width = _max_row_width(pair, config, (train, validation, test))
     pair.sample, pair.text = list(sample_windows(train, MEASURED_TOKENS)), train
@@ -133,7 +136,7 @@ def load_for_evaluation(
     pair = load_pair(config, device, teacher_dtype, teacher_device, on_progress)
     on_progress("tokenizing the text", 0, 0)
     windows, reports = _build_windows(documents, pair, config), {"dataset": documents.report}
-    _count_rejected(reports, config.replace(eval_dataset=""), [(documents, windows)])
+    _report_unused(reports, config.replace(eval_dataset=""), [(documents, windows)])
     _check_not_empty({"given": windows})
     pair.max_row_width = _max_row_width(pair, config, [windows])
     counts = torch.from_numpy(scoring.times_seen(pair.student_reader.vocabulary, windows))
@@ -238,15 +241,34 @@ def _read_documents(config):
     return corpus.split_documents(documents), {"dataset": documents.report}
 
 
-def _count_rejected(reports, config, splits):
-    """Counts the documents without windows in the reports of their sources. Raises ValueError for too many."""
+def _report_unused(reports, config, splits):
+    """Adds documents without windows, and targets beyond windows, to the reports of their sources. Raises ValueError if
+    too many records are not used.
+    """
     for index, (documents, windows) in enumerate(splits):
         key = "eval_dataset" if index and config.eval_dataset else "dataset"
         for number, problem in windows.problems.items():
             if key in reports:
                 reports[key].reject(problem, documents[number].source)
+        if not index and key in reports and (note := _cut_note(windows, config)):
+            reports[key].notes.append(note)
     for key, report in reports.items():
         report.check(getattr(config, key), config.max_bad_records)
+
+
+def _cut_note(windows, config):
+    """Returns a sentence about the targets of conversations beyond their windows, or an empty string."""
+    num_cut = windows.total("cut_targets")
+    if not num_cut:
+        return ""
+    lengths = np.append(windows.column("document_tokens"), windows.problem_lengths)
+    enough = int(np.quantile(lengths[lengths > 0], LONG_SHARE, method="higher"))
+    share = num_cut / (num_cut + sum(map(len, windows.labels("student"))))
+    return (
+        f"{share:.1%} of the targets lie beyond max_length {config.max_length}, in "
+        f"{np.count_nonzero(windows.column('cut_targets')):,} conversations, and are not trained on; --max-length "
+        f"{enough} holds {LONG_SHARE:.0%} of the documents."
+    )
 
 
 def _build_windows(documents, pair, config):
