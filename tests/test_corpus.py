@@ -95,6 +95,8 @@ def test_another_field_and_conversations(tmp_path):
         ("a.jsonl", '{"messages": 5}\n', "1 whose messages are a int, not a list"),
         ("a.jsonl", '{"messages": {"role": "assistant"}}\n', "1 whose messages are a dict, not a list"),
         ("a.jsonl", '{"text": null}\n', "1 whose text is null, not a string"),
+        ("a.json", '[{"text": "x"}, null]', "1 not an object with fields but a NoneType"),
+        ("a.jsonl", '{"text": "x"}\n\nnull\n', r"1 not an object .* a NoneType \(first: .*a.jsonl line 3\)"),
         ("a.json", '[{"text": "x"}, 3]', "1 not an object with fields but a int"),
         (
             "a.json",

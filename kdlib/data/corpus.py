@@ -27,6 +27,7 @@ ABOUT_JSON = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "d
 """Files that describe a dataset and are not loaded; those of ABOUT_TEXT only if there are tables too."""
 BLOCK_CHARS = 8_000
 MIN_DOCUMENTS = 20
+BLANK = object()
 
 
 class Documents(list):
@@ -215,11 +216,11 @@ def _json(content, path):
 
 
 def _json_lines(content, path):
-    """Returns the value of each line, an `UnusableRecord` if it is not JSON, and None if it is empty."""
+    """Returns the value of each line, an `UnusableRecord` if it is not JSON, and BLANK if it is empty."""
     rows = []
     for line in content.split("\n"):
         try:
-            rows.append(json.loads(line) if line.strip() else None)
+            rows.append(json.loads(line) if line.strip() else BLANK)
         except (ValueError, RecursionError) as error:
             rows.append(UnusableRecord(f"not JSON ({getattr(error, 'msg', None) or 'nested too deeply'})"))
     return rows
@@ -244,10 +245,10 @@ def _load_csv(content, path, fields, delimiter):
 
 
 def _from_rows(rows, fields, source, report, unit="record"):
-    """Converts records to documents, and counts them in `report`. None is no record."""
+    """Converts records to documents, and counts them in `report`. BLANK is no record."""
     documents = []
     for number, row in enumerate(rows, start=1):
-        if row is None:
+        if row is BLANK:
             continue
         name = f"{source} {unit} {number}"
         try:
