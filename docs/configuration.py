@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_suffix(".md")
 FINGERPRINT = Path(config.__file__).parent / "models" / "fingerprint.py"
 GROUPS = {
     "Models and text": "teacher student dataset eval_dataset dataset_split text_field prompt_field completion_field "
-    "max_bad_records max_length check_teacher",
+    "max_documents max_bad_records max_length check_teacher",
     "Plan and batches": "epochs max_steps batch_size grad_accumulation packing repeats seed",
     "Optimizer": "learning_rate projector_learning_rate warmup weight_decay max_grad_norm optimizer non_finite_steps",
     "Distillation": "kd_method kd_divergence kd_temperature kd_top_k kd_weight lm_weight label_smoothing teacher_cache",

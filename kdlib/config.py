@@ -58,6 +58,8 @@ class Config:
     """Record field of a prompt that is not trained on. With `completion_field`, it names the two fields of a record."""
     completion_field: str = ""
     """Record field of the text after the prompt, which is trained on."""
+    max_documents: int = 0
+    """Largest number of documents of `dataset` to use, chosen by a hash of their content; 0: all."""
     max_bad_records: float = 0.05
     """Largest share of records that may be unusable. They are skipped, counted and named by reason."""
     max_length: int = 384
@@ -292,7 +294,7 @@ _PATTERNS = {
     "second_copy": (_COPIES, "kaggle:OWNER/NAME (NAME: 6-50 of a-z 0-9 -) or hub:OWNER/NAME"),
 }  # fmt: skip
 _RANGES = {
-    "max_bad_records": (0.0, 1.0),
+    "max_documents": (0, _HUGE), "max_bad_records": (0.0, 1.0),
     "max_length": (4, 10**6), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1e-6, 10**6),
     "max_steps": (0, _HUGE), "learning_rate": (0.0, 10.0), "projector_learning_rate": (0.0, 10.0),
     "weight_decay": (0.0, 10.0), "max_grad_norm": (1e-9, _HUGE), "warmup": (0.0, 1.0),

@@ -172,6 +172,7 @@ MUTANTS = {
     "text of the data as markup": ("kdlib/evaluation/preview.py", 'f\'<span style="{STYLES[learned]}">{html.escape(text)}</span>\'', 'f\'<span style="{STYLES[learned]}">{text}</span>\'', ["test_preview.py"]),
     "targets cut off in silence": ("kdlib/session/inputs.py", "            reports[key].notes.append(note)\n", "            pass\n", ["test_records.py"]),
     "texts have targets cut off": ("kdlib/data/dataset.py", "int(sides[0].learn.sum()) - kept if document.messages else 0", "int(sides[0].learn.sum()) - kept", ["test_records.py"]),
+    "the first documents, not some": ("kdlib/data/corpus.py", "sorted(sorted(range(len(documents)), key=lambda i: documents[i].key)[: config.max_documents])", "range(config.max_documents)", [CORPUS]),
     "rejected conversations counted twice": ("kdlib/data/records.py", "        self.num_rejected += 1\n", "", ["test_records.py"]),
     "no second try with a merged system message": ("kdlib/data/dataset.py", "        if merged is None:\n", "        if True:\n", ["test_records.py"]),
     "windows without a target": ("kdlib/data/dataset.py", "            cut = [window for window in cut if (window.student_labels != windowing.IGNORE).any()]\n", "", ["test_windows.py"]),

@@ -6,6 +6,7 @@ import json
 import datasets
 import pytest
 
+from kdlib.config import Config
 from kdlib.data import corpus, records
 
 ROWS = [{"id": 1, "text": 'One, with a comma and "quotes".'}, {"id": 2, "text": "Two\nlines."}, {"id": 3, "text": "3"}]
@@ -282,3 +283,19 @@ def test_copies_of_a_document_stay_on_one_side():
     assert held
     assert not held & {d.text for d in train}
     assert not {d.text for d in validation} & {d.text for d in test}
+
+
+def test_a_part_of_a_data_set_is_chosen_by_content(tmp_path):
+    """The same documents in their order, wherever they stand; held-out text has no limit."""
+    rows = [f'{{"text": "Text {i}."}}\n' for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    (tmp_path / "b.jsonl").write_text("".join(reversed(rows)))
+    config = Config(dataset=str(tmp_path / "a.jsonl"), eval_dataset=str(tmp_path / "a.jsonl"), max_documents=30)
+    part, other = (corpus.documents_of(config.replace(dataset=str(tmp_path / name))) for name in ("a.jsonl", "b.jsonl"))
+    assert len(part) == 30 and list(part) == list(reversed(other))
+    assert part.report.lines() == ["Read 100 texts.", "Uses 30 of 100 documents (max_documents)."]
+    assert [d for d in corpus.documents_of(config.replace(max_documents=0)) if d in set(part)] == list(part)
+    for limit in (0, 100, 1000):
+        whole = corpus.documents_of(config.replace(max_documents=limit))
+        assert len(whole) == 100 and not whole.report.notes
+    assert len(corpus.documents_of(config, "eval_dataset")) == 100

@@ -58,9 +58,14 @@ def read_documents(source, fields=Fields(), max_bad_records=0.05, split="train")
 
 
 def documents_of(config, key="dataset"):
-    """Returns the `Documents` of a config key, `dataset` or `eval_dataset`."""
+    """Returns the `Documents` of a config key, `dataset` or `eval_dataset`; of `dataset` at most `max_documents`."""
     fields = Fields(config.text_field, config.prompt_field, config.completion_field)
-    return read_documents(getattr(config, key), fields, config.max_bad_records, config.dataset_split)
+    documents = read_documents(getattr(config, key), fields, config.max_bad_records, config.dataset_split)
+    if key == "eval_dataset" or not 0 < config.max_documents < len(documents):
+        return documents
+    chosen = sorted(sorted(range(len(documents)), key=lambda i: documents[i].key)[: config.max_documents])
+    documents.report.notes.append(f"Uses {len(chosen):,} of {len(documents):,} documents (max_documents).")
+    return Documents([documents[i] for i in chosen], documents.report)
 
 
 def suffix_of(path):

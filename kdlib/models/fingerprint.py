@@ -13,7 +13,7 @@ from kdlib.data.dataset import WindowDataset
 
 MAY_CHANGE_ON_RESUME = {
     "teacher", "teacher_cache", "student", "dataset", "eval_dataset", "dataset_split", "text_field",
-    "prompt_field", "completion_field", "max_bad_records",  # their content is compared
+    "prompt_field", "completion_field", "max_documents", "max_bad_records",  # their content is compared
     "epochs", "batch_size", "grad_accumulation",  # the plan and the windows in a step are compared
     "packing", "loss_chunk_size", "amp_dtype", "teacher_device", "gradient_checkpointing", "share_steps", "log_steps",
     "eval_steps", "save_steps", "keep_checkpoints", "time_budget", "early_stopping_patience", "non_finite_steps",
