@@ -170,7 +170,7 @@ MUTANTS = {
     "the report is silent about skipped records": ("kdlib/report/html.py", '        lines += [f"Records of {key} that were skipped', '        lines += [] and [f"Records of {key} that were skipped', ["test_records.py"]),
     "targets marked a token early": ("kdlib/evaluation/preview.py", "np.append(False, labels[:-1] != IGNORE)", "np.append(labels[:-1] != IGNORE, False)", ["test_preview.py"]),
     "text of the data as markup": ("kdlib/evaluation/preview.py", 'f\'<span style="{STYLES[learned]}">{html.escape(text)}</span>\'', 'f\'<span style="{STYLES[learned]}">{text}</span>\'', ["test_preview.py"]),
-    "targets cut off in silence": ("kdlib/session/inputs.py", "            reports[key].notes.append(note)\n", "            pass\n", ["test_records.py"]),
+    "targets cut off in silence": ("kdlib/session/inputs.py", "reports[key].cut = _cut_note(windows, config)", "pass", ["test_records.py"]),
     "texts have targets cut off": ("kdlib/data/dataset.py", "int(sides[0].learn.sum()) - kept if document.messages else 0", "int(sides[0].learn.sum()) - kept", ["test_records.py"]),
     "the first documents, not some": ("kdlib/data/corpus.py", "sorted(sorted(range(len(documents)), key=lambda i: documents[i].key)[: config.max_documents])", "range(config.max_documents)", [CORPUS]),
     "rejected conversations counted twice": ("kdlib/data/records.py", "        self.num_rejected += 1\n", "", ["test_records.py"]),

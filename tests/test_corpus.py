@@ -293,9 +293,9 @@ def test_a_part_of_a_data_set_is_chosen_by_content(tmp_path):
     config = Config(dataset=str(tmp_path / "a.jsonl"), eval_dataset=str(tmp_path / "a.jsonl"), max_documents=30)
     part, other = (corpus.documents_of(config.replace(dataset=str(tmp_path / name))) for name in ("a.jsonl", "b.jsonl"))
     assert len(part) == 30 and list(part) == list(reversed(other))
-    assert part.report.lines() == ["Read 100 texts.", "Uses 30 of 100 documents (max_documents)."]
+    assert part.report.lines() == ["Read 100 texts.", "Uses 30 of them (max_documents)."]
     assert [d for d in corpus.documents_of(config.replace(max_documents=0)) if d in set(part)] == list(part)
     for limit in (0, 100, 1000):
         whole = corpus.documents_of(config.replace(max_documents=limit))
-        assert len(whole) == 100 and not whole.report.notes
+        assert len(whole) == 100 and not whole.report.choice
     assert len(corpus.documents_of(config, "eval_dataset")) == 100

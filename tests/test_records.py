@@ -336,7 +336,7 @@ def test_targets_beyond_a_window_are_counted_and_a_length_is_named(settings, tmp
     values = {**settings, "dataset": str(tmp_path / "chat.jsonl"), "max_length": 64, "eval_tokens": 60, "batch_size": 4}
     config = Config.from_dict({**values, "max_steps": 1})
     loaded = inputs.load(config)
-    (note,) = loaded.reports["dataset"].notes
+    note = loaded.reports["dataset"].cut
     train = loaded.train
     documents = corpus.split_documents(corpus.documents_of(config))[0]
     encoded = [tokenize.encode(document, loaded.pair.student_reader) for document in documents]
@@ -350,9 +350,9 @@ def test_targets_beyond_a_window_are_counted_and_a_length_is_named(settings, tmp
         f"not trained on; --max-length {longest} holds 99% of the documents."
     )
     assert loaded.reports["dataset"].lines()[-1] == note
-    assert inputs.load(config.replace(max_length=longest)).reports["dataset"].notes == []
-    assert inputs.load(Config.from_dict(settings)).reports["dataset"].notes == []
+    assert inputs.load(config.replace(max_length=longest)).reports["dataset"].cut == ""
+    assert inputs.load(Config.from_dict(settings)).reports["dataset"].cut == ""
     far = {"messages": [{"role": "user", "content": "word " * 300}, USER, answer(0)]}
     write(tmp_path / "chat.jsonl", [{"messages": [USER, answer(i)]} for i in range(96)] + [far] * 4)
-    (note,) = inputs.load(config).reports["dataset"].notes
+    note = inputs.load(config).reports["dataset"].cut
     assert int(note.split("--max-length ")[1].split()[0]) > 300

@@ -64,7 +64,7 @@ def documents_of(config, key="dataset"):
     if key == "eval_dataset" or not 0 < config.max_documents < len(documents):
         return documents
     chosen = sorted(sorted(range(len(documents)), key=lambda i: documents[i].key)[: config.max_documents])
-    documents.report.notes.append(f"Uses {len(chosen):,} of {len(documents):,} documents (max_documents).")
+    documents.report.choice = f"Uses {len(chosen):,} of them (max_documents)."
     return Documents([documents[i] for i in chosen], documents.report)
 
 

@@ -81,12 +81,12 @@ class UnusableRecord(ValueError):
 class Report:
     """Counts of what was read: records by form, and unusable records by reason with their first sources.
 
-    `notes` are sentences about what of the records is not used.
+    `choice` is a sentence about the documents that are used, `cut` one about targets that are not; both may be empty.
     """
 
     def __init__(self):
         self.forms, self.num_skipped, self.examples = collections.Counter(), collections.Counter(), {}
-        self.num_rejected, self.notes = 0, []
+        self.num_rejected, self.choice, self.cut = 0, "", ""
 
     @property
     def num_records(self):
@@ -123,18 +123,25 @@ class Report:
             raise ValueError(f"{source} contains no text")
 
     def lines(self):
-        """Returns what was read as lines of text."""
+        """Returns what was read and what is not used as lines of text."""
+        return [*self.used_lines(), *self.unused_lines()]
+
+    def used_lines(self):
         read = [f"Read {count:,} {form}." for form, count in self.forms.most_common()]
+        return [*read, *filter(None, [self.choice])]
+
+    def unused_lines(self):
         num_bad = self.num_skipped.total()
         noun = "record" if num_bad == 1 else "records"
-        return read + ([f"Skipped {num_bad:,} {noun}: {'; '.join(self._reasons())}."] if num_bad else []) + self.notes
+        skipped = f"Skipped {num_bad:,} {noun}: {'; '.join(self._reasons())}." if num_bad else ""
+        return [line for line in (skipped, self.cut) if line]
 
     def to_dict(self):
         skipped = {
             reason: {"count": count, "examples": self.examples[reason]}
             for reason, count in self.num_skipped.most_common()
         }
-        return {"forms": dict(self.forms), "skipped": skipped, "notes": self.notes}
+        return {"forms": dict(self.forms), "skipped": skipped, "choice": self.choice, "cut": self.cut}
 
     def _reasons(self):
         for reason, count in self.num_skipped.most_common():

@@ -50,11 +50,10 @@ def _finding(name, value, warning="", remedy="", meaning="", number=None):
 
 
 def _data(key, report):
-    lines, num_read = report.lines(), len(report.forms)
-    warning, remedy = " ".join(lines[num_read:]), ""
+    warning, remedy = " ".join(report.unused_lines()), ""
     if warning:
         remedy = "correct these records, or leave them out" if report.num_skipped else "raise --max-length"
-    return _finding(key, " ".join(lines[:num_read]), warning, remedy, number=report.num_records)
+    return _finding(key, " ".join(report.used_lines()), warning, remedy, number=report.num_records)
 
 
 def _shared(shared):

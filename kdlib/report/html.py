@@ -314,7 +314,7 @@ def _trust(verdict, run):
     for key, report in run.data.items():
         skipped = ", ".join(f"{written(entry['count'], ',')} {reason}" for reason, entry in report["skipped"].items())
         lines += [f"Records of {key} that were skipped: {skipped}."] if skipped else []
-        lines += report["notes"]
+        lines += filter(None, (report["choice"], report["cut"]))
     if verdict["control"] == "off":
         lines.append("No control was trained, so the numbers do not show whether distillation beat plain training.")
     if verdict["control"] == "short":

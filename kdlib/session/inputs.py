@@ -250,8 +250,8 @@ def _report_unused(reports, config, splits):
         for number, problem in windows.problems.items():
             if key in reports:
                 reports[key].reject(problem, documents[number].source)
-        if not index and key in reports and (note := _cut_note(windows, config)):
-            reports[key].notes.append(note)
+        if not index and key in reports:
+            reports[key].cut = _cut_note(windows, config)
     for key, report in reports.items():
         report.check(getattr(config, key), config.max_bad_records)
 
