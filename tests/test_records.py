@@ -136,6 +136,9 @@ UNUSABLE = {
         {"conversations": [{"from": "function_call", "value": "x"}, {"from": "gpt", "value": "4"}]},
         "with a message from 'function_call'",
     ),
+    "a stranger without a name": (
+        {"conversations": [{"from": ["gpt"], "value": "4"}]}, r"with a message from \['gpt'\]",
+    ),
     "an answer that is a record": ({"question": "x", "answer": {"text": ["4"]}}, "whose answer is dict, not a string"),
     "half a surrogate": ({"text": "\ud800"}, r"with the lone surrogate \\ud800"),
     "half a surrogate in an answer": ({"question": "x", "answer": "\udfff"}, r"with the lone surrogate \\udfff"),
@@ -199,6 +202,17 @@ def test_too_many_bad_records_are_refused(tmp_path):
     other = write(tmp_path / "b.jsonl", [{"text": "One."}] * 90)
     with pytest.raises(ValueError, match=r"a\.jsonl cannot be used"):  # a large source does not hide a bad one
         corpus.read_documents(f"{other},{path}")
+
+
+def test_only_the_commonest_reasons_are_printed(tmp_path):
+    rows = [{f"field{i}": "x"} for i in range(9)] + [{"text": ""}] * 2
+    documents = corpus.read_documents(write(tmp_path / "a.jsonl", [{"text": "One."}, *rows]), max_bad_records=1.0)
+    _, line = documents.report.lines()
+    assert line.startswith("Skipped 11 records: 2 whose text is blank (first: ") and line.endswith(
+        "; 5 for other reasons."
+    )
+    assert line.count("without a known form") == 4
+    assert len(documents.report.to_dict()["skipped"]) == 10
 
 
 def test_compressed_and_arrow_files(tmp_path):

@@ -31,6 +31,8 @@ PAIRS = {
 """Fields of one question and its answer: the last one is the answer, the others form the question."""
 EXAMPLES = 3
 """Records that are named for each reason why records are not used."""
+MAX_REASONS = 5
+"""Reasons that are printed; `Report.to_dict` has all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +146,11 @@ class Report:
         return {"forms": dict(self.forms), "skipped": skipped, "choice": self.choice, "cut": self.cut}
 
     def _reasons(self):
-        for reason, count in self.num_skipped.most_common():
+        reasons = self.num_skipped.most_common()
+        for reason, count in reasons[:MAX_REASONS]:
             yield f"{count:,} {reason} (first: {self.examples[reason][0]})"
+        if others := sum(count for _, count in reasons[MAX_REASONS:]):
+            yield f"{others:,} for other reasons"
 
 
 def to_document(row, fields, source):
@@ -255,7 +260,7 @@ def _message(message):
         raise UnusableRecord(f"with a message that is {_kind(message)}, not an object")
     role, content = message.get("role"), message.get("content")
     if "from" in message:
-        role, content = ROLES.get(message["from"]), message.get("value")
+        role, content = ROLES.get(str(message["from"])), message.get("value")
         if role is None:
             raise UnusableRecord(f"with a message from {message['from']!r}")
     if message.get("tool_calls"):
