@@ -81,7 +81,7 @@ MUTANTS = {
     "tokens torn between template and content": ("kdlib/data/chat.py", "        if not crossed:", "        if True:", [CHAT]),
     "a space in front of every piece": ("kdlib/data/chat.py", 'for lead in LEADS if start and reader.vocabulary.adds_space else ("",):', 'for lead in ("",):', [CHAT]),
     "a traceback of the template's": ("kdlib/data/chat.py", "    except Exception as error:  # noqa: BLE001 - a template", "    except KeyError as error:  # noqa: BLE001 - a template", [CHAT]),
-    "a record without a name": ("kdlib/data/chat.py", 'f"{source}: {reason}" if source else reason', "str(error)", [CHAT, WINDOWS]),
+    "a record without a name": ("kdlib/data/chat.py", 'f"{source}: {reason}" if source else reason', "reason", [CHAT, WINDOWS]),
     "a name that gets lost": ("kdlib/data/dataset.py", '"source": [document.source for _, document in batch]', '"source": ["" for _, document in batch]', [WINDOWS]),
     "two beginnings of a conversation": ("kdlib/data/tokenize.py", "return [] if document.messages and self.tokenizer.chat_template else self.prefix", "return self.prefix", [CHAT]),
     "an end of the turn that comes first": ("kdlib/data/tokenize.py", "encoded.learn[after : ends[-1] + 1] = True", "encoded.learn[after : after + 1] = ends[0] == after", [CHAT]),

@@ -52,9 +52,9 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(settings, tmp
         return model.training
 
     if where == "forward":
-        monkeypatch.setattr(loading, "read", failing(loading.read, OUT_OF_MEMORY, {5, 7}, in_training))
+        monkeypatch.setattr(loading, "read", failing(loading.read, OUT_OF_MEMORY, {4, 6}, in_training))
     elif where == "backward":
-        monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, {5, 7}))
+        monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, {4, 6}))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", failing(torch.optim.AdamW.step, OUT_OF_MEMORY, {3}))
     found = distil(settings, tmp_path / "run")
@@ -146,7 +146,7 @@ def test_one_step_without_a_number_changes_nothing(settings, tmp_path, monkeypat
         calls = itertools.count(1)
 
         def broken(objective, rows):
-            return terms.next_token(objective, rows) * (value if next(calls) == 5 else 1.0)  # two look ahead
+            return terms.next_token(objective, rows) * (value if next(calls) == 4 else 1.0)  # one predicts the memory
 
         monkeypatch.setitem(terms.LM, "lm", dataclasses.replace(terms.LM["lm"], fn=broken))
     else:
