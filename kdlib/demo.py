@@ -23,7 +23,7 @@ from kdlib import environment, files
 from kdlib.clock import Clock
 from kdlib.config import Config
 from kdlib.data import tokenize, windowing
-from kdlib.data.corpus import Document
+from kdlib.data.records import Document
 from kdlib.models import devices, loading
 from kdlib.training import loop
 from kdlib.training.objective import Objective

@@ -12,8 +12,8 @@ from pathlib import Path
 from kdlib import environment, machine, memory
 from kdlib.clock import Clock, parse_duration
 from kdlib.config import Config
-from kdlib.data.corpus import Document
 from kdlib.data.dataset import WindowDataset, window_lengths
+from kdlib.data.records import Document
 from kdlib.evaluation import pair_report
 from kdlib.models import devices, teacher_cache
 from kdlib.models.pair import IncompatiblePairError

@@ -4,10 +4,9 @@ import itertools
 import signal
 
 import pytest
-from families import tiny_model, unigram
-from test_resume import state_of, untimed
+from test_resume import state_of, student_with_dropout, untimed
 
-from kdlib import demo, files
+from kdlib import files
 from kdlib.config import Config
 from kdlib.evaluation import scoring
 from kdlib.report import html
@@ -22,12 +21,8 @@ def _no_figures(monkeypatch):
 @pytest.fixture
 def plan(settings, tmp_path):
     """Twelve steps of a student with dropout and an average, evaluated every fourth step."""
-    tokenizer = unigram()
-    model = tiny_model(tokenizer, 16)
-    model.config.attention_dropout = 0.2
-    demo.save(model, tokenizer, tmp_path / "student")
     return {
-        **settings, "student": str(tmp_path / "student"), "max_steps": 12, "eval_steps": 4, "use_ema": True,
+        **settings, "student": student_with_dropout(tmp_path / "student"), "max_steps": 12, "eval_steps": 4, "use_ema": True,
         "ema_decay": 0.9, "control": "off", "early_stopping_patience": 3, "learning_rate": 0.1,
     }  # fmt: skip
 

@@ -60,11 +60,16 @@ def state_of(out):
 @pytest.fixture
 def with_dropout(settings, tmp_path):
     """Settings with a student that draws random numbers at every step."""
+    return {**settings, **PLAN, "student": student_with_dropout(tmp_path / "student")}
+
+
+def student_with_dropout(folder):
+    """Saves a student and returns its folder."""
     tokenizer = unigram()
     model = tiny_model(tokenizer, 16)
     model.config.attention_dropout = 0.2
-    demo.save(model, tokenizer, tmp_path / "student")
-    return {**settings, **PLAN, "student": str(tmp_path / "student")}
+    demo.save(model, tokenizer, folder)
+    return str(folder)
 
 
 CONFIGS = {

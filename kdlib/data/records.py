@@ -69,9 +69,9 @@ def merge_system(document):
 
     Templates without a system role, as Gemma's, describe this as the way to give one.
     """
-    (first, system), (second, user), *rest = (*document.messages, ("", ""), ("", ""))[: max(2, len(document.messages))]
-    if (first, second) != ("system", "user"):
+    if [role for role, _ in document.messages[:2]] != ["system", "user"]:
         return None
+    (_, system), (_, user), *rest = document.messages
     messages = (("user", f"{system}\n\n{user}" if system.strip() else user), *rest)
     return dataclasses.replace(document, messages=messages, prompt_length=max(0, document.prompt_length - 1))
 
@@ -211,7 +211,7 @@ def _string(row, name):
 def _question_and_answer(row, names):
     *question, answer = names
     parts = [_string(row, question[0])]
-    parts += [_string(row, name) for name in question[1:] if row[name] and row[name] != ""]
+    parts += [_string(row, name) for name in question[1:] if row[name]]
     return _conversation((("user", "\n\n".join(parts)), ("assistant", _string(row, answer))), row)
 
 

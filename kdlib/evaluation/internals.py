@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kdlib.data import corpus, tokenize, windowing
-from kdlib.data.corpus import Document
+from kdlib.data.records import Document
 from kdlib.evaluation.preview import load_readers
 from kdlib.losses import features
 from kdlib.models import hooks, loading

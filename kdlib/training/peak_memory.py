@@ -42,11 +42,11 @@ def fit(training, total_bytes, on_progress=lambda phase, done, total: None):
 
 
 def predicted_bytes(training, on_progress=lambda phase, done, total: None):
-    """Returns the peak bytes in use of a `loop.TrainLoop`, infinite if even the measured passes run out of memory.
+    """Returns the peak bytes in use of a `loop.TrainLoop`, infinite if even the measured pass runs out of memory.
 
     The sum of the bytes in use now, the optimizer state still to be allocated, and the larger of one update and the
     passes over the longest micro-batch with their gradients. Leaves random states and gradients as they were. Calls
-    `on_progress(phase, done, total)` before each pass.
+    `on_progress(phase, done, total)` before the pass.
     """
     if training.accelerator.device.type == "cuda":
         memory.release_memory()  # memory cached by the allocator would count as used
