@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from benchmarks import peers
 from kdlib.losses import chunked_head, divergences
-from kdlib.models import loading
+from kdlib.models.head import Head
 
 WIDTH, VOCABULARY = 576, 49_152
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,7 +145,7 @@ def ours(hidden, weight, teacher, labels, chunk_size="auto"):
         )
         return torch.stack([divergences.token_mean(value, len(hidden)) for value in values])
 
-    decode = loading.Head(Bare(weight), types.SimpleNamespace(num_rows=len(weight), gaps=())).decoder()
+    decode = Head(Bare(weight), types.SimpleNamespace(num_rows=len(weight), gaps=())).decoder()
     chunked_head.chunked_head_losses(
         hidden, weight, None, chunks, losses_of, [0.5, 0.5], lambda known: decode(teacher[known])
     )[0].backward()

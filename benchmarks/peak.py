@@ -63,7 +63,8 @@ def training_of(shape, cuda=False):
     from kdlib.align import vocab
     from kdlib.config import Config
     from kdlib.data import tokenize, windowing
-    from kdlib.models import devices, loading, teacher
+    from kdlib.models import devices, teacher
+    from kdlib.models.head import Head
     from kdlib.models.pair import Pair
     from kdlib.session import inputs
     from kdlib.training import loop
@@ -95,7 +96,7 @@ def training_of(shape, cuda=False):
         return windowing.Window(text[0], labels[0], none, text[1], labels[1], none, *rows, length, length, number)
 
     windows = [window(number) for number in range(2 * config.effective_batch)]
-    head = loading.Head(student, both[0])
+    head = Head(student, both[0])
     pair = Pair(teacher.Teacher(larger, readers[1]), student, readers[0], head, shared, (0, 0))
     pair.buckets["first_token"] = vocab.tail_buckets(*both, shared)
     pair.sample = windows[:2]

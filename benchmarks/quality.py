@@ -29,6 +29,7 @@ from kdlib import cli, clock, files
 from kdlib.config import PRESETS, Config
 from kdlib.evaluation import scoring
 from kdlib.models import devices, loading
+from kdlib.models.head import Head
 from kdlib.session import run_folder
 from kdlib.training.loop import TrainLoop
 
@@ -270,7 +271,7 @@ def train(setting, kind, name, cell, seed, num_steps):
 def evaluate_text(model, pair, held_out):
     """The student's score without what needs the teacher."""
     batches = [_without_pairs(batch) for batch in held_out.batches]
-    head = loading.Head(model, pair.student_reader.vocabulary)
+    head = Head(model, pair.student_reader.vocabulary)
     return scoring.evaluate_student(model, head, dataclasses.replace(held_out, batches=batches))
 
 

@@ -79,18 +79,22 @@ class ReusedSignals:
     """A live teacher that keeps its signals in memory: runs of one seed read the same batches."""
 
     def __init__(self, teacher):
-        self.teacher, self.model, self.signals = teacher, teacher.model, {}
+        self.teacher, self.model, self.signals, self.num_read = teacher, teacher.model, {}, 0
 
     def __call__(self, batch, **request):
         name = batch.teacher_ids.numpy().tobytes(), repr(request)
         if name not in self.signals:
             self.signals[name] = self.teacher(batch, **request)
+            self.num_read += 1
         return self.signals[name]
 
 
 def train(loaded, before, teacher, config):
-    """Trains one student from `before`, and returns its scores after the last step."""
-    pair, start = loaded.pair, time.monotonic()
+    """Trains one student from `before`, and returns its scores after the last step.
+
+    `step_cpu_s` is the median of the processor seconds of a step, None where the teacher's signals were reused.
+    """
+    pair, start, num_read = loaded.pair, time.monotonic(), teacher.num_read
     pair.student.load_state_dict(before)
     torch.manual_seed(config.seed)
     objective = inputs.make_objective(pair, config, pair.student)
@@ -98,14 +102,19 @@ def train(loaded, before, teacher, config):
         objective, teacher if config.needs_teacher else None, loaded.train, config.max_steps, config,
         devices.accelerator("fp32", cpu=True), clock.Clock(), pair.pads, pair.max_row_width,
     )  # fmt: skip
-    losses = []
+    losses, step_seconds, before_step = [], [], time.process_time()
     for record in loop:
         losses.append(record.parts["lm"])
+        step_seconds.append(time.process_time() - before_step)
         print(f"  {config.kd_method} {record.step}/{config.max_steps} {record.step_s:.1f} s", flush=True)
+        before_step = time.process_time()
+    live = not config.needs_teacher or teacher.num_read > num_read
     validation, test = (evaluate_text(pair.student, pair, split) for split in (loaded.validation, loaded.test))
     return {
         "validation": round(validation.bits_per_byte, 5), "test": round(test.bits_per_byte, 5),
-        "wall_s": round(time.monotonic() - start, 1), "losses": [round(loss, 4) for loss in losses],
+        "wall_s": round(time.monotonic() - start, 1),
+        "step_cpu_s": round(float(np.median(step_seconds)), 3) if live else None,
+        "losses": [round(loss, 4) for loss in losses],
         "bits": [round(float(value), 1) for value in test.bits], "num_bytes": test.num_bytes.tolist(),
     }  # fmt: skip
 

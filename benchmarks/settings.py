@@ -21,6 +21,7 @@ from kdlib.config import Config
 from kdlib.data import tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.models import devices, loading
+from kdlib.models.head import Head
 from kdlib.session import inputs
 from kdlib.training.loop import TrainLoop
 from kdlib.training.objective import Objective
@@ -137,7 +138,7 @@ def train_plainly(model, tokenizer, texts, num_steps, config):
         document = Document(text)
         encoded = tokenize.encode(document, reader)
         windows += windowing.cut_windows(document, encoded, encoded, reader, reader, config.max_length, number)
-    objective = Objective(model, loading.Head(model, reader.vocabulary), config)
+    objective = Objective(model, Head(model, reader.vocabulary), config)
     machine = devices.accelerator("fp32", cpu=True)
     for _ in TrainLoop(objective, None, windows, num_steps, config, machine, clock.Clock()):
         pass

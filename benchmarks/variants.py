@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kdlib.losses import divergences
-from kdlib.models import loading, teacher_cache
+from kdlib.models import forward, teacher_cache
 from kdlib.models.projector import TeacherToStudentProjector
 from kdlib.session import cache_writer, inputs
 from kdlib.training import terms
@@ -220,13 +220,13 @@ def averaged(call):
     """The call, with `span_means` of what it reads of layers."""
 
     def within(*args, **kwargs):
-        with mock.patch.object(loading, "read", _read_averages):
+        with mock.patch.object(forward, "read", _read_averages):
             return call(*args, **kwargs)
 
     return within
 
 
-def _read_averages(model, ids, windows, rows, rows_by_window, taps, spots=None, read=loading.read):
+def _read_averages(model, ids, windows, rows, rows_by_window, taps, spots=None, read=forward.read):
     whole = read(model, ids, windows, torch.arange(ids.numel()), rows_by_window, taps, spots)
     return dataclasses.replace(
         whole, layers=tuple(span_means(layer, windows.flatten(), rows) for layer in whole.layers)

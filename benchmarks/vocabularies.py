@@ -24,6 +24,7 @@ from kdlib.data import batching, tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.losses import partial_tokens
 from kdlib.models import loading, teacher, teacher_cache, trie
+from kdlib.models.head import Head
 from kdlib.models.pair import Pair
 from kdlib.session import inputs
 
@@ -84,7 +85,7 @@ def made(student, other, text):
         for reader, (width, heads) in zip((student, other), SHAPES.values(), strict=True)
     )  # fmt: skip
     shared = vocab.shared_vocabulary(student.vocabulary, other.vocabulary)
-    head = loading.Head(ours, student.vocabulary)
+    head = Head(ours, student.vocabulary)
     coded = [tokenize.encode(text, reader) for reader in (student, other)]
     windows = windowing.cut_windows(text, *coded, student, other, LENGTH)
     return Pair(teacher.Teacher(theirs, other), ours, student, head, shared, (0, 0)), windows

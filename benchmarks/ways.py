@@ -22,7 +22,8 @@ from kdlib.align import vocab
 from kdlib.config import Config
 from kdlib.data import tokenize, windowing
 from kdlib.losses import teacher_signal
-from kdlib.models import devices, loading, projector, teacher, teacher_cache
+from kdlib.models import devices, forward, projector, teacher, teacher_cache
+from kdlib.models.head import Head
 from kdlib.training import loop
 from kdlib.training.objective import Objective
 
@@ -135,7 +136,7 @@ def ours(world, teacher_of=None, kd_method="none", **changes):
         beside["projector"] = _projector(world)
     elif kd_method == "first_token":
         more = {"teacher_head": told.student_side_head, "buckets": _buckets(world)}
-    head = loading.Head(world.student_model, _vocabulary(world.student_model.config))
+    head = Head(world.student_model, _vocabulary(world.student_model.config))
     objective = Objective(world.student_model, head, config, beside, **more).to(world.accelerator.device)
     training = loop.TrainLoop(
         objective, told, [], 10**6, config, world.accelerator, clock.Clock(), max_row_width=(2 * LONGEST,) * 2
@@ -256,7 +257,7 @@ def eager(world):
     def loss_of(windows):
         (ids, mask, labels, rows), (teacher_ids, teacher_mask, _, teacher_rows) = padded(world, windows)
         with torch.no_grad():
-            hidden = loading.last_hidden(world.teacher_model, teacher_ids, teacher_mask).flatten(0, 1)[teacher_rows]
+            hidden = forward.last_hidden(world.teacher_model, teacher_ids, teacher_mask).flatten(0, 1)[teacher_rows]
         logits, labels = world.student_model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1), labels.flatten()
         projected = F.linear(made(hidden), world.student_model.get_output_embeddings().weight.detach()).float()
         ours, theirs = logits[rows].float().log_softmax(-1), projected.detach().log_softmax(-1)

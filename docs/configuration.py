@@ -18,6 +18,8 @@ GROUPS = {
     "max_documents max_bad_records max_length check_teacher",
     "Plan and batches": "epochs max_steps batch_size grad_accumulation packing repeats seed",
     "Optimizer": "learning_rate projector_learning_rate warmup weight_decay max_grad_norm optimizer non_finite_steps",
+    "Adapters": "lora_rank lora_alpha lora_dropout lora_targets lora_init lora_dora lora_rslora train_embeddings "
+    "student_quantization",
     "Distillation": "kd_method kd_divergence kd_temperature kd_top_k kd_weight lm_weight label_smoothing teacher_cache",
     "Feature losses": "layerwise_weight attention_weight attention_alignment_weight routing_feature_weight "
     "contrastive_weight feature_layers attention_layers",

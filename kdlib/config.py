@@ -141,6 +141,25 @@ class Config:
     gradient_checkpointing: str = "auto"
     """Recomputes student activations in the backward pass: less memory, same result, about a third more time.
     `auto`: only if a step would not fit otherwise."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters (LoRA): only they are trained, the student's own weights stay frozen. The student is
+    exported merged, and its adapters also alone. 0: trains the whole student. Needs peft."""
+    lora_alpha: float = 0.0
+    """Adapters are scaled by `lora_alpha / lora_rank`; 0: twice the rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    lora_targets: str = "all-linear"
+    """Layers with adapters: `all-linear` (all but the output head), or endings of layer names: `q_proj,v_proj`."""
+    lora_init: str = "default"
+    """Initial adapters: `default`, `gaussian`, `orthogonal`, or `pissa` and `olora`, which decompose the weights."""
+    lora_dora: bool = False
+    """Trains direction and magnitude of each adapted weight apart (DoRA)."""
+    lora_rslora: bool = False
+    """Scales adapters by `lora_alpha / sqrt(lora_rank)` (rsLoRA)."""
+    train_embeddings: bool = False
+    """Trains embeddings and output head as a whole beside the adapters."""
+    student_quantization: str = "none"
+    """Quantizes the student's frozen layers to `8bit` or `4bit` (QLoRA) with bitsandbytes; needs `lora_rank`."""
     optimizer: str = "adamw"
     """`adamw`, or `adamw_8bit` (bitsandbytes): 2 bytes of optimizer state per weight instead of 8."""
     teacher_quantization: str = "none"
@@ -194,6 +213,19 @@ class Config:
         if self.kd_top_k and self.kd_method == "chunk_likelihood":
             raise ValueError("kd_top_k truncates distributions, but chunk_likelihood compares none; set kd_top_k to 0")
         self.target_shares()
+        self._check_lora()
+
+    def _check_lora(self):
+        """Raises ValueError for settings of adapters without adapters, or that exclude each other."""
+        names = [name for name, _ in flags() if name.startswith("lora_")] + ["train_embeddings", "student_quantization"]
+        changed = [name for name in names if getattr(self, name) != getattr(Config, name)]
+        if changed and not self.lora_rank:
+            raise ValueError(
+                f"{changed[0]} is {getattr(self, changed[0])}, but lora_rank is 0, so there are no adapters; set lora_rank"
+            )
+        if self.student_quantization != "none" and (self.lora_dora or self.lora_init in ("pissa", "olora")):
+            reason = "lora_dora" if self.lora_dora else f"lora_init {self.lora_init}"
+            raise ValueError(f"{reason} changes the weights that student_quantization quantizes; use one of them")
 
     def _teacher_weights(self):
         names = FEATURES if self.kd_method == "none" else ("kd", *FEATURES)
@@ -282,7 +314,8 @@ class Config:
 _CHOICES = {
     "kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES,
     "packing": PACKINGS, "gradient_checkpointing": ("auto", "on", "off"), "optimizer": ("adamw", "adamw_8bit"),
-    "teacher_quantization": ("none", "8bit", "4bit"),
+    "teacher_quantization": ("none", "8bit", "4bit"), "student_quantization": ("none", "8bit", "4bit"),
+    "lora_init": ("default", "gaussian", "orthogonal", "pissa", "olora"),
 }  # fmt: skip
 
 AUTO, DURATION = int | str, float | str
@@ -305,7 +338,7 @@ _RANGES = {
     "eval_steps": (0, _HUGE), "save_steps": (0, _HUGE), "second_copy_saves": (1, _HUGE),
     "keep_checkpoints": (1, 10**6), "ema_decay": (0.0, 1.0),
     "eval_tokens": (16, _HUGE), "log_steps": (1, _HUGE), "early_stopping_patience": (0, _HUGE), "repeats": (1, 1000),
-    "seed": (0, 2**31 - 1),
+    "lora_rank": (0, 10**4), "lora_alpha": (0.0, 10.0**6), "lora_dropout": (0.0, 0.99), "seed": (0, 2**31 - 1),
 }  # fmt: skip
 
 

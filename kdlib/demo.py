@@ -25,6 +25,7 @@ from kdlib.config import Config
 from kdlib.data import tokenize, windowing
 from kdlib.data.records import Document
 from kdlib.models import devices, loading
+from kdlib.models.head import Head
 from kdlib.training import loop
 from kdlib.training.objective import Objective
 
@@ -175,7 +176,7 @@ def train_teacher(model, tokenizer, texts, clock, steps):
         windows += windowing.cut_windows(
             Document(text), encoded, encoded, reader, reader, TEACHER_CONFIG.max_length, number
         )
-    objective = Objective(model, loading.Head(model, reader.vocabulary), TEACHER_CONFIG)
+    objective = Objective(model, Head(model, reader.vocabulary), TEACHER_CONFIG)
     with devices.temporary_accelerator("fp32", cpu=True) as accelerator:
         yield from loop.TrainLoop(objective, None, windows, steps, TEACHER_CONFIG, accelerator, clock)
 

@@ -16,7 +16,7 @@ import kdlib
 from kdlib import demo, doctor, files, machine, memory
 from kdlib.config import Config
 from kdlib.environment import child_environment, describe, num_processors
-from kdlib.models import devices, loading
+from kdlib.models import devices, forward, loading
 from kdlib.session import cache_writer, session
 
 GPU_DEMO, CPU_DEMO = (
@@ -234,18 +234,18 @@ def check_teacher_device(bench):
 
 
 def check_out_of_memory(bench):
-    expected, original, count = bench.reference, loading.read, itertools.count(1)
+    expected, original, count = bench.reference, forward.read, itertools.count(1)
 
     def read(model, *args, **kwargs):
         if model.training and next(count) == OOM_AT:
             raise torch.OutOfMemoryError("injected by the self-test")
         return original(model, *args, **kwargs)
 
-    loading.read = read
+    forward.read = read
     try:
         records = bench.distil("out-of-memory")
     finally:
-        loading.read = original
+        forward.read = original
     error = bench.compare_losses(records, EXACT)
     before, after = (_micro_batch(run) for run in (expected, records))
     if after >= before:

@@ -12,7 +12,7 @@ import torch
 from kdlib import clock, files
 from kdlib.config import Config
 from kdlib.data import batching
-from kdlib.models import devices, loading, prefetch
+from kdlib.models import devices, forward, prefetch
 from kdlib.session import inputs, session
 from kdlib.training import loop
 
@@ -179,14 +179,14 @@ def test_only_what_was_asked_for_is_taken(settings, monkeypatch):
     teacher, calls = given.pair.teacher, counted(monkeypatch)
     batch, other = (batching.collate(given.train[i : i + 2], *given.pair.pads) for i in (0, 2))
     again = batching.collate(given.train[:2], *given.pair.pads)
-    taps = loading.Taps((0, 1))
+    taps = forward.Taps((0, 1))
     for asked, teacher_request, used, wanted, made in (
         (batch, {}, batch, {}, 2),  # what is not asked for is what the defaults say
         (batch, {"taps": taps, "spans": True}, batch, {"taps": taps, "spans": True}, 1),
         (batch, {"taps": taps, "spans": True}, batch.to("cpu"), {"taps": taps, "spans": True}, 1),
         (batch, {"taps": taps, "spans": False}, batch, {"taps": taps, "spans": True}, 2),
-        (batch, {"taps": loading.Taps(), "spans": False}, other, {}, 2),
-        (batch, {"taps": loading.Taps(), "spans": False}, again, {}, 2),
+        (batch, {"taps": forward.Taps(), "spans": False}, other, {}, 2),
+        (batch, {"taps": forward.Taps(), "spans": False}, again, {}, 2),
     ):
         calls.clear()
         teacher.prefetch(asked, **teacher_request)
@@ -196,7 +196,7 @@ def test_only_what_was_asked_for_is_taken(settings, monkeypatch):
         assert not signal.hidden.is_inference()
         assert (signal.span_log_probs is None) == ("spans" not in wanted)
         assert all(torch.equal(a, b) for a, b in zip(signal.layers, told.layers, strict=True))
-        assert len(signal.layers) == len(wanted.get("taps", loading.Taps()).layers)
+        assert len(signal.layers) == len(wanted.get("taps", forward.Taps()).layers)
         assert len(calls) in (made, 1)  # what was thrown away may not have begun
 
 

@@ -8,7 +8,7 @@ import torch
 from families import ARCHITECTURES, byte_level
 
 from kdlib.losses import divergences, features
-from kdlib.models import hooks, loading
+from kdlib.models import forward, hooks
 
 
 def softmax(values):
@@ -117,7 +117,7 @@ def test_what_is_read_off_a_model_is_what_it_computes_eagerly(kind):
     hooks.watch_attention(model)
     rows, by_window = torch.tensor([1, 3, 4, 8, 13 + 3, 13 + 4, 13 + 8]), (4, 3)
     with torch.no_grad():
-        found = loading.read(model, ids, mask, rows, by_window, loading.Taps((0, 1), (1, 2), (2,)))
+        found = forward.read(model, ids, mask, rows, by_window, forward.Taps((0, 1), (1, 2), (2,)))
     shown = mask.bool()
     torch.testing.assert_close(found.last[shown], eager.last_hidden_state[shown], atol=1e-5, rtol=1e-4)
     for layer, states in zip((0, 1), found.layers, strict=True):

@@ -17,7 +17,7 @@ from kdlib.data import batching, windowing
 from kdlib.evaluation import scoring
 from kdlib.losses import chunked_head
 from kdlib.losses import features as attention
-from kdlib.models import hooks, loading
+from kdlib.models import forward, hooks
 from kdlib.session import inputs
 from kdlib.training import loop, terms
 
@@ -168,12 +168,12 @@ def test_what_is_read_off_a_packed_row_is_what_each_window_gives_alone(loaded, k
     """States, layers, maps and vectors in float64, under torch's attention and the watched one."""
     model = PACKING[kind](unigram()).double()
     hooks.watch_attention(model, watched)
-    assert loading.packs(model, 60)
-    taps = loading.Taps((0, 1), (0, 1), (1,)) if watched else loading.Taps((0, 1))
+    assert forward.packs(model, 60)
+    taps = forward.Taps((0, 1), (0, 1), (1,)) if watched else forward.Taps((0, 1))
     found = []
     for batch in both(loaded, loaded.train[:9]):
         with torch.no_grad():
-            found.append(loading.read(
+            found.append(forward.read(
                 model, batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window, taps,
                 batch.student_row_slices,
             ))  # fmt: skip
@@ -200,12 +200,12 @@ def close(ours, theirs, rel=1e-12):
     torch.testing.assert_close(ours, theirs, atol=rel * max(scale, 1e-6), rtol=0.0)
 
 
-def plain_head(hidden, weight, bias, chunks, losses_of, weights, compared=None, extra=()):
+def plain_head(hidden, weight, bias, chunks, losses_of, weights, compared=None, extra=(), transform=lambda z: z):
     """`chunked_head.chunked_head_losses` by autograd in float64, where the library's own keeps its sums in float32."""
     found = 0.0
     for block in (block for chunk in chunks for block in chunk):
         logits = torch.nn.functional.linear(hidden[block.rows], weight, bias)
-        found = found + losses_of(logits, None if compared is None else compared(block.teacher_rows), block)
+        found = found + losses_of(transform(logits), None if compared is None else compared(block.teacher_rows), block)
     return (found * found.new_tensor(weights)).sum(), found.detach()
 
 
@@ -243,7 +243,7 @@ def test_loss_parts_and_gradients_are_those_of_the_padded_batch(loaded, monkeypa
 
 def test_the_teachers_signal_is_the_same_but_for_the_order_of_the_windows(loaded):
     windows = loaded.train[:9]
-    taps = loading.Taps((0, 1), (), ())
+    taps = forward.Taps((0, 1), (), ())
     batches = both(loaded, windows)
     padded, packed = (loaded.pair.teacher(batch, taps, spans=True) for batch in batches)
     order = by_given(batches[1])
@@ -300,18 +300,18 @@ def causal(kind, **changes):
 )
 def test_a_model_that_can_not_share_rows_is_found_out(kind, changes, fits):
     """Windows of 30 tokens: narrower sight, positions counted over the row, a state carried on, a mask not taken."""
-    assert loading.packs(causal(kind, **changes), 30) is fits
+    assert forward.packs(causal(kind, **changes), 30) is fits
 
 
 def test_positions_counted_over_the_whole_row_are_found_out(monkeypatch):
     monkeypatch.setattr(attention, "restart_positions", lambda windows: torch.arange(windows.shape[1])[None])
-    assert loading.packs(tiny_model(byte_level()), 30)  # rotary: only distances count
-    assert not loading.packs(ARCHITECTURES["gpt2"](byte_level()), 30)
+    assert forward.packs(tiny_model(byte_level()), 30)  # rotary: only distances count
+    assert not forward.packs(ARCHITECTURES["gpt2"](byte_level()), 30)
     monkeypatch.undo()
     monkeypatch.setattr(
         attention, "block_diagonal", lambda windows: torch.ones(60, 60, dtype=torch.bool).tril()[None, None]
     )
-    assert not loading.packs(tiny_model(byte_level()), 30)
+    assert not forward.packs(tiny_model(byte_level()), 30)
 
 
 def test_auto_falls_back_for_one_side_and_on_refuses(settings, monkeypatch):
@@ -323,7 +323,7 @@ def test_auto_falls_back_for_one_side_and_on_refuses(settings, monkeypatch):
         asked.append(length)
         return len(asked) % 2 == 0
 
-    monkeypatch.setattr(loading, "packs", only_the_teacher)
+    monkeypatch.setattr(forward, "packs", only_the_teacher)
     loaded = inputs.load(Config.from_dict(settings))
     longest = [max(len(getattr(w, f"{side}_ids")) for w in loaded.train) for side in ("student", "teacher")]
     assert asked[0] >= longest[0]

@@ -158,7 +158,7 @@ def quantised(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace())
     told, real = [], transformers.AutoModelForCausalLM.from_pretrained
 
-    def load(source, dtype, **more):
+    def load(source, dtype, output_loading_info, **more):
         model = real(source, dtype=dtype)
         told.append(more)
         if more:
@@ -167,7 +167,7 @@ def quantised(monkeypatch):
                 raise ValueError("`.to` is not supported for quantised models")
 
             model.is_quantized, model.to = True, refuse
-        return model
+        return model, {"missing_keys": set()}
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     return told
@@ -236,7 +236,7 @@ def test_a_real_teacher_of_few_bits_teaches(settings, tmp_path, kind, tied):
     for how in ("none", kind):
         loaded = inputs.load(Config.from_dict({**settings, "teacher_quantization": how}))
         model = loaded.pair.teacher.model
-        told[how] = sum(p.numel() * p.element_size() for p in model.parameters()), loaded.validation.hidden[0]
+        told[how] = sum(p.numel() * p.element_size() for p in model.parameters()), loaded.validation.signals[0].hidden
         assert model.get_output_embeddings().weight.dtype == torch.float32
     assert told[kind][0] < 0.8 * told["none"][0]
     similar = torch.nn.functional.cosine_similarity(told[kind][1], told["none"][1]).mean()

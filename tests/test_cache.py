@@ -24,7 +24,7 @@ from kdlib.config import Config
 from kdlib.data import batching
 from kdlib.losses import divergences, partial_tokens
 from kdlib.losses.teacher_signal import TopKLogProbs
-from kdlib.models import loading, teacher_cache, trie
+from kdlib.models import forward, loading, teacher_cache, trie
 from kdlib.session import cache_writer, inputs, session
 
 HALF = 2.0**-11
@@ -125,7 +125,7 @@ def test_the_likeliest_tokens_are_written_out(loaded, name):
     wanted, batch = shortlist_of(live, config), batch_of(live)
     top = live.pair.teacher(batch, shortlist=wanted).topk
     buckets = trie.buckets_of(live.pair, config.kd_method)
-    hidden = loading.last_hidden(live.pair.teacher.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
+    hidden = forward.last_hidden(live.pair.teacher.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
     bytes_of = live.pair.student_reader.vocabulary.tokens, live.pair.teacher.reader.vocabulary.tokens
     for row, place in list(enumerate(batch.teacher_rows.tolist()))[::7]:
         logits = (hidden[place].double() @ live.pair.teacher.head.weight.double().T).tolist()

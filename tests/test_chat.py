@@ -22,7 +22,8 @@ from kdlib.config import Config
 from kdlib.data import chat, corpus, tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.evaluation import internals
-from kdlib.models import devices, loading
+from kdlib.models import devices
+from kdlib.models.head import Head
 from kdlib.training import loop
 from kdlib.training.objective import Objective
 
@@ -667,7 +668,7 @@ def test_a_student_of_one_letter_answers_writes_the_letter_and_stops(base):
         windows += windowing.cut_windows(document, encoded, encoded, reader, reader, 100, number)
     model = tiny_model(reader.tokenizer, 32)
     config = Config(kd_method="none", lm_weight=1.0, batch_size=3, learning_rate=1e-2, max_length=100, use_ema=False)
-    objective = Objective(model, loading.Head(model, reader.vocabulary), config)
+    objective = Objective(model, Head(model, reader.vocabulary), config)
     machine = devices.accelerator("fp32")
     for _ in loop.TrainLoop(objective, None, windows, 40, config, machine, clock.Clock()):
         pass

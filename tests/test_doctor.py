@@ -25,7 +25,8 @@ from kdlib.clock import Clock, format_duration
 from kdlib.config import Config
 from kdlib.data import tokenize
 from kdlib.evaluation import pair_report, scoring
-from kdlib.models import devices, loading
+from kdlib.models import devices
+from kdlib.models.head import Head
 from kdlib.report import findings
 from kdlib.report.findings import Finding
 from kdlib.session import cache_writer, checkpoint, forecast, inputs, session, time_budget
@@ -416,12 +417,12 @@ def test_rows_without_a_token_are_counted():
     tokenizer = unigram()
     vocabulary = vocab.read_vocabulary(tokenizer)
     for more, state in ((0, "ok"), (30, "ok"), (200, "warning")):
-        head = loading.Head(tiny_model(tokenizer, vocab_size=len(tokenizer) + more), vocabulary)
+        head = Head(tiny_model(tokenizer, vocab_size=len(tokenizer) + more), vocabulary)
         found = pair_report._rows("student", head)
         assert (found.state, found.number) == (state, more)
         assert found.value == f"{more} of {len(tokenizer) + more} rows have no token"
     gaps = dataclasses.replace(vocabulary, gaps=(7, 9))
-    assert pair_report._rows("student", loading.Head(tiny_model(tokenizer), gaps)).number == 2
+    assert pair_report._rows("student", Head(tiny_model(tokenizer), gaps)).number == 2
 
 
 def test_marks_around_a_text():

@@ -16,7 +16,8 @@ from kdlib.data import tokenize, windowing
 from kdlib.data.corpus import Document
 from kdlib.evaluation import samples, scoring
 from kdlib.models import devices as precision
-from kdlib.models import loading
+from kdlib.models import forward
+from kdlib.models.head import Head
 from kdlib.models.teacher import Teacher
 from kdlib.session import inputs
 
@@ -31,7 +32,7 @@ def small():
         document = Document(text)
         sides = [tokenize.encode(document, used) for used in (ours, theirs)]
         windows += windowing.cut_windows(document, *sides, ours, theirs, 20, number)
-    head = loading.Head(student, ours.vocabulary)
+    head = Head(student, ours.vocabulary)
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
     teacher = Teacher(teacher, theirs)
     return (
@@ -102,7 +103,7 @@ def test_a_student_that_is_its_teacher_agrees_fully():
     document = Document("The cat sat on the mat.")
     coded = tokenize.encode(document, used)
     windows = windowing.cut_windows(document, coded, coded, used, used, 40)
-    head, shared = loading.Head(model, used.vocabulary), vocab.shared_vocabulary(used.vocabulary, used.vocabulary)
+    head, shared = Head(model, used.vocabulary), vocab.shared_vocabulary(used.vocabulary, used.vocabulary)
     held_out = scoring.prepare_held_out(windows, Teacher(tiny_model(used.tokenizer), used), head, shared, 4)
     score = scoring.evaluate_student(model, head, held_out)
     assert score.kl_to_teacher == pytest.approx(0.0, abs=1e-6)
@@ -279,7 +280,7 @@ def test_a_comparison_is_made_on_the_cards_that_are_there(settings, monkeypatch,
 def test_a_comparison_that_runs_out_of_memory_takes_smaller_batches(settings, monkeypatch):
     """First the teacher where it is asked, then the student where it is scored."""
     config = Config.from_dict({**settings, "batch_size": 8, "packing": "off"})
-    wanted, real, sizes = compare.compare(config), loading.last_hidden, []
+    wanted, real, sizes = compare.compare(config), forward.last_hidden, []
 
     def last_hidden(model, ids, *rest, **more):
         sizes.append(len(ids))
@@ -287,7 +288,7 @@ def test_a_comparison_that_runs_out_of_memory_takes_smaller_batches(settings, mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, ids, *rest, **more)
 
-    monkeypatch.setattr(loading, "last_hidden", last_hidden)
+    monkeypatch.setattr(forward, "last_hidden", last_hidden)
     found = compare.compare(config)
     assert {8, 4, 2} <= set(sizes)
     for name in ("teacher", "student"):

@@ -9,7 +9,7 @@ import torch
 from kdlib import files, memory
 from kdlib.config import Config
 from kdlib.evaluation import scoring
-from kdlib.models import loading
+from kdlib.models import forward
 from kdlib.session import checkpoint, session
 from kdlib.training import loop, terms
 
@@ -52,7 +52,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_pieces(settings, tmp
         return model.training
 
     if where == "forward":
-        monkeypatch.setattr(loading, "read", failing(loading.read, OUT_OF_MEMORY, {4, 6}, in_training))
+        monkeypatch.setattr(forward, "read", failing(forward.read, OUT_OF_MEMORY, {4, 6}, in_training))
     elif where == "backward":
         monkeypatch.setattr(torch.Tensor, "backward", failing(torch.Tensor.backward, OUT_OF_MEMORY, {4, 6}))
     else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdlib.losses import chunked_head, divergences
+from kdlib.models.head import LogitsTransform
 
 
 def case(dtype=torch.float64, num_rows=23, width=5, vocabulary=11, bias=True):
@@ -62,6 +63,23 @@ def test_value_and_gradients_are_those_of_the_whole_matrix(chunk, bias):
     gradients = torch.autograd.grad(3.0 * total, [*(tensor for tensor in single if tensor is not None), other])
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_scaled_and_capped_logits_have_the_gradients_of_their_formula(chunk):
+    hidden, weight, offset, other, block_losses, teacher_logits = case(torch.float64)
+    whole_block = chunked_head.Block(slice(0, 23), slice(0, 23))
+    logits = 1.5 * torch.tanh((hidden @ weight.T + offset) * 0.7 / 1.5)
+    parts = block_losses(logits, teacher_logits(whole_block.aligned), whole_block)
+    expected = torch.autograd.grad((parts * torch.tensor(WEIGHTS)).sum(), [hidden, weight, offset])
+    single = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight, offset)]
+    settings = *single, blocks(23, chunk), block_losses, WEIGHTS, teacher_logits, (other,), LogitsTransform(0.7, 1.5)
+    total, found = chunked_head.chunked_head_losses(*settings)
+    torch.testing.assert_close(found, parts, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(total, single), expected, strict=True):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_head.chunked_head_losses(*settings)[1], parts, rtol=1e-5, atol=1e-6)
 
 
 def test_a_tied_head_gets_both_its_gradients_once():

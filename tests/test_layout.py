@@ -26,15 +26,15 @@ STANDARD_LIBRARY_ONLY = {
 ROOMS = [
     (r"(?<!divergences\.)\blog_softmax\b", {"losses.divergences"}),
     (r"\bplt\.|matplotlib", {"report.style"}),
-    (r"-100", {"data.windowing", "losses.divergences", "models.loading"}),
+    (r"-100", {"data.windowing", "losses.divergences", "models.head"}),
     (r"\btokenizer\(", {"data.tokenize", "data.chat", "evaluation.samples"}),
-    (r"\.from_pretrained\(", {"models.loading", "session.finish", "report.html"}),
+    (r"\.from_pretrained\(", {"models.loading", "models.lora", "session.finish", "report.html"}),
     (r"\.backward\(|optimizer\.step\(", {"training.loop", "training.peak_memory"}),
-    (r"os\.replace|safetensors", {"session.checkpoint", "files", "environment", "models.teacher_cache"}),
+    (r"os\.replace|safetensors", {"session.checkpoint", "files", "environment", "models.teacher_cache", "models.lora"}),
     (r"os\.environ|/kaggle/", {"environment"}),
     (r"\btime\.\w", {"clock"}),
     (r"inference_mode\(", {"models.teacher"}),
-    (r"Interface\.register|register_forward", {"models.hooks"}),
+    (r"Interface\.register|register_forward", {"models.hooks", "models.head"}),
     (r"reduction=", {"losses.divergences"}),
 ]
 
@@ -147,7 +147,11 @@ def test_the_package_needs_only_what_the_image_ships():
     come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil", "filelock"}
     shipped = allowed | come_with_them | sys.stdlib_module_names
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
-    optional = {"bitsandbytes": {"models.devices"}, **{name: {"session.backup", "session.upload"} for name in clients}}
+    optional = {
+        "bitsandbytes": {"models.devices"},
+        "peft": {"models.lora"},
+        **{name: {"session.backup", "session.upload"} for name in clients},
+    }
     for room, source in sources().items():
         wanted = {name.split(".")[0] for name in imports_of(source)} - {"kdlib"} - shipped
         assert all(room in optional.get(name, ()) for name in wanted), room

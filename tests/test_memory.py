@@ -13,7 +13,7 @@ from families import ARCHITECTURES, byte_level, tiny_model, unigram
 
 from kdlib import clock, demo, files, memory
 from kdlib.config import Config
-from kdlib.models import loading
+from kdlib.models import forward, loading
 from kdlib.session import experiment, inputs, session
 from kdlib.training import loop, peak_memory
 
@@ -262,7 +262,7 @@ def test_nothing_is_left_of_making_layers_anew():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.config.to_dict() == config
     copied = copy.deepcopy(model)
-    assert torch.equal(loading.last_hidden(copied, ids, mask), loading.last_hidden(model, ids, mask))
+    assert torch.equal(forward.last_hidden(copied, ids, mask), forward.last_hidden(model, ids, mask))
 
 
 def limited(monkeypatch, total):

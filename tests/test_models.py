@@ -7,7 +7,11 @@ import transformers
 from families import byte_level, tiny_model, unigram, word_piece
 
 from kdlib import demo
-from kdlib.models import loading
+from kdlib.align import vocab
+from kdlib.data import chat, tokenize
+from kdlib.data.records import Document
+from kdlib.models import forward, head, loading
+from kdlib.models.head import Head
 
 
 def family(kind, tokenizer, **changes):
@@ -44,11 +48,11 @@ def test_models_load_as_they_were_saved_whole_or_in_shards(kind, tied, tmp_path)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value)
     reader = loading.load_reader(str(tmp_path), "student", loaded.config)
-    head = loading.Head(loaded, reader.vocabulary)
+    head = Head(loaded, reader.vocabulary)
     ids = torch.tensor([[5, 9, 7]])
     mask = torch.ones_like(ids)
     expected = loaded(ids, attention_mask=mask).logits
-    torch.testing.assert_close(head.decode(loading.last_hidden(loaded, ids, mask)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head.decode(forward.last_hidden(loaded, ids, mask)), expected, atol=1e-5, rtol=1e-4)
     assert (head.module.weight is loaded.get_input_embeddings().weight) == tied
     assert reader.context == loaded.config.max_position_embeddings
 
@@ -58,7 +62,7 @@ def test_rows_beyond_the_tokenizer_get_no_probability(tmp_path):
     demo.save(tiny_model(tokenizer, vocab_size=len(tokenizer) + 50), tokenizer, tmp_path)
     model = loading.load_model(str(tmp_path), "teacher")
     reader = loading.load_reader(str(tmp_path), "teacher", model.config)
-    probs = loading.Head(model, reader.vocabulary).decode(torch.zeros(1, 16)).softmax(-1)
+    probs = Head(model, reader.vocabulary).decode(torch.zeros(1, 16)).softmax(-1)
     assert probs.shape == (1, len(tokenizer))
     assert probs.sum().item() == pytest.approx(1.0)
 
@@ -84,16 +88,76 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path):
     )  # fmt: skip
     model = transformers.BertLMHeadModel(config)
     model.save_pretrained(tmp_path)
-    refusal(tmp_path, r"attends to later tokens|not its output head")
+    refusal(tmp_path, r"attends to later tokens|of its output head")
 
 
-def test_capped_logits_are_refused(tmp_path):
-    config = transformers.Gemma2Config(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, initializer_range=1.0,
-    )  # fmt: skip
-    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    refusal(tmp_path, r"logits are not its output head times its last hidden state")
+def build(config, tmp_path, **changes):
+    """Saves a random model of a configuration, and returns it loaded as a student."""
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(config(**{**sizes, **changes})).save_pretrained(tmp_path)
+    return loading.load_model(str(tmp_path), "student")
+
+
+TRANSFORMS = {
+    "none": (transformers.LlamaConfig, {}, (1.0, 0.0)),
+    "capped": (transformers.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 0.5}, (1.0, 0.5)),
+    "capped, but too small to see it": (
+        transformers.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 30.0, "initializer_range": 1e-3}, (1.0, 30.0),
+    ),
+    "divided": (transformers.GraniteConfig, {"logits_scaling": 13.0}, (1 / 13.0, 0.0)),
+    "multiplied": (transformers.CohereConfig, {"logit_scale": 0.0625, "head_dim": 8}, (0.0625, 0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_scale_and_a_cap_of_the_logits_are_found(name, tmp_path):
+    config, changes, expected = TRANSFORMS[name]
+    model = build(config, tmp_path, **changes)
+    found = head.logits_transform(model)
+    assert (found.scale, found.cap) == expected
+    vocabulary = vocab.Vocabulary(tuple(b"%d" % i for i in range(40)), (), False)
+    ids = torch.tensor([[5, 9, 7]])
+    hidden = forward.last_hidden(model, ids, torch.ones_like(ids))
+    logits = model(ids).logits
+    torch.testing.assert_close(Head(model, vocabulary).decode(hidden), logits, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(Head(model, vocabulary).decoder()(hidden[0]), logits[0], atol=1e-6, rtol=1e-4)
+
+
+def test_other_functions_of_the_head_are_refused(tmp_path, monkeypatch):
+    model = build(transformers.LlamaConfig, tmp_path)
+    original = type(model).forward
+
+    def squared(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits.square()
+        return output
+
+    monkeypatch.setattr(type(model), "forward", squared)
+    refusal(tmp_path, "teacher .* logits are not a scaled or capped product of its output head")
+
+
+def test_a_model_without_some_of_its_weights_is_refused(tmp_path):
+    model = family("llama", byte_level(), tie_word_embeddings=False)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    refusal(tmp_path, "lacks 1 weights, among them lm_head.weight; expected a whole model")
+
+
+def test_special_tokens_beyond_the_models_rows_are_left_out(tmp_path):
+    tokenizer = byte_level()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    demo.save(tiny_model(tokenizer, vocab_size=rows), tokenizer, tmp_path)
+    reader = loading.load_reader(str(tmp_path), "student", loading.load_config(str(tmp_path), "student"))
+    assert reader.vocabulary.num_rows == rows
+    document = Document("The cat <image> sat", (), "line 3")
+    with pytest.raises(chat.RejectedConversation, match=r"line 3.* no row for the special token <image>"):
+        tokenize.encode(document, reader)
+    assert len(tokenize.encode(Document("The cat sat", (), "line 4"), reader))
 
 
 def test_folders_without_a_model_or_tokenizer_are_refused(tmp_path):
@@ -172,4 +236,4 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     ],
 )  # fmt: skip
 def test_a_model_that_reads_long_rows_otherwise_is_tried_with_long_ones(made, expected):
-    assert loading._depends_on_length(made()) is expected
+    assert forward._depends_on_length(made()) is expected

@@ -207,7 +207,7 @@ def test_a_part_that_is_off_costs_nothing_and_gives_zero_gradients(loaded):
 
 
 def parts_free_taps():
-    from kdlib.models.loading import Taps
+    from kdlib.models.forward import Taps
 
     return Taps()
 

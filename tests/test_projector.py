@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from families import byte_level, reader, tiny_model
 
-from kdlib.models import loading
+from kdlib.models.head import Head
 from kdlib.models.projector import TeacherToStudentProjector, closed_form
 
 
@@ -54,7 +54,7 @@ def test_starts_better_than_noise():
 def test_decodes_through_the_live_head_with_its_padding_rows_left_out():
     used = reader("byte_level")
     model = tiny_model(used.tokenizer, vocab_size=len(used.tokenizer) + 13)
-    head = loading.Head(model, used.vocabulary)
+    head = Head(model, used.vocabulary)
     hidden = torch.randn(3, 16)
     assert head.decode(hidden).shape == (3, len(used.tokenizer))
     before = head.decode(hidden)
@@ -69,7 +69,7 @@ def test_a_head_with_gaps_has_a_column_for_every_token_only():
     tokens = (b"a", None, b"c", b"d", b"e")
     vocabulary = vocab.Vocabulary(tokens, gaps=(1, 3), adds_space=False)
     model = tiny_model(byte_level())
-    head = loading.Head(model, vocabulary)
+    head = Head(model, vocabulary)
     hidden = torch.randn(2, 16)
     expected = (hidden @ model.get_output_embeddings().weight.T)[:, [0, 2, 4]]
     torch.testing.assert_close(head.decode(hidden), expected)

@@ -26,7 +26,8 @@ from kdlib.data.corpus import Document
 from kdlib.evaluation import pair_report
 from kdlib.losses import partial_tokens
 from kdlib.losses.teacher_signal import TeacherSignal
-from kdlib.models import loading, teacher, teacher_cache, trie
+from kdlib.models import forward, teacher, teacher_cache, trie
+from kdlib.models.head import Head
 from kdlib.models.pair import Pair
 from kdlib.session import inputs
 
@@ -66,7 +67,7 @@ def pair_of(ours, theirs, windows, width=WIDTH):
         sides.append(model)
     student, larger = sides
     shared = vocab.shared_vocabulary(ours.vocabulary, theirs.vocabulary)
-    head = loading.Head(student, ours.vocabulary)
+    head = Head(student, ours.vocabulary)
     return Pair(teacher.Teacher(larger, theirs), student, ours, head, shared, (0, 0), text=windows)
 
 
@@ -98,7 +99,7 @@ def told(pair, config, batch, states, theirs):
         signal = in_short(pair, config, batch, signal)
     counts = {name: getattr(batch, f"num_{name}") for name in ("labels", "aligned", "spans")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "read", lambda *_: loading.Features(states, (), (), (), None))
+        patch.setattr(forward, "read", lambda *_: forward.Features(states, (), (), (), None))
         loss, parts, _ = made(batch, signal, counts)
     (gradient,) = torch.autograd.grad(loss, states)
     return parts["kd"].item(), gradient

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdlib import cli, demo, doctor, files, machine, memory, self_checks, self_test
-from kdlib.models import devices, loading
+from kdlib.models import devices, forward, loading
 from kdlib.report.findings import Finding
 from kdlib.session import cache_writer, session
 
@@ -142,7 +142,7 @@ def test_what_this_machine_has_not_is_skipped_with_a_reason(tmp_path, monkeypatc
 
 
 def test_lack_of_memory_fails_where_nothing_was_halved_or_losses_change(bench, monkeypatch):
-    name, real = "out of memory, injected", loading.read
+    name, real = "out of memory, injected", forward.read
     for found, state, words in (
         (trained(micro_batch=4), "ok", "micro-batch 8 to 4"),
         (trained(), "failed", "stayed at 8"),
@@ -151,17 +151,17 @@ def test_lack_of_memory_fails_where_nothing_was_halved_or_losses_change(bench, m
         monkeypatch.setattr(session, "distill", running(*found))
         got, text, _ = outcome(name, bench)
         assert (got, words in text) == (state, True)
-        assert loading.read is real
+        assert forward.read is real
 
 
 def test_the_injected_error_comes_once_and_in_training_only(bench, monkeypatch):
-    monkeypatch.setattr(loading, "read", lambda model: "read")
+    monkeypatch.setattr(forward, "read", lambda model: "read")
     raised = []
 
     def distill(config, out, clock=None):
         for training in (False, *[True] * 9):
             try:
-                loading.read(types.SimpleNamespace(training=training))
+                forward.read(types.SimpleNamespace(training=training))
             except torch.OutOfMemoryError:
                 raised.append(training)
         yield from trained(micro_batch=4)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from benchmarks.rivals import dskd, gold, mined, uld
 from kdlib.data.windowing import IGNORE
 from kdlib.losses import divergences
-from kdlib.models import loading
+from kdlib.models import forward
+from kdlib.models.head import Head
 from kdlib.training import terms
 
 
@@ -47,7 +48,7 @@ class WholeTeacher:
     @torch.no_grad()
     def __call__(self, batch):
         read = batch.teacher_ids, batch.teacher_windows, batch.teacher_packed
-        return loading.last_hidden(self.model, *read).flatten(0, 1)
+        return forward.last_hidden(self.model, *read).flatten(0, 1)
 
 
 class Uld:
@@ -70,7 +71,7 @@ class Gold:
 
     def __init__(self, pair, student, config):
         self.adapters = torch.nn.ModuleDict()
-        self.teacher_head, student_head = pair.teacher.head, loading.Head(student, pair.student_reader.vocabulary)
+        self.teacher_head, student_head = pair.teacher.head, Head(student, pair.student_reader.vocabulary)
         self.student_ids = student_head.columns(torch.from_numpy(pair.shared.student_ids))
         self.teacher_ids = self.teacher_head.columns(torch.from_numpy(pair.shared.teacher_ids))
 
@@ -101,7 +102,7 @@ class Dskd:
 
     def __init__(self, pair, student, config):
         self.student, self.teacher, self.temperature = student, pair.teacher.model, config.kd_temperature
-        self.head, self.teacher_head = loading.Head(student, pair.student_reader.vocabulary), pair.teacher.head
+        self.head, self.teacher_head = Head(student, pair.student_reader.vocabulary), pair.teacher.head
         widths = student.config.hidden_size, pair.teacher.config.hidden_size
         self.adapters = torch.nn.ModuleDict({"rival": dskd.Projectors(*widths)})
 
@@ -170,7 +171,7 @@ class RivalObjective(torch.nn.Module):
     def __init__(self, rival, pair, student, config):
         super().__init__()
         self.student, self.config = student, config
-        self.head = loading.Head(student, pair.student_reader.vocabulary)
+        self.head = Head(student, pair.student_reader.vocabulary)
         self.rival = rival(pair, student, config)
         self.adapters = self.rival.adapters
         self.terms = {"lm": terms.LM["lm"], "kd": terms.KD["first_token"]["kd"]}
@@ -183,7 +184,7 @@ class RivalObjective(torch.nn.Module):
         return {}
 
     def forward(self, batch, signal, counts, weights, measure=False):
-        hidden = loading.last_hidden(self.student, batch.student_ids, batch.student_windows, batch.student_packed)
+        hidden = forward.last_hidden(self.student, batch.student_ids, batch.student_windows, batch.student_packed)
         hidden = hidden.flatten(0, 1)
         logits = self.head.decode(hidden)
         nats = divergences.cross_entropy(divergences.log_softmax(logits), batch.labels.flatten())

@@ -130,6 +130,7 @@ def encode(document, reader):
         return _encode_chat(document, reader)
     encoding = reader.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoding["input_ids"]
+    _check_rows(ids, document, reader)
     spans = boundaries.token_spans(document.text, ids, encoding["offset_mapping"], reader.vocabulary)
     starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
     lengths, is_text = np.diff(spans.ends, prepend=0), np.ones(len(ids), dtype=bool)
@@ -143,10 +144,19 @@ def _encode_chat(document, reader):
     except chat.RejectedConversation as error:
         raise chat.RejectedConversation(error.reason, document.source) from None
     tokens = chat.tokenize(text, contents, reader)
+    _check_rows(tokens.ids, document, reader)
     encoded = Encoded(tokens.ids, *(np.zeros(len(tokens.ids), kind) for kind in (int, bool, bool, int, bool, bool)))
     for content in contents:
         _encode_content(encoded, tokens, content, text, reader)
     return encoded
+
+
+def _check_rows(ids, document, reader):
+    """Raises `chat.RejectedConversation` for a special token that the model has no row for."""
+    unknown = [index for index in ids if index >= reader.vocabulary.num_rows]
+    if unknown:
+        token = reader.tokenizer.convert_ids_to_tokens(int(unknown[0]))
+        raise chat.RejectedConversation(f"the model has no row for the special token {token}", document.source)
 
 
 def _encode_content(encoded, tokens, content, text, reader):

@@ -112,7 +112,7 @@ def attention_map(model, window, side):
     Raises ValueError if no layer is an attention layer that can be observed.
     """
     rows = torch.from_numpy(getattr(window, f"{side}_rows")[: SHOWN_SPANS + 1]).to(model.device)
-    layers = range(model.config.num_hidden_layers)
+    layers = range(len(hooks.decoder_layers(model)))
     seen = _observe(model, getattr(window, f"{side}_ids")[: int(rows[-1]) + 1], attention_of=layers)
     if not seen.attention:
         raise ValueError(f"no layer of {type(model).__name__} is an attention layer that can be observed")
@@ -130,7 +130,8 @@ def layer_states(model, windows, side):
         if count >= MAX_POSITIONS:
             break
         rows = torch.from_numpy(getattr(window, f"{side}_rows"))[: MAX_POSITIONS - count]
-        seen = _observe(model, getattr(window, f"{side}_ids"), layers=range(model.config.num_hidden_layers))
+        layers = range(len(hooks.decoder_layers(model)))
+        seen = _observe(model, getattr(window, f"{side}_ids"), layers=layers)
         states.append([seen.layers[i][0][rows.to(model.device)].double().cpu() for i in sorted(seen.layers)])
         count += len(rows)
     return [torch.cat(layer) for layer in zip(*states, strict=True)]

@@ -39,6 +39,7 @@ def findings_of(config, loaded, scores, sampled=False):
     findings += [_one_to_one(pair.sample, text), _faithful(alignment), _rows("student", pair.head)]
     findings += [_rows("teacher", pair.teacher.head)] if pair.teacher.head else []
     findings += [_cuts(pair), _marks("student", pair.student_reader), _marks("teacher", pair.teacher.reader)]
+    findings += _context(config.max_length, pair)
     findings += [_ids(side, loaded, score, config.check_teacher, sampled) for side, score in scores.items()]
     findings += [_method(name, pair, config) for name in KD_METHODS if name != "none"]
     return [*findings, _advice(config), _prospect(pair, **scores)]
@@ -54,6 +55,18 @@ def _data(key, report):
     if warning:
         remedy = "correct these records, or leave them out" if report.num_skipped else "raise --max-length"
     return _finding(key, " ".join(report.used_lines()), warning, remedy, number=report.num_records)
+
+
+def _context(max_length, pair):
+    """Warns of windows that are longer than a model's context. The teacher's windows are cut at its own."""
+    contexts = {"student": pair.student_reader.context, "teacher": pair.teacher.reader.context}
+    value = f"max_length {max_length}; " + ", ".join(
+        f"{side} {size:,} tokens" for side, size in contexts.items() if size
+    )
+    if contexts["student"] and max_length > contexts["student"]:
+        warning = "the student was not trained on windows of this length"
+        return [_finding("context", value, warning, f"--max-length {contexts['student']}")]
+    return [_finding("context", value)] if any(contexts.values()) else []
 
 
 def _shared(shared):

@@ -13,7 +13,7 @@ from kdlib.data.windowing import IGNORE
 from kdlib.evaluation.breakdown import Breakdown
 from kdlib.losses import chunked_head, divergences, features
 from kdlib.losses.teacher_signal import TeacherSignal
-from kdlib.models import loading
+from kdlib.models import forward
 from kdlib.models.pair import IncompatiblePairError
 
 LN2 = math.log(2.0)
@@ -162,7 +162,7 @@ def evaluate_student(model, head, held_out, chunk_size="auto", on_batch=lambda d
         for done, (batch, windows, signal) in enumerate(items):
             on_batch(done, len(held_out.batches))
             on_device = batch.to(model.device)
-            states = loading.last_hidden(model, on_device.student_ids, on_device.student_windows, batch.student_packed)
+            states = forward.last_hidden(model, on_device.student_ids, on_device.student_windows, batch.student_packed)
             states, labels = states.flatten(0, 1), on_device.labels.flatten()
             window_ids = (batch.student_windows * batch.student_scored).flatten()
             sums.add_text(head, states, labels, window_ids, windows, chunk_size)

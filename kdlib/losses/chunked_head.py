@@ -79,14 +79,17 @@ def plan_blocks(may_start, is_aligned, chunk_size, block_size, num_extra=None):
     return np.concatenate([np.zeros(0, dtype=np.int64), *order]), chunks
 
 
-def chunked_head_losses(hidden_ND, weight_VD, bias_V, chunks, block_losses, weights, teacher_logits=None, extra=()):
-    """Computes losses on the logits `hidden @ weight.T + bias`. Returns `(total, terms)`.
+def chunked_head_losses(
+    hidden_ND, weight_VD, bias_V, chunks, block_losses, weights, teacher_logits=None, extra=(), transform=lambda z: z
+):
+    """Computes losses on the logits `transform(hidden @ weight.T + bias)`. Returns `(total, terms)`.
 
     `chunks` are lists of `Block`s that together cover all rows. `block_losses(logits, teacher, block)` returns the loss
     terms of one block, `[P]`, already divided by the counts of the optimizer step. Its `logits` `[n, V]` are float32.
     `teacher_logits(rows)` returns the teacher logits `[m, U]` of a slice of teacher rows; `teacher` is the block's part
     of them, or None. `weights` are P floats. `total` is the weighted sum over blocks and terms; call backward only on
-    it. `extra` are tensors behind `teacher_logits` that also need a gradient (a projector's weight).
+    it. `transform` maps logits elementwise. `extra` are tensors behind `teacher_logits` that also need a gradient (a
+    projector's weight).
 
     Gradients are computed in the forward pass, chunk by chunk, in float32. The backward pass only scales them. If
     products run in float16, each chunk's gradient is first scaled into its range: the loss scaler acts too late for
@@ -96,9 +99,14 @@ def chunked_head_losses(hidden_ND, weight_VD, bias_V, chunks, block_losses, weig
         terms = hidden_ND.new_zeros(len(weights), dtype=torch.float32)
         for chunk in chunks:
             student, teacher = _decode(hidden_ND, weight_VD, bias_V, chunk, teacher_logits)
-            terms += sum(block_losses(*_block_views(student, teacher, chunk, block), block).float() for block in chunk)
+            for block in chunk:
+                logits, teacher_rows = _block_views(student, teacher, chunk, block)
+                terms += block_losses(transform(logits), teacher_rows, block).float()
         return (terms * terms.new_tensor(weights)).sum(), terms
-    return _HeadLosses.apply(chunks, block_losses, weights, teacher_logits, hidden_ND, weight_VD, bias_V, *extra)
+    return _HeadLosses.apply(
+        chunks, lambda logits, *rest: block_losses(transform(logits), *rest), weights, teacher_logits, hidden_ND, weight_VD,
+        bias_V, *extra,
+    )  # fmt: skip
 
 
 class _HeadLosses(torch.autograd.Function):

@@ -46,7 +46,7 @@ class TeacherSignal:
 
     `hidden` `[N, Dt]`: last hidden states. `span_log_probs` `[N]`: log-likelihood of the span that starts at each
     position, in nats, 0 if none does. `topk`: `TopKLogProbs` from a teacher cache, instead of the full distribution.
-    `layers`, `maps`, `vectors`: as in `loading.Features`. `partial_hidden` `[M, Dt]`: last hidden states at
+    `layers`, `maps`, `vectors`: as in `forward.Features`. `partial_hidden` `[M, Dt]`: last hidden states at
     `Batch.inner_rows`. `partial_topk`: the cached result of `PartialTokens.top_k_outcomes`.
     """
 

@@ -30,7 +30,7 @@ class Watched:
 
 def decoder_layers(model):
     """Returns the model's decoder layers. Raises ValueError if they cannot be identified."""
-    count = model.config.num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module

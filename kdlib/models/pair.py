@@ -8,6 +8,7 @@ from kdlib.align import vocab
 from kdlib.data import tokenize
 from kdlib.data.dataset import WindowDataset
 from kdlib.models import loading, teacher_cache
+from kdlib.models.head import Head
 from kdlib.models.prefetch import PrefetchingTeacher
 from kdlib.models.teacher import Teacher
 
@@ -31,7 +32,7 @@ class Pair:
     teacher: Teacher
     student: torch.nn.Module
     student_reader: tokenize.TextTokenizer
-    head: loading.Head
+    head: Head
     shared: vocab.SharedVocabulary
     pads: tuple
     max_row_width: tuple = (0, 0)
@@ -47,7 +48,8 @@ def load_pair(config, device, teacher_dtype, teacher_device=None, on_progress=la
     on_progress("loading the teacher", 0, 0)
     teacher = load_teacher(config, torch.device(device), teacher_dtype, torch.device(teacher_device or device))
     on_progress("loading the student", 0, 0)
-    student = loading.load_model(config.student, "student", device=device)
+    dtype = teacher_dtype if config.lora_rank else torch.float32  # frozen weights need no precision for updates
+    student = loading.load_model(config.student, "student", dtype, device, config.student_quantization)
     student_reader = loading.load_reader(config.student, "student", student.config)
     shared = vocab.shared_vocabulary(student_reader.vocabulary, teacher.reader.vocabulary)
     if not len(shared):
@@ -56,7 +58,7 @@ def load_pair(config, device, teacher_dtype, teacher_device=None, on_progress=la
             "use a student or a teacher with another tokenizer",
         )
     pads = tuple(reader.tokenizer.pad_token_id or 0 for reader in (student_reader, teacher.reader))
-    head = loading.Head(student, student_reader.vocabulary)
+    head = Head(student, student_reader.vocabulary)
     return Pair(teacher, student, student_reader, head, shared, pads)
 
 

@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 
-from kdlib.models import loading
+from kdlib.models import forward
 from kdlib.models.teacher import Teacher
 
 
@@ -34,7 +34,7 @@ class PrefetchingTeacher(Teacher):
         pending, self._pending = self._pending, None
         _cancel(pending)
 
-    def __call__(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
+    def __call__(self, batch, taps=forward.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
         request = {"taps": taps, "spans": spans, "shortlist": shortlist, "inner": inner}
         device = batch.student_ids.device
         pending, self._pending = self._pending, None  # at once: a collected TrainLoop may cancel at any time

@@ -4,13 +4,14 @@ import torch
 
 from kdlib.losses import divergences
 from kdlib.losses.teacher_signal import TeacherSignal, TopKLogProbs
-from kdlib.models import loading
+from kdlib.models import forward
+from kdlib.models.head import Head
 
 
 class Teacher:
     """A live teacher. Not an `nn.Module`, so that nothing trains, moves or averages it together with the student.
 
-    `teacher(batch)` returns the `TeacherSignal` on the batch's device. `taps` (`loading.Taps`), `spans`, `shortlist`
+    `teacher(batch)` returns the `TeacherSignal` on the batch's device. `taps` (`forward.Taps`), `spans`, `shortlist`
     (`TopKSpec`) and `inner` add to it. `head` is on the model's device, `student_side_head` on the student's.
     `num_columns` is the number of logits per row. Only a cache has a `score`.
     """
@@ -18,12 +19,12 @@ class Teacher:
     def __init__(self, model, reader):
         self.model = model.eval().requires_grad_(False)
         self.reader = reader
-        self.head = self.student_side_head = loading.Head(model, reader.vocabulary)
-        self.config = model.config
+        self.head = self.student_side_head = Head(model, reader.vocabulary)
+        self.config = model.config.get_text_config()
         self.score = None
         self.num_columns = self.head.num_rows
 
-    def __call__(self, batch, taps=loading.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
+    def __call__(self, batch, taps=forward.Taps(), spans=False, shortlist=None, inner=False):  # noqa: B008 - frozen
         device = batch.student_ids.device
         # cloned outside: autograd cannot save a tensor that was created in inference mode
         return self.read(batch, taps, spans, shortlist, inner).map_tensors(lambda tensor: tensor.clone().to(device))
@@ -32,7 +33,7 @@ class Teacher:
         """Returns the signal on the teacher's device. Its tensors must be copied before a backward pass uses them."""
         batch = batch.to(self.model.device)
         with torch.inference_mode():
-            features = loading.read(
+            features = forward.read(
                 self.model, batch.teacher_ids, batch.teacher_windows, batch.teacher_rows, batch.rows_by_window, taps,
                 batch.teacher_row_slices,
             )  # fmt: skip
@@ -46,7 +47,7 @@ class Teacher:
         """Returns the last hidden states of all teacher tokens of a batch, `[B * L, Dt]`, on the teacher's device."""
         batch = batch.to(self.model.device)
         with torch.inference_mode():
-            states = loading.last_hidden(self.model, batch.teacher_ids, batch.teacher_windows, batch.teacher_packed)
+            states = forward.last_hidden(self.model, batch.teacher_ids, batch.teacher_windows, batch.teacher_packed)
             return states.flatten(0, 1)
 
     def for_split(self, split):

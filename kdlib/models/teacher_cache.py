@@ -23,7 +23,7 @@ from kdlib.config import BY_BUCKETS
 from kdlib.data.dataset import WindowDataset
 from kdlib.files import read_json
 from kdlib.losses.teacher_signal import TeacherSignal, TopKLogProbs, TopKSpec
-from kdlib.models import fingerprint, loading
+from kdlib.models import fingerprint, forward, loading
 
 FORMAT = 2
 """Increases whenever older caches can no longer be read."""
@@ -290,8 +290,8 @@ class CachedTeacher:
                     f"the teacher cache is of another run: {fingerprint.NAMES[name]} ({cached}, here {own}); rewrite it"
                 )
 
-    def __call__(self, batch, taps=loading.Taps(), spans=False, inner=False):  # noqa: B008 - frozen
-        assert taps == loading.Taps()
+    def __call__(self, batch, taps=forward.Taps(), spans=False, inner=False):  # noqa: B008 - frozen
+        assert taps == forward.Taps()
         windows = [self.shards.window(index) for index in batch.window_ids]
         assert tuple(len(window["ids"]) for window in windows) == tuple(batch.rows_by_window)
         device = batch.student_ids.device

@@ -162,7 +162,7 @@ class Trie:
     @classmethod
     def build(cls, spellings, student_side, bucket_of, tail, outer_columns=lambda ids: ids):
         """Builds a trie from `tokenize.spellings`, one per outer id. `bucket_of` holds the buckets of inner ids, the
-        last of which is `tail`. `outer_columns` maps outer ids to columns of a `loading.Head`.
+        last of which is `tail`. `outer_columns` maps outer ids to columns of a `Head`.
         """
         nodes, num_inner = _nodes_of(spellings, bucket_of, tail), 1 + max(map(max, filter(None, spellings)), default=0)
         node_of = {(): 0} | {prefix: node for node, prefix in enumerate(nodes, 1)}

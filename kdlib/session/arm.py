@@ -7,6 +7,7 @@ from kdlib import memory
 from kdlib.evaluation import scoring
 from kdlib.losses import chunked_head
 from kdlib.models import loading
+from kdlib.models.head import Head
 from kdlib.session import alerts
 
 DISTILLED, CONTROL = "distilled", "ce_only"
@@ -99,7 +100,7 @@ class Scorer:
     def score_student(self, split, model=None):
         """Returns the score of `model` (default: the pair's student with its current weights)."""
         model = self.pair.student if model is None else model
-        head = loading.Head(model, self.pair.student_reader.vocabulary)
+        head = Head(model, self.pair.student_reader.vocabulary)
         while True:
             text, started, self.batch_started = self.held_out[split], self.budget.clock.now(), None
             try:

@@ -7,7 +7,7 @@ import transformers
 
 from kdlib import files
 from kdlib.evaluation import internals, samples, verdict
-from kdlib.models import loading
+from kdlib.models import loading, lora
 from kdlib.report import html
 from kdlib.session.arm import CONTROL
 
@@ -39,7 +39,7 @@ def finish_run(config, inputs, folder, scores, pairs, read_s=0.0):
     result["exported"] = {"repeat": chosen.repeat, "step": chosen.best_step, "averaged": chosen.best_averaged}
     result["samples"], result["recut"] = {}, {}
     if folder:
-        write_student(inputs.pair, chosen, folder, model_card(config, result))
+        write_student(config, inputs.pair, chosen, folder, model_card(config, result))
         files.write_json(folder.path / "verdict.json", result)
     return result
 
@@ -78,14 +78,18 @@ def export_best_so_far(config, experiment, folder):
     """Writes student and report of an unfinished run."""
     best = best_of(experiment.arms)
     if best:
-        write_student(experiment.pair, best, folder, model_card(config, None))
+        write_student(config, experiment.pair, best, folder, model_card(config, None))
         html.write_report(folder.path)
 
 
-def write_student(pair, arm, folder, card):
-    """Exports the best weights of an arm as `student/`."""
+def write_student(config, pair, arm, folder, card):
+    """Exports the best weights of an arm as `student/`, and adapters that fit the original student as `adapter/`."""
     loading.load_cpu_state_dict(pair.student, arm.best_weights)
-    save_student(pair.student, pair.student_reader.tokenizer, folder.path / "student", card)
+    save_student(lora.merged(pair.student), pair.student_reader.tokenizer, folder.path / "student", card)
+    if config.lora_rank and not (config.train_embeddings or config.lora_init in ("pissa", "olora")):
+        with files.atomic(folder.path / "adapter") as temporary:
+            temporary.mkdir()
+            lora.save_adapters(pair.student, config, temporary)
 
 
 def save_student(model, tokenizer, path, card=""):

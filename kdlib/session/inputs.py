@@ -11,7 +11,8 @@ from kdlib.config import BY_BUCKETS
 from kdlib.data import batching, corpus
 from kdlib.data.dataset import WindowDataset, build_windows, sample_windows, window_lengths
 from kdlib.evaluation import scoring
-from kdlib.models import devices, fingerprint, hooks, loading, trie
+from kdlib.models import devices, fingerprint, forward, hooks, lora, trie
+from kdlib.models.head import Head
 from kdlib.models.pair import IncompatiblePairError, Pair, load_pair, load_teacher
 from kdlib.models.projector import FeatureMap, LayerRouter, TeacherToStudentProjector
 from kdlib.training.objective import Objective
@@ -60,6 +61,7 @@ def load(
         config.require_inputs()
     if config.optimizer == "adamw_8bit":
         devices.bitsandbytes("optimizer", config.optimizer, "adamw")
+    lora.check_adapters(config)
     on_progress("reading the text", 0, 0)
     reports = {}
     if documents is None:
@@ -69,6 +71,7 @@ def load(
         raise ValueError(
             f"gradient_checkpointing on: {type(pair.student).__name__} has no support for it; set it to auto or off"
         )
+    _check_context(pair, config)
     on_progress("tokenizing the text", 0, 0)
     train, validation, test = (_build_windows(split, pair, config) for split in documents)
     _report_unused(reports, config, zip(documents, (train, validation, test), strict=True))
@@ -87,6 +90,8 @@ def load(
     teacher = pair.teacher.identity if config.cached else fingerprint.fingerprint_teacher(pair.teacher.model)
     readers = pair.teacher.reader, pair.student_reader
     identity = fingerprint.fingerprint_inputs(teacher, pair.student, *readers, documents, (train, validation, test))
+    if config.lora_rank:
+        lora.add_adapters(pair.student, config)
     if config.cached:
         pair.teacher.check_inputs(identity)
     budgets = config.eval_tokens, TEST_FACTOR * config.eval_tokens
@@ -150,7 +155,7 @@ def make_objective(pair, config, student=None):
     """
     student = pair.student if student is None else student
     watch_attention(pair, config, student)
-    head = loading.Head(student, pair.student_reader.vocabulary)
+    head = Head(student, pair.student_reader.vocabulary)
     if not config.needs_teacher:
         return Objective(student, head, config)
     modules, options = {}, {}
@@ -162,7 +167,7 @@ def make_objective(pair, config, student=None):
         options = {"teacher_head": pair.teacher.student_side_head, "buckets": trie.buckets_of(pair, config.kd_method)}
         if config.kd_method == "byte_prefix":
             options["tries"] = trie.tries_of(pair)
-    layers, attention = _choose_layers(student.config, pair.teacher.config, config)
+    layers, attention = _choose_layers(student.config.get_text_config(), pair.teacher.config, config)
     modules |= _feature_modules(pair, config, student, layers)
     objective = Objective(student, head, config, modules, layers=layers, attention_layers=attention, **options)
     return objective.to(student.device)
@@ -189,7 +194,7 @@ def _choose_layers(student_config, teacher_config, config):
 
 def _feature_modules(pair, config, student, layers):
     """Returns the trained maps and the router of the loss terms, with feature norms measured on the pair's sample."""
-    width, teacher_width = student.config.hidden_size, pair.teacher.config.hidden_size
+    width, teacher_width = student.config.get_text_config().hidden_size, pair.teacher.config.hidden_size
     modules = {}
     if config.layerwise_weight > 0:
         modules["layerwise"] = torch.nn.ModuleList(FeatureMap(width, teacher_width) for _ in layers[0])
@@ -222,14 +227,29 @@ def _sample_features(pair, config, student, layers):
             student.device
         )
         rows = batch.student_ids, batch.student_windows, batch.student_rows, batch.rows_by_window
-        ours = loading.read(student, *rows, loading.Taps(layers[0]), batch.student_row_slices)
-        theirs = pair.teacher(batch, loading.Taps(layers[1]))
+        ours = forward.read(student, *rows, forward.Taps(layers[0]), batch.student_row_slices)
+        theirs = pair.teacher(batch, forward.Taps(layers[1]))
         state = ours.last.flatten(0, 1)[batch.student_rows]
         features.append([part.float().cpu() for part in (state, *ours.layers, theirs.hidden, *theirs.layers)])
     student.train(was_training)
     state, *rest = (torch.cat(parts) for parts in zip(*features, strict=True))
     num = len(layers[0])
     return state, rest[:num], rest[num], rest[num + 1 :]
+
+
+@torch.no_grad()
+def _check_context(pair, config):
+    """Raises ValueError if the student has no positions for windows of `max_length` tokens."""
+    context = pair.student_reader.context
+    if context and config.max_length > context:
+        ids = torch.zeros(1, config.max_length, dtype=torch.long, device=pair.student.device)
+        try:
+            forward.last_hidden(pair.student, ids, torch.ones_like(ids))
+        except Exception:  # noqa: BLE001 - a table of positions that is too short raises various errors
+            raise ValueError(
+                f"max_length {config.max_length} is more than the {context} positions that the student {config.student} "
+                f"has; set it to {context} at most"
+            ) from None
 
 
 def _read_documents(config):
@@ -304,7 +324,7 @@ def _max_row_width(pair, config, splits):
     widths = []
     for side, model in (("student", pair.student), ("teacher", pair.teacher.model)):
         longest = max(int(window_lengths(windows, side).max(initial=0)) for windows in splits)
-        packs = config.packing != "off" and model is not None and loading.packs(model, longest)
+        packs = config.packing != "off" and model is not None and forward.packs(model, longest)
         if config.packing == "on" and model is not None and not packs:
             raise ValueError(
                 f"packing is on, but the {side} ({type(model).__name__}) gives other results for packed windows of "

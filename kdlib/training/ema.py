@@ -18,6 +18,11 @@ def average(student, decay):
     def update(averages, values, num_averaged):
         weight = 1.0 - decay_at(int(num_averaged), decay)
         for mean, value in zip(averages, values, strict=True):
-            mean.lerp_(value.to(mean.dtype), weight)
+            if mean.is_floating_point() and mean.data_ptr() != value.data_ptr():
+                mean.lerp_(value.to(mean.dtype), weight)
 
-    return AveragedModel(student, multi_avg_fn=update).requires_grad_(False)
+    averaged = AveragedModel(student, multi_avg_fn=update)
+    for mean, weight in zip(averaged.module.parameters(), student.parameters(), strict=True):
+        if not weight.requires_grad:  # frozen weights beside adapters are shared
+            mean.data = weight.data
+    return averaged.requires_grad_(False)

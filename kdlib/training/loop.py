@@ -228,7 +228,8 @@ class TrainLoop:
 
     def is_finite(self):
         """Returns whether every trained weight is finite."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.objective.parameters())
+        trained = (weight for weight in self.objective.parameters() if weight.requires_grad)
+        return all(bool(weight.isfinite().all()) for weight in trained)
 
     def state_tensors(self):
         """Returns the tensors of the state as CPU copies, `{group: {name: tensor}}`. Every process must call it."""

@@ -7,7 +7,7 @@ from kdlib.config import BY_BUCKETS
 from kdlib.data.windowing import IGNORE
 from kdlib.losses import chunked_head, divergences
 from kdlib.losses.partial_tokens import PartialTokens, agreement_mask
-from kdlib.models import loading
+from kdlib.models import forward
 from kdlib.training import optimizer
 from kdlib.training.terms import METRIC_NORMALISERS, FeatureBatch, LogitsBlock, active_terms
 
@@ -74,7 +74,7 @@ class Objective(torch.nn.Module):
         """
         weights = self.weights() if weights is None else weights
         rows_by_window = batch.rows_by_window
-        student = loading.read(
+        student = forward.read(
             self.student, batch.student_ids, batch.student_windows, batch.student_rows, rows_by_window,
             self._taps(weights, 0), batch.student_row_slices,
         )  # fmt: skip
@@ -93,7 +93,7 @@ class Objective(torch.nn.Module):
         active = {name for name, weight in weights.items() if weight > 0}
         use_layers = active & ({"layerwise"} if side == 0 else {"layerwise", "routing_feature"})
         attention_layers = self.attention_layers[side]
-        return loading.Taps(
+        return forward.Taps(
             self.layers[side] if use_layers else (),
             attention_layers if "attention" in active else (),
             attention_layers if "attention_alignment" in active else (),
@@ -137,7 +137,7 @@ class Objective(torch.nn.Module):
         row_weights = [weights[name] for name in active] + [0.0] * len(metrics)
         head = self.head.weight, self.head.bias
         loss, parts = chunked_head.chunked_head_losses(
-            hidden[order], *head, chunks, block_losses, row_weights, teacher_logits, extra
+            hidden[order], *head, chunks, block_losses, row_weights, teacher_logits, extra, self.head.transform
         )
         grad_sq_norms = {}
         if measure:
@@ -147,7 +147,7 @@ class Objective(torch.nn.Module):
                     states = hidden[order].detach().requires_grad_()
                     only = [weight * (i == j) for j, weight in enumerate(row_weights)]
                     term_loss, _ = chunked_head.chunked_head_losses(
-                        states, *frozen_head, chunks, block_losses, only, teacher_logits
+                        states, *frozen_head, chunks, block_losses, only, teacher_logits, transform=self.head.transform
                     )
                     grad_sq_norms[name] = torch.autograd.grad(term_loss, states)[0].float().square().sum()
         return loss, dict(zip([*active, *metrics], parts, strict=True)), grad_sq_norms

@@ -44,7 +44,7 @@ class LogitsBlock:
 class FeatureBatch:
     """Input of the terms on features: a micro-batch at its N aligned positions.
 
-    `student`: `loading.Features`. `teacher`: `TeacherSignal`. `state` `[N, Ds]`: the student's last hidden states.
+    `student`: `forward.Features`. `teacher`: `TeacherSignal`. `state` `[N, Ds]`: the student's last hidden states.
     `rows_by_window`: how many of the N positions lie in each window.
     """
 
