@@ -184,6 +184,9 @@ class Examination:
         available, recomputes = min(total, used + memory.free(device)), self.training.gradient_checkpointing
         fitting = self._fitting_micro_batch(available) if predicted > available else None
         findings = [forecast.peak_finding(predicted, available, total, recomputes, self.config, fitting)]
+        if not self.config.lora_rank:
+            with_adapters = peak_memory.predicted_with_adapters(self.training, forecast.ADAPTER_RANK, self.on_progress)
+            findings.append(forecast.adapters_finding(predicted, with_adapters, available))
         teacher = self.loaded.pair.teacher
         if isinstance(teacher, PrefetchingTeacher) and teacher.model.device.type == "cuda":
             findings.append(forecast.teacher_gpu_finding(teacher.model.device, **memory.usage(teacher.model.device)))

@@ -308,7 +308,7 @@ def test_the_pair_by_hand(settings):
 def test_every_finding_of_a_small_pair(settings):
     found = examined(settings)
     assert {name: f.state for name, f in found.items() if f.group != "machine"} == {
-        "dataset": "ok", "shared vocabulary": "ok", "aligned positions": "ok", "one-to-one spans": "ok",
+        "dataset": "ok", "context": "ok", "ways to train": "ok", "shared vocabulary": "ok", "aligned positions": "ok", "one-to-one spans": "ok",
         "text preserved": "ok", "segmentation": "warning",
         "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
         "teacher's BOS and EOS": "ok", "teacher's ids": "warning", "student's ids": "warning", "kd projector": "ok",
@@ -524,12 +524,26 @@ def test_the_height_against_what_there_is(predicted, there, gradient_checkpointi
     assert found.value == ("more than 12.0 GiB" if math.isinf(predicted) else f"{predicted:.1f} GiB of 12.0 GiB")
 
 
+def test_the_ways_to_train_and_what_each_takes():
+    found = forecast.adapters_finding(20 * GIB, (9 * GIB, 5 * GIB), 8 * GIB)
+    assert found.value == "in full 20.0 GiB, does not fit; LoRA of rank 16 9.0 GiB, does not fit; QLoRA 5.0 GiB, fits"
+    assert "--lora-rank 16 --student-quantization 4bit for QLoRA" in found.meaning
+    assert forecast.adapters_finding(math.inf, (math.inf, math.inf), GIB).value.startswith("in full too much, does not")
+
+
+def test_a_window_longer_than_the_students_context_is_warned_of(settings):
+    found = examined({**settings, "max_length": 600})["context"]
+    assert (found.state, found.remedy) == ("warning", "--max-length 512")
+    assert found.value == "max_length 600; student 512 tokens, teacher 512 tokens"
+
+
 def test_what_takes_less_memory():
     every = forecast.remedies(None, Config(gradient_checkpointing="off"))
     for words in ("batch_size", "gradient_checkpointing auto", "max_length below 384", "cache", "8bit", "adamw_8bit"):
         assert words in every
-    spent = Config(batch_size=1, teacher_cache="x", optimizer="adamw_8bit")
+    spent = Config(batch_size=1, teacher_cache="x", optimizer="adamw_8bit", lora_rank=4)
     assert forecast.remedies(None, spent) == "max_length below 384, or a smaller student"
+    assert "lora_rank 16" in forecast.remedies(None, spent.replace(lora_rank=0))
     assert "quantization" not in forecast.remedies(None, Config(teacher_quantization="8bit"))
     told = "--batch-size 2 --grad-accumulation {} is predicted to fit{}"
     assert forecast.remedies(2, Config(batch_size=8, grad_accumulation=3)) == told.format(12, ", with the same result")

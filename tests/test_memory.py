@@ -210,6 +210,24 @@ def test_what_was_alive_elsewhere_is_not_counted_again():
     assert peak_memory._peak([idle, point(160, 1100), lively], 2, 1000, False) == 320 + 200
 
 
+def test_adapters_take_the_passes_without_the_gradients_of_the_weights(settings, monkeypatch):
+    """Of 10,000,000 live bytes, 2,000,000 are gradients, the head's is fixed and 500 other bytes are: the rest grows."""
+    training = training_of(settings)
+    student, head = training.objective.student, training.objective.head.weight
+    head_bytes = 4 * head.numel()
+    points = [peak_memory._Point(10**7, 3000, 2 * 10**6, 700, head_bytes + 500), peak_memory._Point(10**6, 3000)]
+    monkeypatch.setattr(peak_memory, "_measure", lambda training: (points, 3.0))
+    monkeypatch.setattr(memory, "usage", lambda device: {"used_bytes": 3000, "total_bytes": 10**9})
+    linear = [layer.weight for layer in student.modules() if isinstance(layer, torch.nn.Linear)]
+    linear = [weight for weight in linear if weight is not head]
+    assert len(linear) == 7 * len(student.model.layers)
+    adapters = 16 * 4 * sum(weight.shape[0] + weight.shape[1] for weight in linear)
+    expected = 3000 + 500 + 3 * (10**7 - 2 * 10**6 - head_bytes - 500) + adapters
+    lora, qlora = peak_memory.predicted_with_adapters(training, 4)
+    assert lora == expected
+    assert qlora == expected - (4 - 0.5625) * sum(weight.numel() for weight in linear)
+
+
 def test_where_not_even_a_few_windows_fit_the_height_is_infinite(settings, tmp_path, monkeypatch):
     training = training_of(settings)
 

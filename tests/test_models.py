@@ -8,10 +8,12 @@ from families import byte_level, tiny_model, unigram, word_piece
 
 from kdlib import demo
 from kdlib.align import vocab
+from kdlib.config import Config
 from kdlib.data import chat, tokenize
 from kdlib.data.records import Document
 from kdlib.models import forward, head, loading
 from kdlib.models.head import Head
+from kdlib.session import inputs
 
 
 def family(kind, tokenizer, **changes):
@@ -237,3 +239,36 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 )  # fmt: skip
 def test_a_model_that_reads_long_rows_otherwise_is_tried_with_long_ones(made, expected):
     assert forward._depends_on_length(made()) is expected
+
+
+def hybrid(rows):
+    """A model with two recurrent layers to each layer of attention."""
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(
+        vocab_size=rows, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "conv", "full_attention"],
+    )  # fmt: skip
+    return transformers.Lfm2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_attention_terms_on_layers_without_attention_are_refused_before_the_text_is_read(settings, tmp_path, side):
+    tokenizer = {"student": unigram, "teacher": byte_level}[side]()
+    demo.save(hybrid(len(tokenizer)), tokenizer, tmp_path / side)
+    config = Config.from_dict({**settings, side: str(tmp_path / side), "attention_weight": 0.1, "attention_layers": 2})
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM has no attention to read in its layers 1; set attention_w"):
+        inputs.load(config)
+    assert inputs.load(config.replace(attention_layers=1)).pair.student
+
+
+def test_windows_longer_than_a_table_of_positions_are_refused(settings, tmp_path):
+    tokenizer = unigram()
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    demo.save(transformers.GPT2LMHeadModel(config), tokenizer, tmp_path / "student")
+    changes = {**settings, "student": str(tmp_path / "student")}
+    with pytest.raises(
+        ValueError, match=r"max_length 40 is more than the 32 positions that the student .* has; set it to 32"
+    ):
+        inputs.load(Config.from_dict({**changes, "max_length": 40}))
+    assert inputs.load(Config.from_dict({**changes, "max_length": 32})).pair.student

@@ -8,8 +8,8 @@ import torch
 from kdlib.losses import features
 from kdlib.models import hooks
 
-PACKING_PROBE = 48
-"""Tokens per window in the test whether a model supports packing."""
+PACKING_PROBE, PADDING_PROBE = 48, 8
+"""Tokens per window in the tests whether a model supports packing, and padding. Short tests are faster."""
 PACKING_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Maximum change of hidden states by packing, relative to their norm; 1e-4 for other types."""
 
@@ -28,23 +28,50 @@ def last_hidden(model, ids, windows, packed=False):
 
 
 @torch.no_grad()
+def check_padding(model, length):
+    """Raises ValueError unless a window of `length` tokens has the same hidden states in a padded batch as alone."""
+    ids = _probe_ids(model, length, PADDING_PROBE)
+    windows = torch.ones_like(ids)
+    windows[1, ids.shape[1] // 2 + 1 :] = 0
+    num_tokens = int(windows[1].sum())
+    name = type(model).__name__
+    try:
+        batched = last_hidden(model, ids, windows)[1, :num_tokens]
+        alone = last_hidden(model, ids[1:, :num_tokens], windows[1:, :num_tokens])[0]
+    except Exception as error:  # noqa: BLE001 - models that need more than text raise various errors
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        raise ValueError(f"{name} cannot be run on windows of {ids.shape[1]} tokens: {reason}") from None
+    if not _same(batched, alone, model.dtype):
+        raise ValueError(f"{name} gives other hidden states for a window in a padded batch than alone; not supported")
+
+
+def _probe_ids(model, length, short):
+    """Returns the ids of two windows, `[2, length]`; of `short` tokens at most unless the model depends on the length."""
+    length = max(2, length if _depends_on_length(model.config) else min(length, short))
+    rows = model.config.get_text_config().vocab_size
+    return torch.randint(rows, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def _same(hidden, expected, dtype):
+    """Returns whether hidden states `[..., D]` are equal up to rounding."""
+    change = (hidden.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    return bool((change < PACKING_TOLERANCE.get(dtype, 1e-4)).all())
+
+
+@torch.no_grad()
 def packs(model, length):
     """Returns whether windows of `length` tokens give the same hidden states packed into one row as alone, tested on two.
 
     Not so with a recurrent state, local attention, own position counts, or without support for our masks.
     """
-    length = length if _depends_on_length(model.config) else min(length, PACKING_PROBE)  # short tests are faster
-    rows = model.config.get_text_config().vocab_size
-    ids = torch.randint(rows, (2, length), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
+    ids = _probe_ids(model, length, PACKING_PROBE)
     windows = torch.arange(1, 3, device=model.device)[:, None].expand_as(ids)
-    alone = last_hidden(model, ids, windows).double()
+    alone = last_hidden(model, ids, windows)
     try:
-        packed = last_hidden(model, ids.reshape(1, -1), windows.reshape(1, -1), packed=True).double()
+        packed = last_hidden(model, ids.reshape(1, -1), windows.reshape(1, -1), packed=True)
     except Exception:  # noqa: BLE001 - models without support for such masks raise various errors
         return False
-    change = (packed.view_as(alone) - alone).norm(dim=-1) / alone.norm(dim=-1)
-    return bool((change < PACKING_TOLERANCE.get(model.dtype, 1e-4)).all())
+    return _same(packed.view_as(alone), alone, model.dtype)
 
 
 def _depends_on_length(config):
@@ -91,6 +118,12 @@ def read(model, ids, windows, rows, rows_by_window, taps, row_slices=None):
     row_slices = row_slices or [(row, 0, ids.shape[1]) for row in range(len(ids))]
     with hooks.watch(model, taps.layers, sorted({*taps.maps, *taps.vectors})) as watched:
         last = last_hidden(model, ids, windows, packed=len(row_slices) > len(ids))
+    missing = sorted({*taps.maps, *taps.vectors} - watched.attention.keys())
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no attention to read in its layers {', '.join(map(str, missing))}; set "
+            "attention_weight and attention_alignment_weight to 0"
+        )
     layers = tuple(watched.layers[i].flatten(0, 1)[rows] for i in taps.layers)
     maps = tuple(_span_maps(*watched.attention[i], rows.split(rows_by_window), row_slices) for i in taps.maps)
     vectors = tuple(

@@ -89,7 +89,7 @@ def _candidates(model, small, small_logits, large, large_logits):
 
 
 def _logits(model, ids, mask):
-    return model(input_ids=ids, attention_mask=mask).logits[0].float()
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
 
 
 def _tolerance(model, logits):

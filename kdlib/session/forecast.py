@@ -10,6 +10,8 @@ from kdlib.session import checkpoint, time_budget
 from kdlib.session.arm import DISTILLED, Arm
 from kdlib.session.first_pass import MIN_EPOCHS
 
+ADAPTER_RANK = 16
+"""Rank of the adapters whose memory is compared with that of training in full."""
 SESSION = "11h"
 """Length of a session if `time_budget` is empty. Kaggle's limit is 12 hours."""
 
@@ -37,6 +39,20 @@ def peak_finding(predicted, available, total, gradient_checkpointing, config, mi
     return Finding("memory", "predicted peak", value, state, meaning, remedy, predicted)
 
 
+def adapters_finding(predicted, with_adapters, available):
+    """Compares training in full with adapters of rank ADAPTER_RANK, frozen and in 4 bits. All in bytes."""
+    flags = f"--lora-rank {ADAPTER_RANK}", f"--lora-rank {ADAPTER_RANK} --student-quantization 4bit"
+    names = "in full", f"LoRA of rank {ADAPTER_RANK}", "QLoRA"
+    peaks = predicted, *with_adapters
+    fits = ["fits" if peak <= available else "does not fit" for peak in peaks]
+    value = "; ".join(
+        f"{name} {gib(peak) if math.isfinite(peak) else 'too much'}, {fit}"
+        for name, peak, fit in zip(names, peaks, fits, strict=True)
+    )
+    meaning = f"estimated; {flags[0]} for LoRA, {flags[1]} for QLoRA"
+    return Finding("memory", "ways to train", value, "ok", meaning)
+
+
 def remedies(micro_batch, config):
     """Returns how to reduce the memory of `config`. `micro_batch` is a number of windows predicted to fit, if any."""
     if micro_batch:
@@ -53,6 +69,8 @@ def remedies(micro_batch, config):
         options.append("a teacher cache (kdlib cache, then teacher_cache: no teacher in memory)")
         if config.teacher_quantization == "none":
             options.append("teacher_quantization 8bit or 4bit (needs bitsandbytes)")
+    if not config.lora_rank:
+        options.append(f"lora_rank {ADAPTER_RANK} (trains adapters only; needs peft)")
     if config.optimizer == "adamw":
         options.append("optimizer adamw_8bit (needs bitsandbytes)")
     return f"{', '.join(options)}, or a smaller student"

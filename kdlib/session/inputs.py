@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kdlib import memory
-from kdlib.config import BY_BUCKETS
+from kdlib.config import BY_BUCKETS, FEATURES
 from kdlib.data import batching, corpus
 from kdlib.data.dataset import WindowDataset, build_windows, sample_windows, window_lengths
 from kdlib.evaluation import scoring
@@ -72,6 +72,7 @@ def load(
             f"gradient_checkpointing on: {type(pair.student).__name__} has no support for it; set it to auto or off"
         )
     _check_context(pair, config)
+    _check_layers(pair, config)
     on_progress("tokenizing the text", 0, 0)
     train, validation, test = (_build_windows(split, pair, config) for split in documents)
     _report_unused(reports, config, zip(documents, (train, validation, test), strict=True))
@@ -238,6 +239,22 @@ def _sample_features(pair, config, student, layers):
 
 
 @torch.no_grad()
+def _check_layers(pair, config):
+    """Raises ValueError if a model lacks layers or attention that a loss term of `config` reads."""
+    if config.cached or not any(getattr(config, f"{name}_weight") > 0 for name in FEATURES):
+        return
+    watch_attention(pair, config)
+    models = pair.student, pair.teacher.model
+    layers, attention = _choose_layers(*(model.config.get_text_config() for model in models), config)
+    maps, vectors = config.attention_weight > 0, config.attention_alignment_weight > 0
+    for model, own_layers, own_attention in zip(models, layers, attention, strict=True):
+        ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+        rows = torch.arange(4, device=model.device)
+        taps = forward.Taps(own_layers, own_attention if maps else (), own_attention if vectors else ())
+        forward.read(model, ids, torch.ones_like(ids), rows, (4,), taps)
+
+
+@torch.no_grad()
 def _check_context(pair, config):
     """Raises ValueError if the student has no positions for windows of `max_length` tokens."""
     context = pair.student_reader.context
@@ -324,6 +341,8 @@ def _max_row_width(pair, config, splits):
     widths = []
     for side, model in (("student", pair.student), ("teacher", pair.teacher.model)):
         longest = max(int(window_lengths(windows, side).max(initial=0)) for windows in splits)
+        if model is not None:
+            forward.check_padding(model, longest)
         packs = config.packing != "off" and model is not None and forward.packs(model, longest)
         if config.packing == "on" and model is not None and not packs:
             raise ValueError(

@@ -20,6 +20,10 @@ from kdlib.training import optimizer, seeds
 PHASE = "predicting peak memory"
 MEASURED_SHARE = {"cpu": 1 / 4, "cuda": 1 / 2}
 """Share of the micro-batch that is measured. Passes cost little on a GPU, where the allocator's cache adds noise."""
+ADAPTER_BYTES = 16
+"""Bytes of an adapter's weight with its gradient and AdamW's state."""
+NF4_BYTES = 0.5 + 4 / 64
+"""Bytes of a weight in 4 bits, with a scale for 64 of them (Dettmers et al. 2023, arXiv 2305.14314)."""
 LIVE_SHARE = 1 / 3
 """Predicted / measured with gradient checkpointing: 1.25 with all points, 0.86 to 0.99 with the point of most live
 bytes.
@@ -59,6 +63,33 @@ def predicted_bytes(training, on_progress=lambda phase, done, total: None):
         error.__traceback__ = None
         memory.release_memory()
         return math.inf
+
+
+def predicted_with_adapters(training, rank, on_progress=lambda phase, done, total: None):
+    """Returns the peak bytes of the same training with adapters of a rank, on frozen weights and on 4-bit ones: those of
+    the passes of training in full, without its gradients and optimizer state. Infinite if memory runs out.
+    """
+    objective, device = training.objective, training.accelerator.device
+    student, head = objective.student, objective.head.weight
+    used = memory.usage(device)["used_bytes"] or 0
+    on_progress(PHASE, 0, 1)
+    try:
+        points, scale = _measure(training)
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        return math.inf, math.inf
+    head_bytes = _num_bytes([head])  # the gradient of the head is among the fixed bytes
+    points = [
+        _Point(p.live - p.gradients - head_bytes * (p.fixed > 0), p.other, fixed=p.fixed - head_bytes * (p.fixed > 0))
+        for p in points
+    ]
+    weights = [m.weight for m in student.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+    adapters = rank * sum(sum(weight.shape) for weight in weights) * ADAPTER_BYTES
+    frozen_size = devices.compute_dtype(training.accelerator).itemsize
+    unused = (4 - frozen_size) * sum(weight.numel() for weight in student.parameters())
+    lora = used + _peak(points, scale, used, False) + adapters - unused
+    return lora, lora - (frozen_size - NF4_BYTES) * sum(weight.numel() for weight in weights)
 
 
 def _additional_bytes(training, used, on_progress):
