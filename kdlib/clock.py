@@ -18,7 +18,9 @@ def date(seconds_from_now=0.0):
 
 
 def format_duration(seconds):
-    """Formats a duration: `8 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Formats a duration: `8 s`, `3 min 20 s`, `2 h 05 min`; `unknown time` for null, NaN and infinity."""
+    if seconds is None or not math.isfinite(seconds):
+        return "unknown time"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
