@@ -75,7 +75,7 @@ def package():
     """Returns the kdlib package as a reproducible xz archive, with metadata for `importlib.metadata`."""
     metadata = f"Metadata-Version: 2.1\nName: kdlib\nVersion: {kdlib.__version__}\n"
     files = {f"kdlib-{kdlib.__version__}.dist-info/METADATA": metadata.encode()}
-    sources = sorted((ROOT / "kdlib").rglob("*.py"))
+    sources = sorted(path for ending in ("*.py", "*.html.j2") for path in (ROOT / "kdlib").rglob(ending))
     files.update({path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sources})
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", format=tarfile.USTAR_FORMAT) as archive:

@@ -11,7 +11,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "LivePanel": "report.live_panel", "Progress": "progress", "Run": "report.html", "plot_runs": "report.html",
+    "LivePanel": "report.panel", "Progress": "progress", "Run": "report.html", "plot_runs": "report.html",
     "align_sentence": "evaluation.internals", "cache_teacher": "session.cache_writer", "demo_config": "demo",
     "diagnose": "doctor", "distill": "session.session", "preview": "evaluation.preview", "quiet": "cli",
 }  # fmt: skip

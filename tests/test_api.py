@@ -7,7 +7,7 @@ import pytest
 
 import kdlib
 from kdlib.report.findings import Finding, Findings
-from kdlib.report.html import AlignedSpans
+from kdlib.report.spans import AlignedSpans
 
 
 def test_import_is_light_and_every_public_name_is_there():

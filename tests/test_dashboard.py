@@ -8,7 +8,8 @@ import pytest
 from test_resume import state_of
 
 from kdlib.config import Config
-from kdlib.report import html, live_figure, live_panel
+from kdlib.report import html
+from kdlib.report import panel as live_panel
 from kdlib.session import session
 
 
@@ -99,7 +100,7 @@ def drive(panel, hand, found, step_s=1.0):
 
 
 def page(panel):
-    return panel.widgets.head.value + panel.widgets.alerts.value
+    return " ".join((panel.widgets.head.value + panel.widgets.alerts.value).split())
 
 
 def test_it_tells_where_the_run_is(panel, hand):
@@ -140,15 +141,17 @@ def test_it_takes_less_than_a_hundredth_of_the_time(shown, hand, front_end, monk
 
     monkeypatch.setattr(live_panel.Widgets, "show_text", lambda *_: takes("text", text_s))
     monkeypatch.setattr(live_panel, "live_figure", lambda found: takes("figure", figure_s if found else 0.5 * figure_s))
-    panel, shares = live_panel.LivePanel(clock=hand), []
+    panel, opened, spent_s, shares = live_panel.LivePanel(clock=hand), hand.time, 0.0, []
     for step in range(1, 20_001):
         hand.time += step_s
+        started = hand.time
         panel.update(train(step))
-        shares.append(panel.share)
+        spent_s += hand.time - started
+        shares.append(spent_s / (hand.time - opened))
         if hand.time > 10_000:
             break
     assert 0 < max(shares) < 0.01
-    passed = hand.time - panel.opened
+    passed = hand.time - opened
     assert counts["text"] > min(20, 0.0007 * passed / text_s)
     assert counts["figure"] > min(20, 0.003 * passed / figure_s)
 
@@ -279,7 +282,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_figure_at_any_stage(stage):
-    made = live_figure.live_figure(STAGES[stage], "dark" if stage == "evaluations alone" else "light")
+    made = live_panel.live_figure(STAGES[stage], "dark" if stage == "evaluations alone" else "light")
     assert made.png()[:4] == b"\x89PNG"
     assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in made.axes)
 
@@ -287,7 +290,7 @@ def test_a_figure_at_any_stage(stage):
 def test_the_figure_shows_the_values():
     found = [*map(train, range(1, 31)), *(train(n, "ce_only") for n in range(1, 9)), scored(0, "teacher"), scored(0)]
     found += [scored(10), scored(20), scored(5, "ce_only")]
-    loss, shares, gradient, curves, memory, rate = live_figure.live_figure(found).axes
+    loss, shares, gradient, curves, memory, rate = live_panel.live_figure(found).axes
     tops = [max(path.get_extents().y1 for path in stack.get_paths()) for stack in loss.collections[:2]]
     assert tops == pytest.approx([0.4 * 4.0, 4.0])
     assert [stack.get_paths()[0].get_extents().y1 for stack in shares.collections] == pytest.approx([40.0, 100.0])
@@ -300,7 +303,7 @@ def test_the_figure_shows_the_values():
 
 
 def test_a_second_student_is_the_one_that_is_shown():
-    loss, *_ = live_figure.live_figure([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
+    loss, *_ = live_panel.live_figure([*map(train, range(1, 31)), *(train(n, repeat=1) for n in range(1, 6))]).axes
     assert {path.get_extents().x1 for stack in loss.collections[:2] for path in stack.get_paths()} == {5.0}
     assert len(loss.collections[0].get_paths()[0].vertices) < 20
 

@@ -371,7 +371,7 @@ def test_a_wrong_command_in_running_text_is_seen(code):
 )
 def test_wrong_code_is_seen(code):
     assert code_problem(code)
-    right = "from kdlib import Config, distill\nfrom kdlib.report import live_panel\ndistill(Config(seed=1), 'a')\n"
+    right = "from kdlib import Config, distill\nfrom kdlib.report import panel\ndistill(Config(seed=1), 'a')\n"
     assert code_problem(right) == ""
 
 

@@ -308,7 +308,8 @@ def test_the_pair_by_hand(settings):
 def test_every_finding_of_a_small_pair(settings):
     found = examined(settings)
     assert {name: f.state for name, f in found.items() if f.group != "machine"} == {
-        "dataset": "ok", "context": "ok", "ways to train": "ok", "shared vocabulary": "ok", "aligned positions": "ok", "one-to-one spans": "ok",
+        "dataset": "ok", "context": "ok", "ways to train": "ok",
+        "shared vocabulary": "ok", "aligned positions": "ok", "one-to-one spans": "ok",
         "text preserved": "ok", "segmentation": "warning",
         "student's head": "ok", "teacher's head": "ok", "student's BOS and EOS": "ok",
         "teacher's BOS and EOS": "ok", "teacher's ids": "warning", "student's ids": "warning", "kd projector": "ok",

@@ -4,10 +4,12 @@ import json
 import math
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from kdlib.config import Config
-from kdlib.report import charts, figures, style
-from kdlib.report.html import aligned, write_report
+from kdlib.report import figures
+from kdlib.report.html import write_report
+from kdlib.report.spans import AlignedSpans
 from kdlib.session.session import distill
 
 
@@ -39,8 +41,6 @@ def test_averaging_is_what_the_average_saves():
         evaluated(20, 1.625, averaged=True),
     ]
     assert lines(figures.averaging(records).axes[0])["distilled"] == [(10, 0.25), (20, -0.125)]
-    assert figures.has_averages(records)
-    assert not figures.has_averages(records[:1])
 
 
 def test_memory_is_in_gib_over_the_time_of_all_students():
@@ -78,7 +78,7 @@ def test_agreement_is_drawn_for_the_bins_that_hold_something():
     sums = {"from": [0, 8, 16], "num": [4.0, 0.0, 8.0], "kl": [1.0, 0.0, 1.0], "agreed": [1.0, 0.0, 6.0]}
     told = {"frequency": sums, "position": sums, "entropy": sums}
     verdict = {"retention": {"student_before": told, "distilled": told, "ce_only": None}}
-    axes = charts.agreement(verdict).axes[1]
+    axes = figures.agreement(verdict).axes[1]
     assert lines(axes)["distilled"] == [(0, 25.0), (1, 75.0)]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "16"]
     assert "control (plain training)" not in lines(axes)
@@ -90,7 +90,7 @@ def test_calibration_is_confidence_against_correctness():
         "retention": {"student_before": None, "distilled": {"confidence": sums}, "ce_only": None, "teacher": None}
     }
     verdict["calibration_error"] = {"distilled": 0.25}
-    axes = charts.calibration(verdict).axes[0]
+    axes = figures.calibration(verdict).axes[0]
     assert lines(axes)["distilled: error 25.0%"] == [(25.0, 50.0), (75.0, 50.0)]
 
 
@@ -98,7 +98,7 @@ def test_attention_maps_leave_out_what_is_yet_to_come():
     spans = [{"student": [" a"], "teacher": [" a"]}] * 4
     rows = [[1.0, 0.0], [0.75, 0.25]]
     inside = {"spans": spans, "attention": {"teacher": rows, "student_before": rows, "distilled": rows}}
-    made = charts.attention_maps(inside)
+    made = figures.attention_maps(inside)
     assert [axes.get_title() for axes in made.axes] == ["teacher", "distilled"]
     drawn = made.axes[0].images[0].get_array()
     assert drawn[1].tolist() == pytest.approx([math.sqrt(0.75), 0.5])
@@ -108,26 +108,26 @@ def test_attention_maps_leave_out_what_is_yet_to_come():
 
 def test_layer_similarity_has_one_scale():
     inside = {"similarity": {"student_before": [[0.1, 0.2]], "distilled": [[0.5, 0.75]]}}
-    made = charts.layer_similarity(inside)
+    made = figures.layer_similarity(inside)
     assert [axes.images[0].get_clim() for axes in made.axes[:2]] == [(0.0, 1.0)] * 2
     assert [text.get_text() for text in made.axes[1].texts] == ["0.50", "0.75"]
 
 
 def test_alignment_shows_windows_and_sizes():
-    left, right = charts.alignment({"coverage": [1, 0, 3, 0], "sizes": [[0.5, 0.25], [0.125, 0.125]]}).axes
+    left, right = figures.alignment({"coverage": [1, 0, 3, 0], "sizes": [[0.5, 0.25], [0.125, 0.125]]}).axes
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in left.patches] == [
         (12.5, 1), (37.5, 0), (62.5, 3), (87.5, 0),
     ]  # fmt: skip
     assert right.images[0].get_array().tolist() == [[50.0, 25.0], [12.5, 12.5]]
 
 
-@pytest.mark.parametrize("theme", style.THEMES)
+@pytest.mark.parametrize("theme", figures.THEMES)
 def test_a_picture_is_a_small_png_in_its_themes_colours(theme):
     made = figures.loss_shares([train(1), train(2)], theme)
     image = made._repr_png_()
     assert image.startswith(b"\x89PNG")
     assert len(image) < 30_000
-    assert made.get_facecolor() == pytest.approx(style.matplotlib.colors.to_rgba(style.THEMES[theme]["back"]))
+    assert made.get_facecolor() == pytest.approx(to_rgba(figures.THEMES[theme]["figure.facecolor"]))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_figures_of_a_run_that_has_no_records_yet_are_drawn(name):
 
 
 def test_pieces_are_coloured_alike_on_both_sides_and_nothing_is_markup():
-    shown = aligned([{"student": [" <b", "&"], "teacher": [" <b&"]}, {"student": ["\n"], "teacher": ["\n"]}])
-    ours, theirs = shown.split("<b>teacher</b>")
+    spans = [{"student": [" <b", "&"], "teacher": [" <b&"]}, {"student": ["\n"], "teacher": ["\n"]}]
+    ours, theirs = AlignedSpans(spans)._repr_html_().split("<b>teacher</b>")
     assert "\u00b7&lt;b|&amp;" in ours
     assert "\u00b7&lt;b&amp;" in theirs
     for colour in ("rgba(0,114,178,.25)", "rgba(230,159,0,.3)"):
@@ -189,7 +189,7 @@ def test_gains_stand_one_under_the_other():
         "second": {"gain": -0.5, "interval": [-0.75, -0.25], "helped": False},
         "no control": {"gain": None, "interval": None, "helped": None},
     }
-    axes = charts.gains(verdicts).axes[0]
+    axes = figures.gains(verdicts).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second"]
     drawn = [list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines[1:]]
     assert drawn == [[(0.25, 0), (0.75, 0)], [(0.5, 0)], [(-0.75, 1), (-0.25, 1)], [(-0.5, 1)]]

@@ -11,10 +11,9 @@ from kdlib import environment
 from kdlib.session import run_folder
 
 CELL = """
-from kdlib import Config, cli, distill
-from kdlib.report import live_panel
+from kdlib import Config, LivePanel, cli, distill
 cli.quiet()
-panel = live_panel.LivePanel()
+panel = LivePanel()
 for record in distill(Config.from_dict({settings}), {out!r}, on_progress=panel.progress):
     panel.update(record)
 panel.close()

@@ -12,9 +12,9 @@ from kdlib import cli
 from kdlib.config import Config
 from kdlib.evaluation import scoring, verdict
 from kdlib.files import _finite, read_json, read_records, write_json
-from kdlib.report import charts, figures, live_panel, style
+from kdlib.report import figures, panel
 from kdlib.report.html import Run, os, write_report
-from kdlib.report.live_figure import live_figure
+from kdlib.report.panel import live_figure
 from kdlib.session import arm, run_folder, session
 
 PLOTS = (
@@ -69,13 +69,12 @@ def draw_records(found):
     """Every figure of records, the panel, the cockpit and the alerts, as pictures where `png` asks for them."""
     made = [getattr(figures, name)(found) for name in PLOTS]
     made += [figures.compared({"one": found, "two": found}), live_figure(found)]
-    assert figures.measured(found, "grad_shares") in (True, False)
-    seen = live_panel.History()
+    seen = panel.History()
     for record in found:
         seen.add(record, 0.0)
-        assert live_panel._headline(seen) and live_panel._bars(seen, 1.0)
+        assert "<table>" in panel.TEXTS.status(seen, 1.0)
         if record["kind"] == "alert":
-            assert "a sign" in live_panel._alert(record)
+            assert "a sign" in panel.TEXTS.alerts(seen.alerts, 4)
     facts = arm.Arm("distilled", 0, 4, 4, 4).to_dict()
     arm.Arm.from_dict(facts, None, found)
     return made
@@ -106,7 +105,7 @@ def test_every_figure_bears_any_field_that_is_null(run):
         changed = copy.deepcopy(found)
         number = [i for i, record in enumerate(changed) if record["kind"] == kind][2]
         for path in leaves(found[number]):
-            if path[0] not in style.PLACES:
+            if path[0] not in figures.PLACES:
                 put(changed[number], path, None)
         for made in draw_records(changed):
             assert made.png()
@@ -122,16 +121,16 @@ def test_a_gap_is_drawn_where_a_number_is_null(run):
 
 
 def test_a_gap_does_not_spread_through_a_mean():
-    means = style.smooth([1.0, None, 3.0] * 50)
+    means = figures.smooth([1.0, None, 3.0] * 50)
     assert [math.isnan(mean) for mean in means] == [False, True, False] * 50
     assert means[5] == 2.0  # of 1 and 3, the gap between them left out
-    assert style.smooth([]) == []
+    assert list(figures.smooth([])) == []
 
 
 def of_a_verdict(found):
     for name in OF_VERDICT:
-        yield getattr(charts, name)(found)
-    yield charts.gains({"a": found, "b": found})
+        yield getattr(figures, name)(found)
+    yield figures.gains({"a": found, "b": found})
 
 
 def test_every_chart_bears_a_verdict_without_numbers(run):
@@ -155,7 +154,7 @@ def test_every_chart_bears_a_look_inside_without_numbers(run):
     found = read_json(run / "figures" / "inside.json")
     for new in (None, math.nan):
         for name in OF_INSIDE:
-            assert getattr(charts, name)(nulled(found, new)).png()
+            assert getattr(figures, name)(nulled(found, new)).png()
 
 
 def test_the_page_bears_files_without_numbers(run, tmp_path):
@@ -167,7 +166,7 @@ def test_the_page_bears_files_without_numbers(run, tmp_path):
     lines = "".join(json.dumps(nulled(record)) + "\n" for record in found)
     (tmp_path / "run" / "records.jsonl").write_text(lines)
     page = write_report(tmp_path / "run").read_text()
-    assert "– of the student&#x27;s tokens" in page
+    assert "– of the student's tokens" in page
     assert "<td>–</td>" in page
 
 
@@ -247,6 +246,17 @@ def test_a_page_without_samples_and_looks_is_written(run, tmp_path):
     assert "<h2>Samples" not in page
 
 
+def test_the_page_shows_texts_of_a_run_as_texts(run, tmp_path):
+    out, text = tmp_path / "run", "<b>&{{ 7 * 7 }}"
+    shutil.copytree(run, out)
+    found = read_json(out / "verdict.json")
+    write_json(out / "verdict.json", {**found, "sentence": text, "samples": {"opening": text, "distilled": text}})
+    write_json(out / "config.json", {**read_json(out / "config.json"), "teacher": text})
+    write_json(out / "data.json", {"dataset": {"skipped": {text: {"count": 1}}, "choice": text, "cut": text}})
+    page = write_report(out).read_text()
+    assert text not in page and page.count("&lt;b&gt;&amp;{{ 7 * 7 }}") == 9
+
+
 @pytest.mark.parametrize("content", [None, {}, {"model_type": "llama"}])
 def test_a_folder_that_holds_no_run_is_refused_in_one_line(tmp_path, capsys, content):
     if content is not None:
@@ -267,6 +277,6 @@ def test_a_run_that_lies_in_a_folder_for_reading_only_is_drawn_elsewhere(run, tm
 
 
 def test_a_panel_goes_on_with_a_run_that_has_no_records_yet(tmp_path, monkeypatch):
-    panel = live_panel.LivePanel(tmp_path / "run")
-    panel.update({"kind": "start", "resumed": "step-00000000", "session_s": math.inf, "session_left_s": math.inf})
-    assert panel.problem is None
+    opened = panel.LivePanel(tmp_path / "run")
+    opened.update({"kind": "start", "resumed": "step-00000000", "session_s": math.inf, "session_left_s": math.inf})
+    assert opened.problem is None

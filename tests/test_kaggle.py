@@ -74,8 +74,10 @@ def test_the_carrying_cell_brings_kdlib_and_leaves_its_stamp(tmp_path):
     assert Path(path).is_relative_to(tmp_path) and version == kernel.kdlib.__version__
     assert json.loads((tmp_path / "kernel.json").read_text()) == {"token": "abc"}
     house, carried = HOUSE / "kdlib", Path(path).parent
-    ours = {path.relative_to(house): path.read_bytes() for path in house.rglob("*.py")}
-    assert {path.relative_to(carried): path.read_bytes() for path in carried.rglob("*.py")} == ours
+    for ending in ("*.py", "*.html.j2"):
+        ours = {path.relative_to(house): path.read_bytes() for path in house.rglob(ending)}
+        assert ours
+        assert {path.relative_to(carried): path.read_bytes() for path in carried.rglob(ending)} == ours
     assert run_cell(kernel.carrying_cell({"token": "abc"}), tmp_path).returncode == 0  # a kernel restarted
 
 

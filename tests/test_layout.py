@@ -21,11 +21,11 @@ PACKAGES = {
 """What each package may import, beside the small modules."""
 STANDARD_LIBRARY_ONLY = {
     "clock", "config", "environment", "files", "session.alerts",
-    "session.run_folder", "session.time_budget", "report.findings",
+    "session.run_folder", "session.time_budget", "report.findings", "report.spans",
 }  # fmt: skip
 ROOMS = [
     (r"(?<!divergences\.)\blog_softmax\b", {"losses.divergences"}),
-    (r"\bplt\.|matplotlib", {"report.style"}),
+    (r"\bplt\.|matplotlib", {"report.figures"}),
     (r"-100", {"data.windowing", "losses.divergences", "models.head"}),
     (r"\btokenizer\(", {"data.tokenize", "data.chat", "evaluation.samples"}),
     (r"\.from_pretrained\(", {"models.loading", "models.lora", "session.finish", "report.html"}),
@@ -144,7 +144,7 @@ def test_the_package_needs_only_what_the_image_ships():
     assert {re.split(r"[<>=]", line)[0] for line in wanted} == allowed
     import sys
 
-    come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil", "filelock"}
+    come_with_them = {"tokenizers", "pyarrow", "PIL", "IPython", "psutil", "filelock", "pandas", "jinja2"}
     shipped = allowed | come_with_them | sys.stdlib_module_names
     clients = ("kaggle", "kagglesdk", "kaggle_secrets", "requests", "huggingface_hub")
     optional = {

@@ -1,6 +1,6 @@
 """Internals of a pair: alignment of the tokenizations, attention maps, and similarity of layers.
 
-The results are plain values, written to `figures/inside.json` and drawn by `report.charts`.
+The results are plain values, written to `figures/inside.json` and drawn by `report.figures`.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from kdlib.data.records import Document
 from kdlib.evaluation.preview import load_readers
 from kdlib.losses import features
 from kdlib.models import hooks, loading
-from kdlib.report.html import AlignedSpans
+from kdlib.report.spans import AlignedSpans
 
 SHOWN_SPANS, SHOWN_CHARS = 24, 240
 """Spans in an attention map, and characters in a displayed alignment."""

@@ -1,12 +1,15 @@
 """Findings of `kdlib doctor`, and their formats: plain text, a Markdown table, and JSON."""
 
 import dataclasses
+import functools
 import math
 import textwrap
 
 STATES = ("ok", "warning", "error")
 GROUPS = {"machine": "Machine", "pair": "Pair", "memory": "Memory", "sessions": "Speed and sessions"}
 WIDTH = 118
+CELL_ESCAPES = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
+"""Characters of a text in a cell of a Markdown table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +61,14 @@ def text(findings):
     """Returns the findings as aligned lines by group, with meanings and remedies, and a summary line."""
     width = max((len(finding.name) for finding in findings), default=0)
     indent = " " * (width + 13)
-    lines = []
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    wrap, lines = functools.partial(textwrap.wrap, width=WIDTH, subsequent_indent=indent, **options), []
     for title, members in _by_title(findings):
         lines += ["", title]
         for finding in members:
-            lines += _wrap(finding.value, f"  {finding.state:7}  {finding.name:{width}}  ", indent)
-            lines += _wrap(finding.meaning, indent, indent)
-            lines += _wrap(finding.remedy and f"Remedy: {finding.remedy}", indent, indent)
+            lines += wrap(finding.value, initial_indent=f"  {finding.state:7}  {finding.name:{width}}  ")
+            lines += wrap(finding.meaning, initial_indent=indent)
+            lines += wrap(finding.remedy and f"Remedy: {finding.remedy}", initial_indent=indent)
     return "\n".join([*lines[1:], "", sentence(findings)])
 
 
@@ -77,7 +81,8 @@ def markdown(findings):
             remedy = finding.remedy and f"**Remedy:** {finding.remedy}"
             meaning = " ".join(filter(None, (finding.meaning, remedy)))
             state = finding.state if finding.state == "ok" else f"**{finding.state}**"
-            rows.append("| " + " | ".join(map(_escape_cell, (state, finding.name, finding.value, meaning))) + " |")
+            cells = [cell.translate(CELL_ESCAPES) for cell in (state, finding.name, finding.value, meaning)]
+            rows.append("| " + " | ".join(cells) + " |")
     return "\n".join([*rows, "", sentence(findings)])
 
 
@@ -92,13 +97,3 @@ def sentence(findings):
 def _by_title(findings):
     groups = ((title, [f for f in findings if f.group == group]) for group, title in GROUPS.items())
     return [(title, members) for title, members in groups if members]
-
-
-def _wrap(value, first, later):
-    return textwrap.wrap(
-        value, WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _escape_cell(value):
-    return value.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
