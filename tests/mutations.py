@@ -28,6 +28,7 @@ RESUME, CACHE, AHEAD, BATCHING, WINDOWS = (
     "test_windows.py",
 )
 MEMORY, BITS = "test_memory.py", "test_bits.py"
+MODELS, FAMILIES, LORA = "test_models.py", "test_families.py", "test_lora.py"
 DOCTOR = "test_doctor.py"
 GPU_FACTS, SELF_TEST = "test_gpu_facts.py", "test_self_test.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
@@ -116,6 +117,22 @@ MUTANTS = {
     "weights of the parts forgotten in the gradient": ("kdlib/losses/chunked_head.py", "torch.autograd.grad((terms * terms.new_tensor(weights)).sum(), leaves", "torch.autograd.grad(terms.sum(), leaves", ["test_fused.py"]),
     "teacher rows of another chunk": ("kdlib/losses/chunked_head.py", "None if teacher is None else teacher[rows].detach()",
                                       "None if teacher is None else teacher[: block.aligned.stop - block.aligned.start].detach()", ["test_fused.py", TRAIN]),
+    "logits without their cap": ("kdlib/models/head.py", "        if self.cap:\n", "        if False:\n", [MODELS]),
+    "logits without their scale": ("kdlib/models/head.py", "logits if self.scale == 1.0 else logits * self.scale", "logits", [MODELS]),
+    "a cap too large to be seen": ("kdlib/models/head.py", "(SMALL / largest, 1.0, LARGE / largest)", "(SMALL / largest, 1.0, 1.0)", [MODELS]),
+    "the loss without the transform": ("kdlib/training/objective.py", "teacher_logits, extra, self.head.transform\n", "teacher_logits, extra\n", [FAMILIES]),
+    "a model with some of its weights": ("kdlib/models/loading.py", 'if info["missing_keys"]:', "if False:", [MODELS]),
+    "tokens without a row": ("kdlib/data/tokenize.py", "    if unknown:\n        token", "    if False:\n        token", [MODELS]),
+    "positions without a row": ("kdlib/session/inputs.py", "if context and config.max_length > context:", "if False:", [MODELS]),
+    "layers without attention found late": ("kdlib/session/inputs.py", "    _check_layers(pair, config)\n", "", [MODELS]),
+    "padding that changes a window": ("kdlib/models/forward.py", "if not _same(batched, alone, model.dtype):", "if False:", [MODELS]),
+    "all weights kept beside adapters": ("kdlib/models/loading.py", 'if not hasattr(model, "kdlib_trained"):', "if True:", [LORA]),
+    "a student exported without its adapters": ("kdlib/models/lora.py", '_merged_weight(module) if _is_adapted(module) and leaf == "weight" else', "", [LORA]),
+    "the student merged for good": ("kdlib/models/lora.py", "copy.deepcopy(module).float()", "module.float()", [LORA]),
+    "adapters by chance": ("kdlib/models/lora.py", "        torch.manual_seed(config.seed)\n", "", [LORA]),
+    "a head with adapters": ("kdlib/models/lora.py", "if _is_adapted(student.get_output_embeddings()):", "if False:", [LORA]),
+    "frozen weights averaged apart": ("kdlib/training/ema.py", "            mean.data = weight.data\n", "            pass\n", [LORA]),
+    "embeddings frozen although trained": ("kdlib/models/lora.py", "module.float().weight.requires_grad_()", "pass", [LORA]),
     "a stale copy of the tied head": ("kdlib/models/head.py", "self.module = model.get_output_embeddings()",
                                       "import copy; self.module = copy.deepcopy(model.get_output_embeddings())",
                                       ["test_projector.py", TRAIN]),

@@ -272,3 +272,16 @@ def test_windows_longer_than_a_table_of_positions_are_refused(settings, tmp_path
     ):
         inputs.load(Config.from_dict({**changes, "max_length": 40}))
     assert inputs.load(Config.from_dict({**changes, "max_length": 32})).pair.student
+
+
+def test_a_model_to_which_padding_matters_is_refused(settings, monkeypatch):
+    original = forward.last_hidden
+
+    def backwards(model, ids, windows, packed=False):  # a state that runs from the end to the start
+        return original(model, ids, windows, packed) + windows.float().sum(dim=1)[:, None, None] * (len(ids) > 1)
+
+    monkeypatch.setattr(forward, "last_hidden", backwards)
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM gives other hidden states for a window in a padded batch than"
+    ):
+        inputs.load(Config.from_dict(settings))
