@@ -10,7 +10,6 @@ out, often a document or two.
 """
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from benchmarks.quality import evaluate_text
 from kdlib import cli, clock, files
 from kdlib.config import Config
-from kdlib.models import devices
+from kdlib.models import devices, loading
 from kdlib.session import inputs, run_folder
 from kdlib.training.loop import TrainLoop
 
@@ -42,6 +41,7 @@ def main():
     options.add_argument("--batch-size", type=int, default=4)
     options.add_argument("--max-length", type=int, default=256)
     options.add_argument("--eval-tokens", type=int, default=2000)
+    options.add_argument("--lora-rank", type=int, default=0)
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--table", action="store_true", help="train nothing; print the table of the runs in FILE")
     options = options.parse_args()
@@ -57,19 +57,20 @@ def run(options, known):
     base = {
         "teacher": options.teacher, "student": options.student, "dataset": options.dataset,
         "batch_size": options.batch_size, "max_length": options.max_length, "eval_tokens": options.eval_tokens,
-        "max_steps": options.steps, "share_steps": 0, "check_teacher": False,
+        "max_steps": options.steps, "share_steps": 0, "check_teacher": False, "lora_rank": options.lora_rank,
     }  # fmt: skip
     jobs = [(m, r, s) for r in options.rates for s in options.seeds for m in options.methods]
-    jobs = [job for job in jobs if not any(key(record) == (*job, options.steps) for record in known)]
+    jobs = [job for job in jobs if (*job, options.steps, options.lora_rank) not in set(map(key, known))]
     if not jobs:
         return
     loaded = inputs.load(Config.from_dict(base))
-    before = copy.deepcopy(loaded.pair.student.state_dict())
+    before = loading.cpu_state_dict(loaded.pair.student)
     teacher, records = ReusedSignals(loaded.pair.teacher), run_folder.Records(options.out)
     for method, rate, seed in jobs:
         changes = {"kd_method": method, "learning_rate": rate, "seed": seed}
-        record = train(loaded, before, teacher, Config.from_dict({**base, **changes}))
-        record = {"method": method, "rate": rate, "seed": seed, "steps": options.steps, **record}
+        trained = train(loaded, before, teacher, Config.from_dict({**base, **changes}))
+        record = {"method": method, "rate": rate, "seed": seed, "steps": options.steps}
+        record |= {"lora_rank": options.lora_rank, **trained}
         records.append(record)
         known.append(record)
         print(json.dumps({k: v for k, v in record.items() if k not in ("bits", "num_bytes", "losses")}), flush=True)
@@ -95,7 +96,7 @@ def train(loaded, before, teacher, config):
     `step_cpu_s` is the median of the processor seconds of a step, None where the teacher's signals were reused.
     """
     pair, start, num_read = loaded.pair, time.monotonic(), teacher.num_read
-    pair.student.load_state_dict(before)
+    loading.load_cpu_state_dict(pair.student, before)
     torch.manual_seed(config.seed)
     objective = inputs.make_objective(pair, config, pair.student)
     loop = TrainLoop(
@@ -120,20 +121,22 @@ def train(loaded, before, teacher, config):
 
 
 def key(record):
-    return tuple(record[name] for name in ("method", "rate", "seed", "steps"))
+    return *(record[name] for name in ("method", "rate", "seed", "steps")), record.get("lora_rank", 0)
 
 
 def table(records):
-    """Returns the Markdown table of all runs: a row for each method, rate and number of steps."""
-    lines = ["| method | rate | steps | seeds | validation | test | gain over plain (95 %) |", "|" + "---|" * 7]
-    cells = sorted({(r["method"], r["rate"], r["steps"]) for r in records}, key=lambda c: (c[2], c[1], c[0] != "none"))
-    for method, rate, steps in cells:
-        runs = {r["seed"]: r for r in records if (r["method"], r["rate"], r["steps"]) == (method, rate, steps)}
-        plain = {r["seed"]: r for r in records if (r["method"], r["rate"], r["steps"]) == ("none", rate, steps)}
+    """Returns the Markdown table of all runs: a row for each method, rate, number of steps and rank of adapters, or 0."""
+    lines = ["| method | rate | steps | rank | seeds | validation | test | gain over plain (95 %) |", "|" + "---|" * 8]
+    by_cell = {}
+    for record in records:
+        method, rate, seed, steps, rank = key(record)
+        by_cell.setdefault((steps, rank, rate, method != "none", method), {})[seed] = record
+    for (steps, rank, rate, _, method), runs in sorted(by_cell.items()):
+        plain = by_cell.get((steps, rank, rate, False, "none"), {})
         seeds = sorted(runs.keys() & plain.keys())
         means = " | ".join(f"{np.mean([run[split] for run in runs.values()]):.4f}" for split in ("validation", "test"))
         gain = "" if method == "none" or not seeds else gain_text([plain[s] for s in seeds], [runs[s] for s in seeds])
-        lines.append(f"| {method} | {rate:g} | {steps} | {len(runs)} | {means} | {gain} |")
+        lines.append(f"| {method} | {rate:g} | {steps} | {rank} | {len(runs)} | {means} | {gain} |")
     return "\n".join(lines)
 
 

@@ -24,10 +24,15 @@ def test_a_gain_is_the_mean_over_seeds_of_bits_saved_on_the_same_text():
 def test_the_table_has_a_row_for_each_method_rate_and_number_of_steps():
     records = [run("byte_prefix", 0, [90.0, 280.0]), run("none", 0, [100.0, 300.0]), run("none", 1, [100.0, 300.0])]
     lines = real_pair.table([*records, run("none", 0, [1.0, 2.0], rate=2e-4)]).splitlines()
-    assert [line.split(" | ")[:4] for line in lines[2:]] == [
-        ["| none", "0.0001", "30", "2"], ["| byte_prefix", "0.0001", "30", "1"], ["| none", "0.0002", "30", "1"],
+    assert [line.split(" | ")[:5] for line in lines[2:]] == [
+        ["| none", "0.0001", "30", "0", "2"], ["| byte_prefix", "0.0001", "30", "0", "1"],
+        ["| none", "0.0002", "30", "0", "1"],
     ]  # fmt: skip
     assert "+0.1000" in lines[3] and lines[2].endswith("|  |")
+    adapted = [{**record, "lora_rank": 16} for record in records]
+    assert real_pair.table(adapted).splitlines()[2:] == [
+        line.replace("| 30 | 0 |", "| 30 | 16 |") for line in lines[2:4]
+    ]
 
 
 @pytest.mark.slow
@@ -47,4 +52,4 @@ def test_a_study_of_a_toy_pair_makes_no_run_twice(settings, tmp_path, monkeypatc
     assert all(len(r["losses"]) == 2 and r["test"] > 0 for r in records)
     monkeypatch.setattr(real_pair, "train", lambda *_: pytest.fail("trained again"))
     real_pair.main()
-    assert "| byte_prefix | 0.0001 | 2 | 2 |" in capsys.readouterr().out
+    assert "| byte_prefix | 0.0001 | 2 | 0 | 2 |" in capsys.readouterr().out

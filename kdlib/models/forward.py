@@ -24,7 +24,8 @@ def last_hidden(model, ids, windows, packed=False):
             "attention_mask": features.block_diagonal(windows),
             "position_ids": features.restart_positions(windows),
         }
-    return model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+    backbone = model.base_model if model.base_model is not model else model.model  # the prefix of Llama 4 names none
+    return backbone(input_ids=ids, use_cache=False, **inputs).last_hidden_state
 
 
 @torch.no_grad()

@@ -58,7 +58,10 @@ def load_model(source, role, dtype=torch.float32, device="cpu", quantization="no
         )
         model = lora.with_adapters_of(source, model)
     except Exception as error:  # noqa: BLE001
-        raise ValueError(f"{name}: cannot load it as a causal language model: {_first_line(error)}") from None
+        reason = _first_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"transformers has none for {type(config).__name__}"
+        raise ValueError(f"{name}: cannot load it as a causal language model: {reason}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{name} lacks {len(missing)} weights, among them {missing[0]}; expected a whole model")
