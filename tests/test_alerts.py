@@ -94,6 +94,15 @@ def test_validation_that_no_longer_improves():
     assert signs([evaluation(step, value) for step, value in enumerate(bits)]) == [(7, "no_improvement", None)]
 
 
+def test_a_student_that_passes_its_teacher_is_told_once_and_never_without_a_teacher():
+    records = [evaluation(step, bits) for step, bits in enumerate((3.0, 2.5, 2.4, 2.3))]
+    monitor = AlertMonitor(teacher_bits=2.5)
+    found = [alert for record in records for alert in monitor.update(record)]
+    assert [(alert["step"], alert["sign"]) for alert in found] == [(2, "teacher_passed")]
+    assert "(2.4000 against 2.5000 bits per byte)" in found[0]["meaning"] and "adapt the teacher" in found[0]["advice"]
+    assert signs(records) == []
+
+
 def test_a_high_perplexity_counts_after_half():
     assert signs([evaluation(1, 3.0, 2000.0, 0.4), evaluation(2, 2.9, 2000.0, 0.6)]) == [(2, "high_perplexity", None)]
 

@@ -40,7 +40,11 @@ def weights(out):
 
 
 def alerts(found):
-    return {record["part"]: record["meaning"] for record in found if record["kind"] == "alert"}
+    return {
+        record["part"]: record["meaning"]
+        for record in found
+        if record["kind"] == "alert" and record["sign"] != "teacher_passed"
+    }
 
 
 def raising(error):

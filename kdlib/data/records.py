@@ -40,12 +40,12 @@ class Document:
     """A text, or a conversation: then `messages` is a tuple of (role, content) and `text` is empty.
 
     `prompt_length`: the characters of the text, or the messages, that come before the training targets. `source` names
-    file and record, for error messages.
+    file and record, for error messages; it is no part of a document's identity.
     """
 
     text: str
     messages: tuple = ()
-    source: str = dataclasses.field(default="", compare=False)
+    source: str = dataclasses.field(default="", compare=False, repr=False)
     prompt_length: int = 0
 
     @property

@@ -15,11 +15,12 @@ class AlertMonitor:
     """Monitor of the records of one arm. `update(record)` returns the alerts of a record; each sign is reported once.
 
     Skipped steps (NaN or infinite loss) are reported at the first such step and at every tenth after it. In records
-    from a file NaN and infinity are null, and raise no alert.
+    from a file NaN and infinity are null, and raise no alert. `teacher_bits`: the teacher's bits per byte on validation
+    text, if it teaches this arm.
     """
 
-    def __init__(self, micro_batch=None):
-        self.micro_batch = micro_batch
+    def __init__(self, micro_batch=None, teacher_bits=-math.inf):
+        self.micro_batch, self.teacher_bits = micro_batch, teacher_bits
         self.raised = set()
         self.recent = collections.deque(maxlen=RECENT)
         self.parts = collections.deque()
@@ -127,6 +128,13 @@ class AlertMonitor:
             yield (
                 "no_improvement", None, f"validation has not improved for {self.stale} evaluations (best {self.best:.4f})",
                 "likely overfitting: the best weights are kept. Use more text or fewer steps",
+            )  # fmt: skip
+        if bits_per_byte < self.teacher_bits:
+            yield (
+                "teacher_passed", None,
+                f"the student is better than its teacher on validation text ({bits_per_byte:.4f} against "
+                f"{self.teacher_bits:.4f} bits per byte), which may hold it back from here on",
+                "adapt the teacher to this text first (Large students in the docs), lower kd_weight, or train without it",
             )  # fmt: skip
         if _to_float(record.get("progress", 0.0)) > 0.5 and _to_float(record["perplexity"]) > 1000:
             yield (

@@ -61,10 +61,10 @@ class Arm:
         return {**values, **{name: values[name] and values[name].to_dict() for name in ("at_compare", "at_end")}}
 
     @classmethod
-    def from_dict(cls, values, best_weights, records):
-        """Returns the arm of a `to_dict`. Its monitor is restored by replaying the run's `records`."""
+    def from_dict(cls, values, best_weights, records, monitor):
+        """Returns the arm of a `to_dict`. Its `monitor` is restored by replaying the run's `records`."""
         scores = {name: values[name] and scoring.Score.from_dict(values[name]) for name in ("at_compare", "at_end")}
-        arm = cls(**{**values, **scores}, best_weights=best_weights)
+        arm = cls(**{**values, **scores}, best_weights=best_weights, monitor=monitor)
         for record in records:
             if arm.owns(record) and record["kind"] in ("train", "eval"):
                 arm.monitor.update(record)

@@ -9,7 +9,7 @@ import accelerate
 from kdlib import memory
 from kdlib.evaluation import scoring
 from kdlib.models import devices, loading
-from kdlib.session import inputs, time_budget
+from kdlib.session import alerts, inputs, time_budget
 from kdlib.session.arm import CONTROL, DISTILLED, Arm
 from kdlib.training import peak_memory
 from kdlib.training.loop import TrainLoop
@@ -68,7 +68,8 @@ class Experiment:
         """Restores the state of a checkpoint; `records` are all records of the run until then."""
         self.scores = {name: scoring.Score.from_dict(score) for name, score in facts["scores"].items()}
         for index, values in enumerate(facts["legs"]):
-            self.arms.append(Arm.from_dict(values, groups.get(f"best_{index}"), records))
+            monitor = self._monitor(values["name"])
+            self.arms.append(Arm.from_dict(values, groups.get(f"best_{index}"), records, monitor))
             if self.config.gradient_checkpointing != "auto":  # the setting overrides an earlier decision
                 self.arms[-1].gradient_checkpointing = None
         if not self.arms[-1].done:
@@ -95,6 +96,13 @@ class Experiment:
         names = (DISTILLED,) if self.config.control == "off" else (DISTILLED, CONTROL)
         return [(name, repeat) for repeat in range(self.config.repeats) for name in names]
 
+    def _monitor(self, name):
+        """Returns the monitor of an arm, which compares a student with its teacher."""
+        teaches = name == DISTILLED and self.config.needs_teacher
+        return alerts.AlertMonitor(
+            None, self.scorer.teacher_score("validation").bits_per_byte if teaches else -math.inf
+        )
+
     def _score_before_training(self):
         validation = self.scorer.teacher_score("validation")
         self.scores = {
@@ -115,8 +123,8 @@ class Experiment:
         if name == CONTROL:  # as many steps as fit into the wall-clock time of the distilled arm
             distilled, ratio = self.arms[-1], self._step_cost_ratio()
             compare = max(1, round(distilled.compare_step * ratio))
-            return Arm(name, repeat, max(1, round(steps * ratio)), compare, compare)
-        return Arm(name, repeat, steps, steps, compare)
+            return Arm(name, repeat, max(1, round(steps * ratio)), compare, compare, monitor=self._monitor(name))
+        return Arm(name, repeat, steps, steps, compare, monitor=self._monitor(name))
 
     def _step_cost_ratio(self):
         """Returns the time of a distilled step over the time of a control step, as a ratio of medians.
