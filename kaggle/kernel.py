@@ -1,6 +1,7 @@
-"""Builds a kernel to push: a notebook with injected parameters and the kdlib package, and validated metadata.
+"""Builds a kernel to push: a notebook with its parameters and the kdlib package, and validated metadata.
 
 Kaggle receives only the `code_file` of a folder. Therefore the cell tagged `kdlib` is replaced by one with the package.
+Parameters are written into the cell tagged `parameters`, so that a fork has one place to change them.
 """
 
 import ast
@@ -97,18 +98,33 @@ def carrying_cell(stamp):
 
 def parameters_of(notebook):
     """Returns `{name: value}` of the literals in the cell tagged `parameters`. Raises ValueError if there is none."""
+    assignments = ast.parse("".join(_parameters_cell(notebook)["source"])).body
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+
+
+def _parameters_cell(notebook):
     for cell in notebook["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
-            assignments = ast.parse("".join(cell["source"])).body
-            return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+            return cell
     raise ValueError("the notebook has no cell tagged `parameters`")
+
+
+def with_parameters(source, values):
+    """Returns the source of a parameters cell with new `values`. Comments and the other lines are kept."""
+    lines = source.encode().splitlines(keepends=True)  # the positions of `ast` count bytes
+    for node in reversed(ast.parse(source).body):
+        old, name = node.value, node.targets[0].id
+        if name in values:
+            before, after = lines[old.lineno - 1][: old.col_offset], lines[old.end_lineno - 1][old.end_col_offset :]
+            lines[old.lineno - 1 : old.end_lineno] = [before + repr(values[name]).encode() + after]
+    return b"".join(lines).decode()
 
 
 def typed(texts, defaults):
     """Converts `{name: text}` to the types of the notebook's parameters (`defaults`).
 
-    Config keys that are no parameters are stored in the parameter `settings`. Raises ValueError for other names and for
-    values that kdlib refuses.
+    Config keys that are no parameters are stored in the parameter `settings`. Raises ValueError for other names, for
+    values that kdlib refuses, and if some but not all of teacher, student and dataset are given.
     """
     values, settings = {}, {}
     for name, text in texts.items():
@@ -120,26 +136,40 @@ def typed(texts, defaults):
     settings = {**values.get("settings", {}), **settings}
     if settings:
         values["settings"] = {**defaults["settings"], **settings}
-    config.Config.from_dict({**{name: value for name, value in values.items() if name in KEYS}, **settings})
+    given = {**defaults, **values}
+    checked = {name: value for name, value in given.items() if name in KEYS}
+    config.Config.from_dict({**checked, **given.get("settings", {})}).require_all_or_no_inputs()
     return values
 
 
 def _convert(name, text, default):
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "{'key': value}"}
+    kinds = {
+        bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "{'key': value}",
+        list: "a list", tuple: "a tuple",
+    }  # fmt: skip
     booleans = {"true": True, "yes": True, "false": False, "no": False}
     try:
         if isinstance(default, bool):
             return booleans[text.lower()]
         if isinstance(default, (int, float)):
             return type(default)(text)
-        if isinstance(default, dict):
-            value = ast.literal_eval(text)
-            if not isinstance(value, dict):
-                raise ValueError
-            return value
-        return text
-    except (ValueError, KeyError, SyntaxError):
+        if isinstance(default, str):
+            return text
+        value = ast.literal_eval(text)
+        if not _is_like(value, default):
+            raise ValueError
+        return value
+    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"--param {name} takes {kinds[type(default)]}, such as {default!r}; got {text!r}") from None
+
+
+def _is_like(value, default):
+    """Whether a literal has the type of `default`: a tuple also its length, and both sequences its types of elements."""
+    if type(value) is not type(default) or isinstance(default, dict):
+        return type(value) is type(default)
+    if isinstance(default, tuple) and len(value) != len(default):
+        return False
+    return not default or {type(element) for element in value} <= {type(element) for element in default}
 
 
 def _setting(name, key, text, defaults):
@@ -150,26 +180,15 @@ def _setting(name, key, text, defaults):
     return config.parse_flag(key, text)
 
 
-def parameters_of_sent(notebook):
-    """Returns the parameters of a built notebook, including the injected ones."""
-    injected = [cell for cell in notebook["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])]
-    parameters = parameters_of(notebook)
-    for cell in injected:
-        parameters.update(parameters_of({"cells": [{**cell, "metadata": {"tags": ["parameters"]}}]}))
-    return parameters
-
-
 def build(path, values, stamp):
-    """Returns the notebook at `path` with injected parameters and kdlib, without outputs and widget state."""
+    """Returns the notebook at `path` with new parameters and kdlib, without outputs and widget state."""
     import nbformat
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
 
-    notebook = load_notebook_node(str(path))
-    notebook.metadata.update(nbformat.from_dict(METADATA))
-    if values:
-        notebook = parameterize_notebook(notebook, values)
-    carriers = [cell for cell in notebook.cells if "kdlib" in cell.metadata.tags]
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    cell = _parameters_cell(notebook)
+    cell.source = with_parameters(cell.source, values)
+    carriers = [cell for cell in notebook.cells if "kdlib" in cell.metadata.get("tags", [])]
     if len(carriers) != 1:
         raise ValueError(f"{path} has {len(carriers)} cells tagged `kdlib`; expected 1, to be replaced by the package")
     carriers[0].source = carrying_cell(stamp)

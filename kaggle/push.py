@@ -103,7 +103,7 @@ def run(words=None):
         kernel.write(folder, notebook, metadata)
         if options.dry_run:
             size = (folder / metadata["code_file"]).stat().st_size
-            print(json.dumps({**metadata, "parameters": kernel.parameters_of_sent(notebook), "bytes": size}, indent=2))
+            print(json.dumps({**metadata, "parameters": kernel.parameters_of(notebook), "bytes": size}, indent=2))
             return 0
         pushed = Client().push(folder, token, timeout_s)
     print(f"Version {pushed.version} was pushed and will run: {pushed.url}")

@@ -18,6 +18,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 CONTROLS = ("full", "short", "off")
 AMP_DTYPES = ("auto", "bf16", "fp16", "fp32")
 PACKINGS = ("auto", "on", "off")
+INPUTS = ("teacher", "student", "dataset")
 FEATURES = ("layerwise", "attention", "attention_alignment", "routing_feature", "contrastive")
 SHARES = {
     "kd": 0.47, "layerwise": 0.27, "lm": 0.20, "attention_alignment": 0.04, "routing_feature": 0.01, "attention": 0.007,
@@ -272,9 +273,16 @@ class Config:
 
     def require_inputs(self):
         """Raises ValueError unless teacher, student and dataset are set."""
-        for name in ("teacher", "student", "dataset"):
+        for name in INPUTS:
             if not getattr(self, name) and not (name == "teacher" and self.cached):
-                raise ValueError(f"{name} is missing; give --{name} (a Hugging Face id or a local path)")
+                raise ValueError(
+                    f"{name} is missing: a run takes teacher, student and dataset, each a Hugging Face id or a local path"
+                )
+
+    def require_all_or_no_inputs(self):
+        """Raises ValueError if some but not all of teacher, student and dataset are set."""
+        if any(getattr(self, name) for name in INPUTS):
+            self.require_inputs()
 
     def replace(self, **changes):
         """Returns a validated copy with changed values."""

@@ -24,7 +24,7 @@ FIRST = ["--owner", "ann", "--param", "max_steps=7"]
 
 
 def parameters_of(request):
-    return kernel.parameters_of_sent(json.loads(request["text"]))
+    return kernel.parameters_of(json.loads(request["text"]))
 
 
 # what is sent
@@ -42,20 +42,42 @@ def test_a_built_kernel_has_no_outputs_and_all_it_needs(tmp_path):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
     assert built.metadata.kernelspec.name == "python3"
     assert set(built.metadata) == {"kernelspec", "language_info"}
-    assert [cell.metadata.tags for cell in code[:3]] == [["parameters"], ["injected-parameters"], ["kdlib"]]
-    assert "'out'" not in code[1].source and 'out = "other"' in code[1].source
+    assert [cell.metadata.tags for cell in code[:2]] == [["parameters"], ["kdlib"]]
+    assert "out = 'other'  # run folder; an interrupted run" in code[0].source
+    assert 'resume = "auto"  # auto:' in code[0].source
     assert len(json.dumps(built)) < 400_000
 
 
-def test_parameters_injected_twice_are_those_of_the_second_time(tmp_path):
+def test_a_built_kernel_can_be_built_again(tmp_path):
     import nbformat
 
     once = kernel.build(HOUSE / "notebooks" / "distill.ipynb", {"out": "a", "resume": "never"}, {})
+    once.cells.insert(2, nbformat.v4.new_code_cell("out = 'c'", metadata={"tags": ["injected-parameters"]}))
     nbformat.write(once, tmp_path / "once.ipynb")
     twice = kernel.build(tmp_path / "once.ipynb", {"out": "b"}, {})
-    assert kernel.parameters_of_sent(twice)["out"] == "b"
-    assert kernel.parameters_of_sent(twice)["resume"] == "auto"
-    assert sum("injected-parameters" in cell.metadata.tags for cell in twice.cells) == 1
+    assert kernel.parameters_of(twice)["out"] == "b"
+    assert kernel.parameters_of(twice)["resume"] == "never"
+    assert not [cell for cell in twice.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+
+
+def test_a_fork_that_changes_its_first_cell_is_obeyed(tmp_path):
+    import nbformat
+
+    fork = kernel.build(HOUSE / "notebooks" / "distill.ipynb", {"out": "pushed", "teacher_steps": 7}, {})
+    del fork.cells[3:]
+    fork.cells[1].source = fork.cells[1].source.replace("'pushed'", "'forked'")
+    fork.cells.append(nbformat.v4.new_code_cell("print(out, teacher_steps)"))
+    nbformat.write(fork, tmp_path / "fork.ipynb")
+    words = [sys.executable, "-m", "papermill", "fork.ipynb", "ran.ipynb", "--no-progress-bar"]
+    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert nbformat.read(tmp_path / "ran.ipynb", 4).cells[-1].outputs[0].text == "forked 7\n"
+
+
+def test_only_the_values_of_a_parameters_cell_are_replaced():
+    source = 'a = "é = 1"  # a = 2\nb = {\n    "x": 1,  # inside\n}  # after\nc = (0, 1)\nd = ""  # "d"'
+    expected = "a = [1]  # a = 2\nb = {'y': 'é'}  # after\nc = (0, 1)\nd = 'x\\n'  # \"d\""
+    assert kernel.with_parameters(source, {"b": {"y": "é"}, "a": [1], "d": "x\n"}) == expected
 
 
 def run_cell(source, folder):
@@ -90,13 +112,19 @@ def test_a_changed_carrying_cell_says_so(tmp_path):
     assert ran.stderr.startswith("The cell with the kdlib package was changed")
 
 
-def typed(**texts):
-    known = kernel.parameters_of(json.loads((HOUSE / "notebooks" / "distill.ipynb").read_text()))
+PAIR = {"teacher": "a/b", "student": "c/d", "dataset": "text.jsonl"}
+
+
+def typed(notebook="distill", **texts):
+    known = kernel.parameters_of(json.loads((HOUSE / "notebooks" / f"{notebook}.ipynb").read_text()))
     return kernel.typed(texts, known)
 
 
 def test_parameters_take_the_type_they_have_in_the_notebook():
-    assert typed(teacher_steps="20", teacher="1") == {"teacher_steps": 20, "teacher": "1"}
+    assert typed(teacher_steps="20", out="1") == {"teacher_steps": 20, "out": "1"}
+    assert typed("teacher_cache", writer="(1, 3)") == typed("teacher_cache", writer="1, 3") == {"writer": (1, 3)}
+    assert typed("losses_compared", methods="['projector']") == {"methods": ["projector"]}
+    assert typed("losses_compared", parts="{'contrastive_weight': 0.1}") == {"parts": {"contrastive_weight": 0.1}}
     assert typed(**{"kd-top-k": "64", "use_ema": "true"}) == {"settings": {"kd_top_k": 64, "use_ema": True}}
     assert typed(settings="{'max_steps': 3}", seed="4") == {"settings": {"max_steps": 3, "seed": 4}}
 
@@ -112,6 +140,18 @@ def test_parameters_take_the_type_they_have_in_the_notebook():
         ({"settings": "[1]"}, "takes {'key': value}"),
         ({"settings": "{'max_stpes': 3}"}, "did you mean 'max_steps'?"),
         ({"time_budget": "soon"}, "time_budget takes hours"),
+        ({"notebook": "teacher_cache", "writer": "1"}, "--param writer takes a tuple, such as (0, 1); got '1'"),
+        ({"notebook": "teacher_cache", "writer": "(1, 2, 3)"}, "takes a tuple, such as (0, 1); got '(1, 2, 3)'"),
+        ({"notebook": "teacher_cache", "writer": "('a', 2)"}, "takes a tuple, such as (0, 1)"),
+        (
+            {"notebook": "losses_compared", "methods": "projector"},
+            "takes a list, such as ['byte_prefix', 'first_token']",
+        ),
+        ({"notebook": "losses_compared", "methods": "[1]"}, "takes a list, such as ['byte_prefix', 'first_token']"),
+        ({"notebook": "losses_compared", "parts": "[[]" * 9000}, "takes {'key': value}"),
+        ({"student": "a/b"}, "teacher is missing: a run takes teacher, student and dataset"),
+        ({"dataset": "a.jsonl", "teacher": "a/b"}, "student is missing"),
+        ({"notebook": "losses_compared", "teacher": "a/b", "student": "c/d"}, "dataset is missing"),
     ],
 )
 def test_a_wrong_parameter_is_told_before_anything_is_sent(texts, says):
@@ -126,7 +166,7 @@ def test_a_wrong_parameter_is_told_before_anything_is_sent(texts, says):
 def test_a_session_ends_itself_before_kaggle_does(timeout, left):
     options = push.parser("").parse_args(["--owner", "ann", "--timeout", timeout])
     notebook, *_ = push.prepared(options, "t")
-    assert kernel.parameters_of_sent(notebook)["time_budget"] == left
+    assert kernel.parameters_of(notebook)["time_budget"] == left
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12) | st.sampled_from(
