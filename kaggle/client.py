@@ -7,6 +7,7 @@ writes error pages into downloaded files.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import random
@@ -27,6 +28,10 @@ BUSY = {
 }
 RUNNING = {"QUEUED", "RUNNING", "NEW_SCRIPT", "CANCEL_REQUESTED"}
 SOURCE_KINDS = ("dataset", "kernel", "model", "competition")
+NEW_CREDENTIALS = (
+    "run `kaggle auth login`, or create a token at kaggle.com/settings and save it as ~/.kaggle/access_token or in "
+    "KAGGLE_API_TOKEN"
+)
 
 
 class Refused(RuntimeError):
@@ -58,11 +63,11 @@ class Ambiguous(Exception):
 
 
 class Client:
-    """Authenticated client. `say(line)` prints messages. Raises ValueError without credentials."""
+    """Authenticated client. `say(line)` prints messages. Raises ValueError without credentials, Refused for bad ones."""
 
     def __init__(self, say=None, sleep=time.sleep):
-        self.say, self.sleep = say or (lambda line: print(line, flush=True)), sleep
-        self.api = _authenticated()
+        self.say, self.sleep = say or functools.partial(print, file=sys.stdout, flush=True), sleep
+        self.api = self.query(_authenticated)
 
     def push(self, folder, token, timeout_s=None):
         """Pushes the kernel in `folder` exactly once: before a retry, looks for a version that contains `token`.
@@ -184,12 +189,16 @@ class Client:
         return None
 
     def _call(self, request, missing=()):
-        """Calls `request`, retrying status 429 only. Raises Ambiguous if it may have been executed, Refused if not."""
+        """Calls `request`, retrying status 429 only. Raises Ambiguous if it may have been executed, Refused if not.
+
+        Discards what the original client prints.
+        """
         import requests
 
         for attempt in range(TRIES):
             try:
-                return request()
+                with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                    return request()
             except requests.exceptions.HTTPError as error:
                 response = error.response
                 code = response.status_code if response is not None else 0
@@ -227,12 +236,10 @@ class Client:
 
 
 def _authenticated():
-    """Returns the client's authenticated API object. Raises ValueError without credentials."""
-    try:
-        import requests
-        from kaggle.api.kaggle_api_extended import KaggleApi
-    except ImportError as error:
-        raise ValueError(f"the Kaggle client is not installed ({error}); pip install kaggle six papermill") from None
+    """Returns the client's authenticated API object. Raises ValueError without credentials, Refused for bad ones."""
+    import requests
+    from kagglesdk import KaggleCredentials, get_access_token_from_env
+
     original = requests.Session.send
     if not getattr(original, "has_timeout", False):
 
@@ -242,16 +249,43 @@ def _authenticated():
 
         send.has_timeout = True
         requests.Session.send = send
+    has_login = (
+        Path(KaggleCredentials.DEFAULT_CREDENTIALS_FILE).expanduser().exists()
+    )  # the client deletes an expired one
+    from kaggle.api.kaggle_api_extended import KaggleApi  # authenticates, hiding errors
+
     api = KaggleApi()
-    try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            api.authenticate()
-    except SystemExit:
+    with contextlib.suppress(SystemExit):
+        api.authenticate()
+    token, source = get_access_token_from_env()
+    if token and api.config_values.get(api.CONFIG_NAME_TOKEN) != token:  # other credentials would not be used either
+        source = {"access_token": "~/.kaggle/access_token"}.get(source, source)
+        problem = "has expired or was revoked" if _is_known(api, token) else "is unknown to Kaggle: wrong or incomplete"
+        raise Refused(f"the token of {source} {problem}; {NEW_CREDENTIALS}")
+    if api.CONFIG_NAME_AUTH_METHOD not in api.config_values:
+        if has_login:
+            raise Refused(f"the login of `kaggle auth login` has expired; {NEW_CREDENTIALS}")
         raise ValueError(
-            "no Kaggle credentials; create a token at kaggle.com/settings and set KAGGLE_API_TOKEN, or save it as "
-            "~/.kaggle/kaggle.json"
-        ) from None
+            f"no Kaggle credentials; {NEW_CREDENTIALS} (kaggle.json holds only the older pair of user name and key)"
+        )
     return api
+
+
+def _is_known(api, token):
+    """Whether Kaggle has issued a token that it does not accept."""
+    import requests
+    from kagglesdk.security.types.oauth_service import IntrospectTokenRequest
+
+    request = IntrospectTokenRequest()
+    request.token = token
+    try:
+        with api.build_kaggle_client() as client:
+            client.security.oauth_client.introspect_token(request)
+    except requests.exceptions.HTTPError as error:
+        if error.response.status_code in (400, 403, 404):
+            return False
+        raise
+    return True
 
 
 def busy_kind(message):
@@ -292,15 +326,18 @@ def _retry_after(response):
 def _describe(error, code=None):
     """Returns an error as one line without secrets: no headers, no query of a signed URL."""
     line = re.sub(r"\?\S+", "?...", next(iter(str(error).splitlines()), "") or type(error).__name__)[:300]
-    if code in (401, 403):
-        line += " (check the owner, the slug and the token)"
-    return line
+    if code == 401:
+        return f"Kaggle does not accept the credentials: {line}; {NEW_CREDENTIALS}"
+    return f"{line} (check the owner, the slug and the token)" if code == 403 else line
 
 
 def main_of(run):
     """Runs a command and returns its exit status: 2 for invalid input, 1 if Kaggle refuses or the user interrupts."""
     try:
         return run()
+    except ImportError as error:
+        print(f"kaggle: {error}; pip install -r kaggle/requirements.txt", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"kaggle: {error}", file=sys.stderr)
         return 2

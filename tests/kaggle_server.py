@@ -34,8 +34,8 @@ class Version:
 class KaggleServer(http.server.ThreadingHTTPServer):
     """`fates`: what becomes of the coming versions, in order, then `run`: `run`, `complete` (at once, with the files of
     `leave(version, working)`), `error`, `cancel`; the last three with `:SECONDS` after they ran so long. `faults`:
-    `{method: [fault, ...]}`, one a call: `429`, `500`, `403`, `html`, `drop` (before it is done), `drop after` (it is done
-    and nobody hears of it).
+    `{method: [fault, ...]}`, one a call: `429`, `500`, `401`, `403`, `html`, `drop` (before it is done), `drop after` (it is
+    done and nobody hears of it). `tokens`: `{token: answer}` to whether it is good, None: unknown; any other is.
     """
 
     daemon_threads = True
@@ -44,6 +44,7 @@ class KaggleServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.python, self.layout, self.leave = Path(folder), python, layout, leave
         self.kernels, self.datasets, self.fates, self.faults = {}, {}, list(fates), {}
+        self.tokens, self.authorizations = {}, []
         self.connects, self.calls, self.errors, self.invalid = [], [], [], {}
         self.page_size, self.quota_refresh, self.stale = 3, None, 0
         self.lock, self.workers = threading.Lock(), []
@@ -193,6 +194,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         method = urllib.parse.urlparse(self.path).path.rsplit("/", 1)[-1]
         self.server.calls.append((method, request))
+        if method == "SaveKernel":
+            self.server.authorizations.append(self.headers["Authorization"])
         if self._faulty(method, request):
             return
         answer = getattr(self, method)(request)
@@ -210,8 +213,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             )
         elif fault == "500":
             self._send(b'{"code": 500, "message": "Internal error"}', "application/json", 500)
-        elif fault == "403":
-            self._send(b'{"code": 403, "message": "Permission denied"}', "application/json", 403)
+        elif fault in ("401", "403"):
+            words = {"401": "Unauthenticated", "403": "Permission denied"}[fault]
+            self._send(json.dumps({"code": int(fault), "message": words}).encode(), "application/json", int(fault))
         elif fault == "html":
             self._send(b"<html><body>We will be back soon</body></html>", "text/html")
         elif fault.startswith("drop"):
@@ -224,6 +228,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, body, kind, code=200, more=()):
         self.send_response(code)
         self.send_header("Content-Type", kind)
+        self.send_header("X-Kaggle-APIVersion", "99.0")  # the client then prints that it is outdated
         self.send_header("Content-Length", str(len(body)))
         for name, value in dict(more).items():
             self.send_header(name, value)
@@ -287,7 +292,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"quotaRefreshTime": self.server.quota_refresh} if self.server.quota_refresh else {}
 
     def IntrospectToken(self, request):
-        return {"active": True, "username": "ann"}
+        return self.server.tokens.get(request["token"], {"active": True, "username": "ann"})
+
+    def GenerateAccessToken(self, request):
+        return {"token": "refreshed", "expiresIn": 3600, "userName": "ann"}
 
 
 def wait_until(true, seconds=60.0):

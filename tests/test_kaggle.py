@@ -1,5 +1,6 @@
 """Pushing, fetching and relaying with the real client, both versions of it, against a Kaggle of our own."""
 
+import base64
 import json
 import os
 import subprocess
@@ -286,10 +287,79 @@ def test_a_source_that_kaggle_does_not_find_is_no_success(server, tmp_path, vers
     assert f"runs without sources that Kaggle did not find: {kind.lower()} ann/typo" in ran.stderr
 
 
-def test_without_credentials_or_permission_one_line_says_so(server, tmp_path):
-    ran = command(server, tmp_path, "push", FIRST, KAGGLE_USERNAME=None, KAGGLE_KEY=None)
-    assert ran.returncode == 2
-    assert ran.stderr.startswith("kaggle: no Kaggle credentials") and ran.stderr.count("\n") == 1
+NO_KEY = {"KAGGLE_USERNAME": None, "KAGGLE_KEY": None}
+LOGIN = {"refresh_token": "again", "access_token": "current", "username": "ann", "scopes": []}
+AHEAD, BEHIND = ({"access_token_expiration": f"{year}-01-01T00:00:00+00:00"} for year in (2999, 2001))
+PAIR_OF_BOB = "Basic " + base64.b64encode(b"bob:key").decode()
+
+
+def push_with(server, tmp_path, files, version="2.2.5", **variables):
+    """A push with credentials in `files` (`{name: content}` in the home folder) and in variables."""
+    home = tmp_path / "home"
+    for name, content in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(content)
+    variables = {name: value and value.replace("HOME", str(home)) for name, value in {**NO_KEY, **variables}.items()}
+    return command(server, tmp_path, "push", FIRST, version, **variables)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("files", "variables", "authorization"),
+    [
+        ({}, {"KAGGLE_API_TOKEN": "token"}, "Bearer token"),
+        ({"there": "token"}, {"KAGGLE_API_TOKEN": "HOME/there"}, "Bearer token"),
+        ({".kaggle/access_token": "token\n"}, {}, "Bearer token"),
+        ({".kaggle/access_token.txt": "token"}, {}, "Bearer token"),
+        ({".kaggle/credentials.json": json.dumps(LOGIN | AHEAD)}, {}, "Bearer current"),
+        ({".kaggle/credentials.json": json.dumps(LOGIN | BEHIND)}, {}, "Bearer refreshed"),
+        ({}, {"KAGGLE_USERNAME": "bob", "KAGGLE_KEY": "key"}, PAIR_OF_BOB),
+        ({"kaggle.json": '{"username": "bob", "key": "key"}'}, {}, PAIR_OF_BOB),
+        ({".kaggle/kaggle.json": '{"username": "bob", "key": "key"}'}, {"KAGGLE_CONFIG_DIR": None}, PAIR_OF_BOB),
+    ],
+)
+def test_every_kind_of_credentials_works(server, tmp_path, version, files, variables, authorization):
+    ran = push_with(server, tmp_path, files, version, **variables)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("Version 1 was pushed") and ran.stdout.count("\n") == 1
+    assert server.authorizations == [authorization]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("files", "variables", "status", "says"),
+    [
+        ({}, {}, 2, "no Kaggle credentials; run `kaggle auth login`, or "),
+        ({"kaggle.json": "KGAT_token"}, {}, 2, "kaggle.json holds only the older pair of user name and key"),
+        ({}, {"KAGGLE_API_TOKEN": "wrong"}, 1, "the token of KAGGLE_API_TOKEN is unknown to Kaggle: wrong or incomplete; "),
+        ({".kaggle/access_token": "wrong"}, {}, 1, "the token of ~/.kaggle/access_token is unknown to Kaggle"),
+        ({".kaggle/access_token": "old"}, {}, 1, "the token of ~/.kaggle/access_token has expired or was revoked; "),
+        ({"kaggle.json": '{"username": "b", "key": "k"}'}, {"KAGGLE_API_TOKEN": "old"}, 1, "the token of KAGGLE_API_TOKEN"),
+        ({".kaggle/credentials.json": json.dumps(LOGIN | BEHIND)}, {}, 1, "the login of `kaggle auth login` has expired; "),
+        ({"kaggle.json": '{"username": "b", "key": "k"}'}, {}, 1, "Kaggle does not accept the credentials: Unauth"),
+        ({".kaggle/credentials.json": json.dumps(LOGIN | AHEAD)}, {}, 1, "Kaggle does not accept the credentials: Unauth"),
+    ],
+)  # fmt: skip
+def test_absent_wrong_and_expired_credentials_are_told_apart(server, tmp_path, version, files, variables, status, says):
+    server.tokens = {"wrong": None, "old": {"active": False}}
+    server.faults = {"SaveKernel": ["401"], "GenerateAccessToken": ["401"]}
+    ran = push_with(server, tmp_path, files, version, **variables)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (status, "", 1), ran.stderr
+    assert ran.stderr.startswith("kaggle: ") and says in ran.stderr and "kaggle.com/settings" in ran.stderr
+    assert server.kernels == {}
+
+
+def test_a_token_that_cannot_be_checked_is_checked_again(server, tmp_path):
+    server.faults["IntrospectToken"] = ["500", "drop", "401"]
+    ran = push_with(server, tmp_path, {}, KAGGLE_API_TOKEN="token")
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert "Kaggle does not accept the credentials: Unauthenticated" in ran.stderr
+    server.faults["IntrospectToken"] = ["500", "drop", "500"]
+    ran = push_with(server, tmp_path, {}, KAGGLE_API_TOKEN="token")
+    assert (ran.returncode, ran.stdout.count("Kaggle did not respond")) == (0, 2), ran.stderr
+
+
+def test_a_push_without_permission_is_one_line(server, tmp_path):
     server.faults["SaveKernel"] = ["403"]
     ran = command(server, tmp_path, "push", FIRST)
     assert ran.returncode == 1
