@@ -29,6 +29,22 @@ def variable(name):
     return os.environ.get(name) or None
 
 
+def secret(name):
+    """Returns a secret of the Kaggle notebook, or None."""
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        return UserSecretsClient().get_secret(name)
+    except Exception:  # noqa: BLE001 - every reason for a missing secret raises another class
+        return None
+
+
+def export_secret(name):
+    """Sets an environment variable to the Kaggle notebook's secret of that name, unless the variable is set."""
+    if not variable(name) and (value := secret(name)):
+        os.environ[name] = value
+
+
 def child_environment(**variables):
     """Returns the environment for a child process with this process's module search path, updated by `variables`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **variables}

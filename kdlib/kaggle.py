@@ -33,7 +33,12 @@ def time_budget(value):
 
 
 def config(teacher, student, dataset, settings, session_budget=""):
-    """Returns the `Config` of a kernel's parameters, with paths of mounted inputs and a time budget."""
+    """Returns the `Config` of a kernel's parameters, with paths of mounted inputs and a time budget.
+
+    The secret `HF_TOKEN` is exported, so that models and texts that need it load. Raises ValueError if teacher, student or
+    dataset is missing.
+    """
+    environment.export_secret("HF_TOKEN")
     values = {"teacher": teacher, "student": student, "dataset": dataset, **settings}
     kinds = {
         "teacher": "model", "student": "model", "dataset": "text", "eval_dataset": "text", "teacher_cache": "cache",
@@ -41,6 +46,7 @@ def config(teacher, student, dataset, settings, session_budget=""):
     list_mounted = functools.cache(_list_mounted)
     paths = {key: find_input(values[key], kind, list_mounted) for key, kind in kinds.items() if values.get(key)}
     result = Config.from_dict({"time_budget": time_budget(session_budget), **values, **paths})
+    result.require_inputs()
     if not environment.on_kaggle():
         return result
     return result.replace(keep_checkpoints=min(result.keep_checkpoints, MAX_CHECKPOINTS))

@@ -4,7 +4,9 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
+import types
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it to fail
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdlib-datasets-")  # nor finds what another run left
@@ -100,6 +102,15 @@ def kaggle(tmp_path, monkeypatch):
     yield server
     server.close()
     assert server.connects == []  # nothing tried to leave this machine
+
+
+@pytest.fixture
+def notebook_secrets(monkeypatch):
+    """The secrets that are attached to a Kaggle notebook, to be filled."""
+    attached = {}
+    client = types.SimpleNamespace(get_secret=attached.__getitem__)
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", types.SimpleNamespace(UserSecretsClient=lambda: client))
+    return attached
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,7 @@ def executed(name, folder):
     """The notebook after a batch run, cleaned."""
     room = Path(folder) / name
     room.mkdir()
-    shutil.copy(NOTEBOOKS / f"{name}.ipynb", room)
+    write(room / f"{name}.ipynb", with_address(read(NOTEBOOKS / f"{name}.ipynb")))
     environment = {**os.environ, "KDLIB_CACHE": str(Path(folder) / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {
         "HF_DATASETS_CACHE": str(Path(folder) / "datasets"),
@@ -67,6 +66,19 @@ def executed(name, folder):
     if ran.returncode:
         raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
     return cleaned(read(room / "out.ipynb"))
+
+
+def address():
+    """The address that pyproject.toml states for pip."""
+    return re.search(r'^Install = "(.+)"$', (HOUSE / "pyproject.toml").read_text(), re.M)[1]
+
+
+def with_address(notebook):
+    """The notebook with that address in its second cell."""
+    for cell in notebook["cells"]:
+        if "kdlib" in cell["metadata"].get("tags", ()):
+            cell["source"] = [re.sub(r'(?<=^install_from = ").*?(?=")', address(), line) for line in cell["source"]]
+    return notebook
 
 
 def cleaned(notebook):

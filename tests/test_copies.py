@@ -146,15 +146,11 @@ def test_no_credentials_or_no_client_is_told_at_the_start(settings, tmp_path, ka
         session.Session(config, tmp_path / "out", Clock())
 
 
-def test_credentials_come_from_the_notebooks_secrets_too(tmp_path, monkeypatch):
+def test_credentials_come_from_the_notebooks_secrets_too(notebook_secrets, monkeypatch):
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KAGGLE_USERNAME", "ann")
-    (tmp_path / "kaggle_secrets.py").write_text(
-        "class UserSecretsClient:\n    def get_secret(self, name):\n"
-        "        return {'KAGGLE_KEY': 'k', 'HF_TOKEN': 'h'}[name]\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    notebook_secrets |= {"KAGGLE_KEY": "k", "HF_TOKEN": "h"}
     assert backup.credentials("kaggle") == {"KAGGLE_USERNAME": "ann", "KAGGLE_KEY": "k"}
     assert backup.credentials("hub") == {"HF_TOKEN": "h"}
     monkeypatch.setenv("HF_TOKEN", "mine")

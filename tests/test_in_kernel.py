@@ -60,7 +60,7 @@ def test_a_config_walks_what_is_mounted_once(mounted, monkeypatch):
     config = kaggle.config("qwen", "pair/student", "texts/a.jsonl, imdb", settings)
     assert config.eval_dataset == str(root / layout["pair"] / "texts" / "b.jsonl")
     assert len(walks) == 1
-    kaggle.config("qwen", "", "", {})
+    kaggle.config("qwen", "pair/student", "imdb", {})
     assert len(walks) == 2  # what was attached meanwhile is seen
 
 
@@ -133,6 +133,26 @@ def test_a_config_of_a_kernel_has_its_inputs_and_its_end(mounted, monkeypatch):
     assert kaggle.config("a", "b", "c", {}, "40m").time_budget == "40m"
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     assert kaggle.config("a", "b", "c", {}).time_budget == ""
+
+
+@pytest.mark.parametrize("given", ["teacher", "student", "dataset"])
+def test_a_config_of_a_kernel_takes_all_three_inputs(given):
+    with pytest.raises(ValueError, match="is missing: a run takes teacher, student and dataset"):
+        kaggle.config(**{**dict.fromkeys(("teacher", "student", "dataset"), ""), given: "a/b"}, settings={})
+    assert kaggle.config("", "c/d", "text", {"teacher_cache": "cache"}).cached
+
+
+def test_a_config_of_a_kernel_uses_the_secret_for_models(notebook_secrets, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    notebook_secrets["HF_TOKEN"] = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    kaggle.config("a/b", "c/d", "text", {})
+    assert huggingface_hub.get_token() == "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    kaggle.config("a/b", "c/d", "text", {})
+    assert huggingface_hub.get_token() == "mine"
 
 
 def test_the_age_of_a_session_is_that_of_its_machine(tmp_path, monkeypatch):

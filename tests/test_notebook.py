@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,63 @@ def test_parameters_come_first_and_nothing_is_defined(path):
         assert not [node for node in ast.walk(ast.parse("".join(cell["source"]))) if isinstance(node, kinds)]
     assert len(code) <= 12
     assert sum(len(cell["source"]) for cell in code if cell["metadata"].get("tags") != ["kdlib"]) <= 65
+
+
+@pytest.mark.parametrize("name", ["distill", "losses_compared", "teacher_cache"])
+def test_a_forgotten_teacher_is_an_error_and_not_the_embedded_default(name):
+    parameters, _, pair, *_ = cells(HOUSE / "notebooks" / f"{name}.ipynb")
+    with pytest.raises(ValueError, match="teacher is missing"):
+        exec("".join([*parameters["source"], "\nstudent, dataset = 'a/b', 'texts'\n", *pair["source"]]), {})
+
+
+def carrier_of(path):
+    (cell,) = [cell for cell in cells(path) if cell["metadata"].get("tags") == ["kdlib"]]
+    return "".join(cell["source"])
+
+
+def run_carrier(source, folder, **changes):
+    """The second cell in an interpreter without kdlib, and the path of the kdlib that it finds."""
+    cwd = folder / "kaggle" / "working"
+    cwd.mkdir(parents=True)
+    (folder / "target").mkdir()
+    source = source.replace("/kaggle/input", str(folder / "kaggle" / "input"))
+    environment = {**os.environ, "PYTHONPATH": str(folder / "target"), "PIP_TARGET": str(folder / "target")}
+    words = [sys.executable, "-S", "-c", f"{source}\nimport kdlib\nprint(kdlib.__file__)"]
+    return subprocess.run(
+        words, cwd=cwd, env={**environment, "PIP_NO_INDEX": "1", **changes}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_kdlib_is_installed_from_the_address_of_the_project(path):
+    assert f'install_from = "{refresh.address()}"' in carrier_of(path)
+
+
+def test_the_second_cell_finds_an_attached_kdlib(tmp_path):
+    attached = tmp_path / "kaggle" / "input" / "datasets" / "ann" / "repository" / "kdlib"
+    attached.mkdir(parents=True)
+    (attached / "__init__.py").touch()
+    ran = run_carrier(carrier_of(NOTEBOOKS[0]), tmp_path)
+    assert ran.stdout == f"{attached / '__init__.py'}\n", ran.stderr
+
+
+def test_the_second_cell_installs_kdlib(tmp_path):
+    wheel = tmp_path / "kdlib-9.9-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("kdlib/__init__.py", "")
+        archive.writestr("kdlib-9.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: kdlib\nVersion: 9.9\n")
+        archive.writestr("kdlib-9.9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("kdlib-9.9.dist-info/RECORD", "")
+    ran = run_carrier(carrier_of(NOTEBOOKS[0]).replace(refresh.address(), wheel.as_uri()), tmp_path)
+    assert ran.stdout == f"{tmp_path / 'target' / 'kdlib' / '__init__.py'}\n", ran.stderr
+
+
+def test_the_second_cell_names_all_ways_if_there_is_no_kdlib(tmp_path):
+    ran = run_carrier(carrier_of(NOTEBOOKS[0]), tmp_path, HTTPS_PROXY="http://127.0.0.1:9", PIP_RETRIES="0")
+    assert ran.returncode == 1
+    message = ran.stderr.splitlines()[-1]
+    for way in ("kaggle/push.py", "attach", "dataset", "internet", f"pip install {refresh.address()}"):
+        assert way in message
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
