@@ -74,7 +74,7 @@ class Client:
 
         Returns `Pushed`. Raises Busy if no session can start now, Refused for rejected kernels and missing sources.
         """
-        ref = json.loads((Path(folder) / "kernel-metadata.json").read_text())["id"]
+        ref = _metadata(folder)["id"]
         for attempt in range(TRIES):
             try:
                 response = self._call(lambda: self.api.kernels_push(str(folder), str(timeout_s) if timeout_s else None))
@@ -82,40 +82,57 @@ class Client:
                 self._wait(
                     attempt, f"no clear response to the push ({problem}); checking whether a version was created"
                 )
-                if pushed := self.find(ref, token):
+                if pushed := self.find(folder, token):
                     return pushed
                 continue
-            return self._check_push(response, ref, token)
+            return self._check_push(response, folder, token)
         raise Unreachable(f"{ref} could not be pushed in {TRIES} attempts; no new version was found")
 
-    def _check_push(self, response, ref, token):
+    def _check_push(self, response, folder, token):
+        ref = _metadata(folder)["id"]
         if response is None:
             raise Refused("the client returned no response to the push")
         if response.error:
             kind = busy_kind(response.error)
-            raise Busy(response.error, kind) if kind else Refused(f"Kaggle refused the push: {response.error}")
-        pushed = Pushed(response.version_number, response.url) if response.version_number else self.find(ref, token)
+            raise (
+                Busy(response.error, kind)
+                if kind
+                else Refused(f"Kaggle refused the push: {response.error}{self._hint(response.error, ref)}")
+            )
+        pushed = Pushed(response.version_number, response.url) if response.version_number else self.find(folder, token)
         if not pushed:
             raise Refused(f"Kaggle accepted the push but created no version; see {response.url}")
-        missing = [
-            f"{kind} {name}"
-            for kind in SOURCE_KINDS
-            for name in getattr(response, f"invalid_{kind}_sources", None) or []
-        ]
-        if missing:
-            raise Refused(
-                f"version {pushed.version} runs without sources that Kaggle did not find: {', '.join(missing)}. Stop it "
-                f"at {pushed.url} and push again with sources that exist and that you can read"
-            )
+        _check_sources(
+            pushed, {kind: getattr(response, f"invalid_{kind}_sources", None) or [] for kind in SOURCE_KINDS}
+        )
         return pushed
 
-    def find(self, ref, token):
-        """Returns the newest version of a kernel as `Pushed` if it contains `token`, otherwise None."""
-        request, kernels = self._request("ApiGetKernelRequest", ref)
+    def _hint(self, error, ref):
+        if "not found" not in error.lower():
+            return ""
+        user = self.api.config_values.get(self.api.CONFIG_NAME_USER)
+        return (
+            f"; {ref} is another user's or its name is taken: the credentials are those of {user!r}, which --owner must "
+            "name; otherwise give another --title"
+        )
+
+    def find(self, folder, token):
+        """Returns the newest version of the kernel in `folder` as `Pushed` if it contains `token`, otherwise None.
+
+        Raises Refused if it has fewer sources than the kernel in `folder`.
+        """
+        metadata = _metadata(folder)
+        request, kernels = self._request("ApiGetKernelRequest", metadata["id"])
         kernel = self.query(lambda: kernels(lambda client: client.get_kernel(request)), missing=(403, 404))
         if kernel is None or token not in (kernel.blob.source or ""):
             return None
-        return Pushed(kernel.metadata.current_version_number, f"https://www.kaggle.com/code/{ref}")
+        pushed = Pushed(kernel.metadata.current_version_number, f"https://www.kaggle.com/code/{metadata['id']}")
+        missing = {}
+        for kind in SOURCE_KINDS:
+            asked, listed = metadata[f"{kind}_sources"], getattr(kernel.metadata, f"{kind}_data_sources") or []
+            missing[kind] = [name for name in asked if name not in listed] if len(listed) < len(asked) else []
+        _check_sources(pushed, missing)
+        return pushed
 
     def status(self, ref, version):
         """Returns `(status, message)` of a version: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED, ..."""
@@ -286,6 +303,21 @@ def _is_known(api, token):
             return False
         raise
     return True
+
+
+def _metadata(folder):
+    return json.loads((Path(folder) / "kernel-metadata.json").read_text())
+
+
+def _check_sources(pushed, missing):
+    """Raises Refused if a version runs without some of its sources, `{kind: names}`."""
+    if any(missing.values()):
+        listed = ", ".join(f"{kind} {name}" for kind, names in missing.items() for name in names)
+        raise Refused(
+            f"version {pushed.version} runs without sources that Kaggle did not find: {listed}. Cancel it under View Active "
+            f"Events on kaggle.com, or at {pushed.url}; the client has no command for it. Then push again with sources that "
+            "exist and that you can read"
+        )
 
 
 def busy_kind(message):

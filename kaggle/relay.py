@@ -160,17 +160,25 @@ class Relay:
         kernel.write(folder, notebook, metadata)
         while True:
             try:  # an earlier process may have pushed it before it was killed
-                pushed = self.client.find(self.ref, token) or self.client.push(folder, token, timeout_s)
+                pushed = self.client.find(folder, token) or self.client.push(folder, token, timeout_s)
                 break
             except Busy as busy:
                 if not self._sleep_busy(busy):
-                    sessions.pop()
-                    self._save()
+                    self._drop(session)
                     return False
+            except Unreachable:
+                raise
+            except Refused:  # also a version that runs without its sources: it must not be found again
+                self._drop(session)
+                raise
         session.update(phase="running", version=pushed.version, pushed=self.clock.time())
         self._save()
         self.client.say(f"Session {len(sessions)}: version {pushed.version} was pushed; {pushed.url}")
         return True
+
+    def _drop(self, session):
+        self.state["sessions"].remove(session)
+        self._save()
 
     def _sleep_busy(self, busy):
         wait_s = BUSY_S[busy.kind] * self._scale()

@@ -257,6 +257,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "slug": request["kernelSlug"],
             "currentVersionNumber": found.number,
         }
+        for kind in ("dataset", "kernel", "model"):
+            refused = self.server.invalid.get(f"invalid{kind.title()}Sources", [])
+            name = f"{kind}DataSources"
+            metadata[name] = [source for source in found.request.get(name, []) if source not in refused]
         return {"metadata": metadata, "blob": {"source": found.request["text"], "kernelType": "notebook"}}
 
     def GetKernelSessionStatus(self, request):

@@ -279,12 +279,32 @@ def test_a_refused_push_is_no_success(server, tmp_path, version):
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["Dataset", "Kernel", "Model"])
-def test_a_source_that_kaggle_does_not_find_is_no_success(server, tmp_path, version, kind):
-    server.invalid = {f"invalid{kind}Sources": ["ann/typo"]}
-    ran = command(server, tmp_path, "push", FIRST, version)
+@pytest.mark.parametrize("fault", ["", "drop after"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Dataset", ["--dataset", "ann/typo"]),
+        ("Kernel", ["--kernel-source", "ann/typo-run"]),
+        ("Model", ["--model", "ann/typo/transformers/1b/1"]),
+    ],
+)
+def test_a_source_that_kaggle_does_not_find_is_no_success(server, tmp_path, version, fault, kind, words):
+    server.invalid = {f"invalid{kind}Sources": words[1:]}
+    server.faults["SaveKernel"] = [fault] if fault else []
+    ran = command(server, tmp_path, "push", [*FIRST, *words], version)
     assert ran.returncode == 1
-    assert f"runs without sources that Kaggle did not find: {kind.lower()} ann/typo" in ran.stderr
+    assert f"runs without sources that Kaggle did not find: {kind.lower()} {words[1]}" in ran.stderr
+    assert "Cancel it under View Active Events on kaggle.com, or at https://www.kaggle.com/code/ann/" in ran.stderr
+    assert len(server.kernels["ann/kdlib-distill"]) == 1
+
+
+@BOTH
+def test_a_notebook_that_is_not_found_has_a_hint(server, tmp_path, version):
+    server.errors = ["Notebook not found"]
+    ran = command(server, tmp_path, "push", ["--owner", "bob", "--title", "My run"], version)
+    assert ran.returncode == 1
+    assert "Notebook not found; bob/my-run is another user's or its name is taken" in ran.stderr
+    assert "the credentials are those of 'ann'" in ran.stderr and ran.stderr.count("\n") == 1
 
 
 NO_KEY = {"KAGGLE_USERNAME": None, "KAGGLE_KEY": None}

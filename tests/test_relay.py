@@ -186,6 +186,26 @@ def test_a_session_is_no_longer_than_what_is_left_of_the_hours(server, tmp_path)
     assert parameters["time_budget"] == "7200s"
 
 
+def test_a_version_without_its_sources_is_never_adopted(server, tmp_path):
+    server.invalid = {"invalidDatasetSources": ["ann/typo"]}
+    ran = relayed(server, tmp_path, "--dataset", "ann/typo")
+    assert (ran.returncode, len(pushes(server)), state_of(tmp_path)) == (1, 1, [])
+    assert "version 1 runs without sources" in ran.stderr and "Cancel it" in ran.stderr
+    server.invalid = {}
+    ran = relayed(server, tmp_path, "--dataset", "ann/texts")
+    assert ran.returncode == 0, ran.stderr
+    assert [each["version"] for each in state_of(tmp_path)] == [2, 3]
+
+
+def test_a_version_without_its_sources_is_not_adopted_after_a_kill(server, tmp_path):
+    server.invalid = {"invalidDatasetSources": ["ann/typo"]}
+    dies = DIES.format(what="client.Client._check_push", before="os._exit(9)")
+    assert relayed(server, tmp_path, "--dataset", "ann/typo", more=dies).returncode == 9
+    ran = relayed(server, tmp_path, "--dataset", "ann/typo")
+    assert (ran.returncode, len(pushes(server)), state_of(tmp_path)) == (1, 1, [])
+    assert "version 1 runs without sources" in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
