@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import posixpath
 import re
 import sys
 import tarfile
@@ -22,11 +23,20 @@ if str(ROOT) not in sys.path:
 import kdlib
 from kdlib import config
 
+RETIRED_TPU = "retired; Kaggle silently uses a TpuV5E8 instead"
+TPU = "a TPU, which kdlib does not use: the run would train on the CPU"
+SPECIAL = "not for every account"
 ACCELERATORS = {
-    "NvidiaTeslaT4": "two T4 of 16 GB",
-    "NvidiaTeslaP100": "retired on 2026-09-15; Kaggle silently uses two T4 instead",
-    "none": "no GPU",
-}
+    "NvidiaTeslaT4": "two T4 of 16 GB", "none": "no GPU", "NvidiaTeslaT4Highmem": SPECIAL, "NvidiaL4": SPECIAL,
+    "NvidiaL4X1": SPECIAL, "NvidiaTeslaA100": SPECIAL, "NvidiaH100": SPECIAL, "NvidiaRtxPro6000": SPECIAL,
+}  # fmt: skip
+"""The accelerators that kdlib can use, of those that the original client lists as of September 2026."""
+USELESS = {
+    "NvidiaTeslaP100": "retired on 2026-09-15; Kaggle silently uses two T4 instead", "TpuV5E8": TPU, "TpuV6E8": TPU,
+    "TpuV38": RETIRED_TPU, "Tpu1VmV38": RETIRED_TPU,
+}  # fmt: skip
+WORKING = "/kaggle/working"
+"""The folder whose files Kaggle keeps."""
 MARGIN_S = 3600
 """Maximum reserve between time budget and session timeout, for uploading the outputs."""
 SESSION_S = 12 * 3600
@@ -222,8 +232,6 @@ def metadata_of(options, sources=()):
             f"--title {title!r} gives slug {slugify(title)!r}, but --slug is {slug!r}; Kaggle uses the title"
         )
     _require(r"[A-Za-z0-9]+", shape, "--accelerator", f"one of {', '.join(ACCELERATORS)}")
-    if shape not in ACCELERATORS and (hint := config.nearest(shape, ACCELERATORS)):
-        raise ValueError(f"unknown --accelerator {shape!r}{hint}")  # other names may be new accelerators of Kaggle
     kernels = [*options.kernel_source, *(source for source in sources if source not in options.kernel_source)]
     for name, references, parts, example in (
         ("--dataset", options.dataset, 2, "owner/name"),
@@ -240,7 +248,8 @@ def metadata_of(options, sources=()):
         )
     metadata = {
         "id": f"{options.owner}/{slug}", "title": title, "code_file": "kernel.ipynb", "language": "python",
-        "kernel_type": "notebook", "is_private": not options.public, "enable_gpu": shape != "none", "enable_tpu": False,
+        "kernel_type": "notebook", "is_private": not options.public,
+        "enable_gpu": shape != "none" and not shape.startswith("Tpu"), "enable_tpu": shape.startswith("Tpu"),
         "enable_internet": options.internet, "dataset_sources": options.dataset, "competition_sources": [],
         "kernel_sources": kernels, "model_sources": options.model,
     }  # fmt: skip
@@ -256,10 +265,27 @@ def _require(pattern, text, name, example):
         raise ValueError(f"{name} takes {example}; got {text!r}")
 
 
-def time_budget(timeout_s):
-    """Returns the time budget for a session timeout: one hour less, or 10 % less for short sessions."""
-    limit = min(timeout_s or SESSION_S, SESSION_S)
-    return f"{limit - min(MARGIN_S, limit // 10):.0f}s"
+def accelerator_warning(name):
+    """Returns why an accelerator is not what kdlib needs, or an empty string. Unknown names may be new ones of Kaggle."""
+    if name in ACCELERATORS:
+        return ""
+    choices = config.nearest(name, ACCELERATORS) or f", which has {', '.join(ACCELERATORS)}"
+    return f"{name}: " + USELESS.get(name, f"not in Kaggle's list{choices}")
+
+
+def max_budget_s(timeout_s):
+    """Returns the longest time budget of a session: its timeout less one hour, or less 10 % if it is short."""
+    limit = timeout_s or SESSION_S
+    return limit - min(MARGIN_S, limit // 10)
+
+
+def require_kept(out):
+    """Raises ValueError if Kaggle does not keep the folder `out`."""
+    path = posixpath.normpath(posixpath.join(WORKING, out))
+    if not f"{path}/".startswith(f"{WORKING}/"):
+        raise ValueError(
+            f"out {out!r} is outside {WORKING}, and Kaggle keeps no other folder; give a path in it, such as 'run'"
+        )
 
 
 def write(folder, notebook, metadata):

@@ -23,10 +23,10 @@ from pathlib import Path
 import kernel
 from client import RUNNING, Busy, Client, Refused, Unreachable, busy_kind, main_of
 from pull import pull
-from push import checked, parser, prepared
+from push import checked, parser, prepared, warn
 
 from kdlib import files
-from kdlib.clock import format_duration, parse_duration
+from kdlib.clock import format_duration
 
 MAX_FAILURES = 3
 """Consecutive sessions without outputs or without progress after which the relay stops."""
@@ -46,7 +46,13 @@ class Relay:
         self.client, self.options, self.clock, self.poll_s = client, options, clock, poll_s
         self.out = Path(options.out)
         self.path = self.out / "relay.json"
-        self.ref = checked(options)[1]["id"]
+        _, metadata, timeout_s = checked(options)
+        self.ref, self.timeout_s = metadata["id"], timeout_s or kernel.SESSION_S
+        if "resume" not in kernel.parameters_of(files.read_json(options.notebook)):
+            raise ValueError(
+                f"{options.notebook} has no parameter `resume`: the relay runs notebooks that resume one run, such as "
+                "distill.ipynb; push this one with kaggle/push.py"
+            )
         identity = {"kernel": self.ref, "notebook": Path(options.notebook).name, "parameters": sorted(options.param)}
         self.state = self._load_state(identity) or {**identity, "sessions": []}
 
@@ -124,12 +130,9 @@ class Relay:
             return f"--budget-hours {self.options.budget_hours} reached"
         return ""
 
-    def _timeout_s(self):
-        return parse_duration(self.options.timeout) if self.options.timeout else kernel.SESSION_S
-
     def _scale(self):
         """Returns the session length relative to Kaggle's limit, which scales the minimum length and waiting times."""
-        return min(1.0, self._timeout_s() / kernel.SESSION_S)
+        return min(1.0, self.timeout_s / kernel.SESSION_S)
 
     def _until_s(self):
         if not self.options.until:
@@ -153,8 +156,7 @@ class Relay:
         """Pushes a session, waiting while Kaggle is busy. Returns False if a limit is reached meanwhile."""
         sessions, token = self.state["sessions"], session["token"]
         has_outputs = any(earlier.get("version_left") for earlier in sessions)
-        usable_s = min(self._hours_left_s(), self._until_s())
-        budget_s = usable_s if usable_s < self._timeout_s() else None
+        budget_s = min(self._hours_left_s(), self._until_s())
         notebook, metadata, timeout_s = prepared(self.options, token, [self.ref] if has_outputs else [], budget_s)
         folder = self.out / "kernel"
         kernel.write(folder, notebook, metadata)
@@ -351,6 +353,7 @@ def run(words=None):
         _timestamp(options.until)
     if options.sessions < 0 or options.budget_hours < 0 or options.poll <= 0:
         raise ValueError("--sessions, --budget-hours and --poll take numbers above 0")
+    warn(options)
     with exclusive(Path(options.out)):
         return Relay(Client(), options, poll_s=(options.poll, 10.0 * options.poll)).run()
 

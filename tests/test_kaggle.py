@@ -161,9 +161,61 @@ def test_a_wrong_parameter_is_told_before_anything_is_sent(texts, says):
     assert says in str(told.value)
 
 
+@pytest.mark.parametrize(("notebook", "slug"), [("distill", "kdlib-distill"), ("teacher_cache", "kdlib-teacher-cache")])
+def test_a_kernel_has_the_name_of_its_notebook(capsys, notebook, slug):
+    assert push.run(["--owner", "ann", "--dry-run", "--notebook", str(HOUSE / "notebooks" / f"{notebook}.ipynb")]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == f"ann/{slug}"
+
+
 @pytest.mark.parametrize(
-    ("timeout", "left"), [("", "39600s"), ("12h", "39600s"), ("60s", "54s"), ("2h", "6480s"), ("20h", "39600s")]
+    ("words", "says"),
+    [
+        (["--timeout", "3600"], "--timeout takes a duration with a unit, such as 6h, 90m or 3600s; got '3600'"),
+        (["--timeout", "2"], "--timeout takes a duration with a unit"),
+        (["--timeout", "soon"], "--timeout takes"),
+        (["--timeout", "13h"], "--timeout 13h is longer than a session on Kaggle: at most 12 h"),
+        (["--param", "time_budget=20h"], "time_budget '20h' is longer than this session allows: at most 11 h"),
+        (["--param", "time_budget=39600"], "time_budget '39600' is longer than this session allows: at most 11 h"),
+        (["--param", "time_budget=3h", "--timeout", "2h"], "time_budget '3h' is longer than this session allows"),
+        (["--param", "settings={'time_budget': '20h'}"], "give --param time_budget"),
+        (["--param", "out=/kaggle/temp/run"], "out '/kaggle/temp/run' is outside /kaggle/working"),
+        (["--param", "out=../run"], "out '../run' is outside /kaggle/working"),
+        (["--param", "out=/kaggle/working/../run"], "is outside /kaggle/working"),
+    ],
 )
+def test_a_value_that_would_lose_the_session_is_refused(words, says):
+    with pytest.raises(ValueError) as told:
+        push.run(["--owner", "ann", "--dry-run", *words])
+    assert says in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "timeout_s", "budget", "out"),
+    [
+        ([], 43200, "39600s", "run"),
+        (["--timeout", "90m", "--param", "out=/kaggle/working/a/../b"], 5400, "4860s", "/kaggle/working/a/../b"),
+        (["--timeout", "6h", "--param", "time_budget=40m"], 21600, "2400s", "run"),
+    ],
+)
+def test_a_dry_run_shows_the_times_and_the_folder(capsys, words, timeout_s, budget, out):
+    push.run(["--owner", "ann", "--dry-run", *words])
+    sent = json.loads(capsys.readouterr().out)
+    told = sent["session_timeout_s"], sent["parameters"]["time_budget"], sent["parameters"]["out"]
+    assert told == (timeout_s, budget, out)
+
+
+def test_a_budget_in_the_first_cell_is_kept(tmp_path):
+    import nbformat
+
+    edited = kernel.build(HOUSE / "notebooks" / "distill.ipynb", {"time_budget": "40m"}, {})
+    nbformat.write(edited, tmp_path / "edited.ipynb")
+    options = push.parser("").parse_args(["--owner", "ann", "--notebook", str(tmp_path / "edited.ipynb")])
+    assert push.checked(options)[0]["time_budget"] == "2400s"
+    assert push.checked(options, budget_s=60.0)[0]["time_budget"] == "60s"
+    assert push.checked(options, budget_s=9000.0)[0]["time_budget"] == "2400s"
+
+
+@pytest.mark.parametrize(("timeout", "left"), [("", "39600s"), ("12h", "39600s"), ("60s", "54s"), ("2h", "6480s")])
 def test_a_session_ends_itself_before_kaggle_does(timeout, left):
     options = push.parser("").parse_args(["--owner", "ann", "--timeout", timeout])
     notebook, *_ = push.prepared(options, "t")
@@ -392,9 +444,27 @@ def test_nothing_is_sent_for_a_mistake_or_a_dry_run(server, tmp_path):
     assert server.calls == []
 
 
-def test_a_retired_card_is_said_out_loud(server, tmp_path):
-    ran = command(server, tmp_path, "push", [*FIRST, "--accelerator", "NvidiaTeslaP100", "--dry-run"])
-    assert "retired on 2026-09-15" in ran.stderr
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("NvidiaTeslaP100", "warning: NvidiaTeslaP100: retired on 2026-09-15"),
+        ("Tpu1VmV38", "warning: Tpu1VmV38: retired"),
+        ("TpuV6E8", "warning: TpuV6E8: a TPU, which kdlib does not use"),
+        ("NvidiaTeslaT4x2", "warning: NvidiaTeslaT4x2: not in Kaggle's list; did you mean 'NvidiaTeslaT4'?"),
+        ("Quantum9", "warning: Quantum9: not in Kaggle's list, "),
+        *((name, "") for name in (
+            "NvidiaTeslaT4", "none", "NvidiaTeslaT4Highmem", "NvidiaTeslaA100", "NvidiaL4", "NvidiaL4X1", "NvidiaH100",
+            "NvidiaRtxPro6000",
+        )),
+    ],
+)  # fmt: skip
+def test_accelerators_that_kaggle_lists_pass_and_others_are_warned_of(capsys, name, says):
+    assert push.run([*FIRST, "--accelerator", name, "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith(says) and told.err.count("\n") == (1 if says else 0)
+    sent = json.loads(told.out)
+    assert sent.get("machine_shape", "none") == name
+    assert (sent["enable_gpu"], sent["enable_tpu"]) == (name[:3] not in ("non", "Tpu"), name[:3] == "Tpu")
 
 
 @BOTH

@@ -186,6 +186,11 @@ def test_a_session_is_no_longer_than_what_is_left_of_the_hours(server, tmp_path)
     assert parameters["time_budget"] == "7200s"
 
 
+def test_a_session_ends_itself_before_kaggle_does_whatever_is_left_of_the_hours(server, tmp_path):
+    relayed(server, tmp_path, "--budget-hours", "11.9", "--sessions", "1")
+    assert kernel.parameters_of(json.loads(pushes(server)[0]["text"]))["time_budget"] == "39600s"
+
+
 def test_a_version_without_its_sources_is_never_adopted(server, tmp_path):
     server.invalid = {"invalidDatasetSources": ["ann/typo"]}
     ran = relayed(server, tmp_path, "--dataset", "ann/typo")
@@ -204,6 +209,20 @@ def test_a_version_without_its_sources_is_not_adopted_after_a_kill(server, tmp_p
     ran = relayed(server, tmp_path, "--dataset", "ann/typo")
     assert (ran.returncode, len(pushes(server)), state_of(tmp_path)) == (1, 1, [])
     assert "version 1 runs without sources" in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["losses_compared", "teacher_cache", "results"])
+def test_a_notebook_that_does_not_resume_one_run_is_refused(server, tmp_path, name):
+    path = kaggle_server.KAGGLE.parent / "notebooks" / f"{name}.ipynb"
+    words = ["--owner", "ann", "--out", "relay", "--notebook", path]
+    ran = command(server, tmp_path, "relay", words)
+    assert (ran.returncode, ran.stderr.count("\n"), pushes(server)) == (2, 1, []), ran.stderr
+    assert f"{name}.ipynb has no parameter `resume`" in ran.stderr and "push.py" in ran.stderr
+
+
+def test_a_warning_about_the_accelerator_comes_first(server, tmp_path):
+    ran = relayed(server, tmp_path, "--accelerator", "NvidiaTeslaP100")
+    assert (ran.returncode, ran.stderr.count("warning: NvidiaTeslaP100: retired")) == (0, 1)
 
 
 @pytest.mark.parametrize(
