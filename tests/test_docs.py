@@ -90,6 +90,8 @@ def problem_of(words):
     if words[0] == "make":
         targets = set(re.findall(r"^([a-z-]+):", read(HOUSE / "Makefile"), re.M))
         return "" if set(words[1:]) <= targets else f"no such target: {words[1:]}"
+    if words[:3] == ["pip", "install", "-r"]:
+        return "" if (HOUSE / words[3]).is_file() else f"no file {words[3]}"
     if words[:2] == ["pip", "install"] and (extra := re.search(r"\[(\w+)\]", words[-1])):
         return "" if re.search(rf"^{extra[1]} = \[", read(HOUSE / "pyproject.toml"), re.M) else f"no extra {extra[1]}"
     return ""
@@ -273,6 +275,11 @@ def test_code_compiles_and_names_what_exists(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=PAGE_IDS)
+def test_brackets_are_quoted_for_zsh(path):
+    assert not re.search(r"pip install [^\n`'\"]*\[", read(path))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_IDS)
 def test_every_block_names_its_language(path):
     assert {name for name, _ in FENCE.findall(read(path))} <= {"bash", "python", "json", "text"}
 
@@ -330,7 +337,8 @@ def test_a_broken_link_is_seen(link):
         "python kaggle/poll.py ann/kdlib-distill",
         "python tests/refrsh.py --check",
         "make tests",
-        "pip install -e .[kagle]",
+        "pip install -e '.[kagle]'",
+        "pip install -r kagle/requirements.txt",
     ],
 )
 def test_a_wrong_command_is_seen(line, capsys):

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,35 @@ def test_whatever_is_asked_for_makes_a_sound_kernel_or_one_clear_line(capsys, pa
 
 
 # push
+
+
+PUSH_ONLY = """
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+sys.path.insert(0, {folder!r})
+import client, push
+sys.exit(client.main_of(lambda: push.run({words!r})))
+"""
+
+
+def test_a_push_needs_the_requirements_of_its_folder_only(server, tmp_path):
+    wanted = (HOUSE / "kaggle" / "requirements.txt").read_text().split()
+    assert wanted == ["kaggle>=2.2.4", "six", "nbformat"]
+    extra = re.search(r"^kaggle = \[(.*)\]$", (HOUSE / "pyproject.toml").read_text(), re.M)[1]
+    assert [name.split(";")[0] for name in re.findall(r'"(.+?)"', extra)] == wanted
+    packages = (HOUSE / "requirements.txt").read_text().split()
+    blocked = [re.split("[<>=]", line)[0] for line in packages if line != "tqdm"]  # the client needs tqdm
+    code = PUSH_ONLY.format(blocked=[*blocked, "papermill", "pandas"], folder=str(HOUSE / "kaggle"), words=FIRST)
+    environment = {**server.environment(tmp_path / "home"), "PYTHONPATH": str(CLIENTS["2.2.5"])}
+    words = [sys.executable, "-c", code]
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout.startswith("Version 1 was pushed"), ran.stderr
+
+
+def test_a_missing_package_of_the_client_is_one_line(server, tmp_path):
+    ran = command(server, tmp_path, "push", FIRST, more="sys.modules['six'] = None")
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "pip install -r kaggle/requirements.txt" in ran.stderr
 
 
 @BOTH
