@@ -29,19 +29,9 @@ def variable(name):
     return os.environ.get(name) or None
 
 
-def secret(name):
-    """Returns a secret of the Kaggle notebook, or None."""
-    try:
-        from kaggle_secrets import UserSecretsClient
-
-        return UserSecretsClient().get_secret(name)
-    except Exception:  # noqa: BLE001 - every reason for a missing secret raises another class
-        return None
-
-
-def export_secret(name):
-    """Sets an environment variable to the Kaggle notebook's secret of that name, unless the variable is set."""
-    if not variable(name) and (value := secret(name)):
+def set_if_unset(name, value):
+    """Sets an environment variable that is unset or empty, unless `value` is None."""
+    if value and not variable(name):
         os.environ[name] = value
 
 

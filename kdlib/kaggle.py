@@ -13,7 +13,7 @@ from pathlib import Path
 from kdlib import environment
 from kdlib.config import Config
 from kdlib.data import corpus
-from kdlib.session import run_folder
+from kdlib.session import backup, run_folder
 
 SESSION_S, MARGIN_S = 12 * 3600, 3600
 """Kaggle's session limit, and the reserve for uploading the outputs. The default time budget is their difference."""
@@ -38,7 +38,7 @@ def config(teacher, student, dataset, settings, session_budget=""):
     The secret `HF_TOKEN` is exported, so that models and texts that need it load. Raises ValueError if teacher, student or
     dataset is missing.
     """
-    environment.export_secret("HF_TOKEN")
+    environment.set_if_unset("HF_TOKEN", backup.secret("HF_TOKEN"))
     values = {"teacher": teacher, "student": student, "dataset": dataset, **settings}
     kinds = {
         "teacher": "model", "student": "model", "dataset": "text", "eval_dataset": "text", "teacher_cache": "cache",

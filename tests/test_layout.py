@@ -152,7 +152,6 @@ def test_the_package_needs_only_what_the_image_ships():
         "peft": {"models.lora"},
         **{name: {"session.backup", "session.upload"} for name in clients},
     }
-    optional["kaggle_secrets"] = {"environment"}
     for room, source in sources().items():
         wanted = {name.split(".")[0] for name in imports_of(source)} - {"kdlib"} - shipped
         assert all(room in optional.get(name, ()) for name in wanted), room

@@ -43,7 +43,7 @@ def for_run(config, run):
 
 def credentials(kind):
     """Returns `{name: value}` from the environment, or from a Kaggle notebook's secrets, or raises ValueError."""
-    for lookup in (environment.variable, lambda name: environment.variable(name) or environment.secret(name)):
+    for lookup in (environment.variable, lambda name: environment.variable(name) or secret(name)):
         for names in CREDENTIALS[kind]:
             values = {name: lookup(name) for name in names}
             if all(values.values()):
@@ -195,3 +195,13 @@ def _is_installed(name):
         spec = importlib.util.find_spec(name)
         return spec is not None and spec.origin is not None  # None: a plain folder of that name
     return False
+
+
+def secret(name):
+    """Returns a secret of the Kaggle notebook, or None."""
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        return UserSecretsClient().get_secret(name)
+    except Exception:  # noqa: BLE001 - every reason for a missing secret raises another class
+        return None
