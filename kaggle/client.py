@@ -93,12 +93,9 @@ class Client:
         if response is None:
             raise Refused("the client returned no response to the push")
         if response.error:
-            kind = busy_kind(response.error)
-            raise (
-                Busy(response.error, kind)
-                if kind
-                else Refused(f"Kaggle refused the push: {response.error}{self._hint(response.error, ref)}")
-            )
+            if kind := busy_kind(response.error):
+                raise Busy(response.error, kind)
+            raise Refused(f"Kaggle refused the push: {response.error}{self._hint(response.error, ref)}")
         pushed = Pushed(response.version_number, response.url) if response.version_number else self.find(folder, token)
         if not pushed:
             raise Refused(f"Kaggle accepted the push but created no version; see {response.url}")

@@ -439,10 +439,10 @@ MUTANTS = {
     "another place for copies is another run": ("kdlib/models/fingerprint.py", '    "second_copy", "second_copy_saves",\n', "", [f"{COPIES}::test_a_run_goes_on_with_its_copy_and_ends_with_the_same_bytes"]),
     "what a tokenizer puts behind forgotten": ("kdlib/data/tokenize.py", "tuple(full[start + len(bare) :])", "()", [f"{DOCTOR}::test_marks_around_a_text"]),
     "a refused push is a success": ("kaggle/client.py", "        if response.error:\n", "        if False:\n", [KAGGLE]),
-    "sources left out are no matter": ("kaggle/client.py", "        if missing:\n", "        if False:\n", [KAGGLE]),
-    "pushed again without a look": ("kaggle/client.py", "                if pushed := self.find(ref, token):\n                    return pushed\n", "", [KAGGLE]),
+    "sources left out are no matter": ("kaggle/client.py", "    if any(missing.values()):\n", "    if False:\n", [KAGGLE]),
+    "pushed again without a look": ("kaggle/client.py", "                if pushed := self.find(folder, token):\n                    return pushed\n", "", [KAGGLE]),
     "any version is ours": ("kaggle/client.py", 'if kernel is None or token not in (kernel.blob.source or ""):', "if kernel is None:", [KAGGLE, RELAY]),
-    "no room is a refusal": ("kaggle/client.py", "raise Busy(response.error, kind) if kind else Refused", "raise Refused", [RELAY]),
+    "no room is a refusal": ("kaggle/client.py", "                raise Busy(response.error, kind)\n", "                raise Refused(response.error)\n", [RELAY]),
     "the first page of outputs": ("kaggle/client.py", "            if not page:\n", "            if True:\n", [KAGGLE]),
     "outputs written anywhere": ("kaggle/client.py", 'path.is_absolute() or ".." in path.parts or not path.parts', "not path.parts", [KAGGLE]),
     "status of whatever ran last": ("kaggle/client.py", 'request.version_label = f"v{version}"', "pass", [RELAY]),
@@ -452,11 +452,21 @@ MUTANTS = {
     "its own output mounted before there is any": ("kaggle/relay.py", "[self.ref] if has_outputs else []", "[self.ref]", [RELAY]),
     "lost sessions without end": ("kaggle/relay.py", 'if [session["state"] for session in recent] == ["lost"] * MAX_FAILURES:', "if False:", [RELAY]),
     "sessions that get nowhere without end": ("kaggle/relay.py", "if len(progress) == MAX_FAILURES and len(set(progress)) == 1:", "if False:", [RELAY]),
-    "hours beyond the budget": ("kaggle/relay.py", "usable_s if usable_s < self._timeout_s() else None", "None", [RELAY]),
+    "hours beyond the budget": ("kaggle/relay.py", "budget_s = min(self._hours_left_s(), self._until_s())", 'budget_s = float("inf")', [RELAY]),
     "an outage ends the relay": ("kaggle/relay.py", "            except Unreachable as problem:", "            except ZeroDivisionError as problem:", [RELAY]),
     "a changed package runs": ("kaggle/kernel.py", "hexdigest() != CHECKSUM", 'hexdigest() == ""', [KAGGLE]),
     "outputs are sent": ("kaggle/kernel.py", "            cell.outputs, cell.execution_count = [], None\n", "", [KAGGLE]),
     "no time between our end and Kaggle's": ("kaggle/kernel.py", "limit - min(MARGIN_S, limit // 10)", "limit", [KAGGLE]),
+    "an unused source after a lost answer": ("kaggle/client.py", "if len(listed) < len(asked) else []", "if False else []", [KAGGLE]),
+    "a bad token is passed over": ("kaggle/client.py", "if token and api.config_values.get(api.CONFIG_NAME_TOKEN) != token:", "if False:", [KAGGLE]),
+    "what the client prints is printed": ("kaggle/client.py", "contextlib.redirect_stdout(null), ", "", [KAGGLE]),
+    "a version without its sources is adopted": ("kaggle/relay.py", "                self._drop(session)\n                raise\n", "                raise\n", [RELAY]),
+    "a notebook without an end to judge": ("kaggle/relay.py", 'if "resume" not in', 'if "a" in', [RELAY]),
+    "a list of anything": ("kaggle/kernel.py", "        if not _is_like(value, default):\n", "        if type(value) is not type(default):\n", [KAGGLE]),
+    "an out that Kaggle drops": ("kaggle/kernel.py", 'if not f"{path}/".startswith(f"{WORKING}/"):', "if False:", [KAGGLE]),
+    "a budget beyond the session": ("kaggle/push.py", "if limit_s < given_s < math.inf:", "if False:", [KAGGLE]),
+    "half a pair is the embedded default": ("kdlib/config.py", "if any(getattr(self, name) for name in INPUTS):", "if False:", [KAGGLE]),
+    "a secret for models is not read": ("kdlib/kaggle.py", '    environment.set_if_unset("HF_TOKEN", backup.secret("HF_TOKEN"))\n', "", [IN_KERNEL]),
     "of two inputs the first": ("kdlib/kaggle.py", "    if len(top) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "of two mounted runs the first": ("kdlib/kaggle.py", "    if len(paths) > 1:\n", "    if False:\n", [IN_KERNEL]),
     "a failed batch kernel loses its files": ("kdlib/kaggle.py", "        if not environment.in_batch_kernel():\n", "        if True:\n", [IN_KERNEL]),
@@ -675,7 +685,7 @@ def survives(name):
     with tempfile.TemporaryDirectory() as copy:
         for folder in ("kdlib", "tests", "kaggle", "notebooks", "benchmarks"):
             shutil.copytree(HOUSE / folder, Path(copy) / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        for top in ("pyproject.toml", "kernel-metadata.json"):
+        for top in ("pyproject.toml", "kernel-metadata.json", "requirements.txt"):
             shutil.copy(HOUSE / top, copy)
         place_of(file, Path(copy)).write_text(source.replace(old, new), encoding="utf-8")
         ran = _run(
