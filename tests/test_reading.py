@@ -10,9 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 from clocks import Ticks
+from families import byte_level, tiny_model
 from processes import together
 
-from kdlib import cli, environment, files, kaggle
+from kdlib import cli, demo, environment, files, kaggle
 from kdlib.config import Config
 from kdlib.models import loading, teacher_cache
 from kdlib.session import cache_writer, experiment, finish, first_pass, inputs, run_folder, session
@@ -317,3 +318,12 @@ def test_two_processes_read_a_half_each_and_learn_what_one_does(config, tmp_path
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert status(tmp_path / "two")["shards_read"] > 3
     assert not (tmp_path / "two" / "teacher_cache").exists()
+
+
+def test_tokenizers_without_partial_tokens_are_cached_too(settings, tmp_path):
+    """Of one tokenizer on both sides no token lies inside another, so these tensors of a shard are empty."""
+    demo.save(tiny_model(byte_level(), 16, seed=7), byte_level(), tmp_path / "student")
+    changes = {"student": str(tmp_path / "student"), "teacher_cache": "auto", "max_steps": 0, "epochs": 3.0}
+    found = list(session.distill(Config.from_dict({**settings, **changes, "control": "off"}), tmp_path / "run"))
+    assert [record["phase"] for record in found if record["kind"] == "reading"][-1] == "complete"
+    assert found[-1]["kind"] == "verdict"

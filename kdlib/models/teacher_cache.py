@@ -235,7 +235,8 @@ class Shards:
             kind = next((kind for kind in INSIDE if name.startswith(kind)), "")
             count = int(self.counts[kind][index])
             start = int(self.start_of[kind][index]) if count else 0  # a slice must not start behind the last position
-            arrays[name] = tensor[start : start + count]
+            is_empty = not tensor.get_shape()[0]  # of which safetensors gives no slice
+            arrays[name] = file.get_tensor(name) if is_empty else tensor[start : start + count]
         for kind in self.kinds:
             arrays[f"{kind}log_probs"] = _renormalise(arrays[f"{kind}log_probs"].astype(np.float32))
         return arrays
