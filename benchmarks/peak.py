@@ -16,6 +16,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 SHAPES = {
@@ -34,6 +35,10 @@ SHAPES = {
     "wide and short": {"width": 768, "layers": 4, "length": 64},
     "untied head": {"tied": False},
     "checkpointing": {"gradient_checkpointing": "on"},
+    "adapters": {"lora_rank": 16},
+    "adapters, wide head": {"lora_rank": 16, "rows": 49152},
+    "adapters on 4 bits": {"lora_rank": 16, "student_quantization": "4bit"},
+    "adapters on 8 bits": {"lora_rank": 16, "student_quantization": "8bit"},
     "checkpointing, accumulation": {"gradient_checkpointing": "on", "batch_size": 4, "grad_accumulation": 2},
 }
 OFF = 0.15
@@ -63,7 +68,7 @@ def training_of(shape, cuda=False):
     from kdlib.align import vocab
     from kdlib.config import Config
     from kdlib.data import tokenize, windowing
-    from kdlib.models import devices, teacher
+    from kdlib.models import devices, lora, teacher
     from kdlib.models.head import Head
     from kdlib.models.pair import Pair
     from kdlib.session import inputs
@@ -77,6 +82,10 @@ def training_of(shape, cuda=False):
     )
     machine = devices.accelerator("fp32", cpu=not cuda)
     student, larger = (model.to(machine.device) for model in models_of(shape))
+    if config.student_quantization != "none":
+        student = quantised(student, config.student_quantization, machine.device)
+    if config.lora_rank:
+        lora.add_adapters(student, config)
     readers = [
         tokenize.TextTokenizer(
             None, vocab.Vocabulary(tuple(b"%d" % i for i in range(model.config.vocab_size)), (), False), [], [], 0
@@ -103,6 +112,15 @@ def training_of(shape, cuda=False):
     objective = inputs.make_objective(pair, config)
     needed = pair.teacher if config.needs_teacher else None
     return loop.TrainLoop(objective, needed, windows, 10**4, config, machine, clock.Clock())
+
+
+def quantised(model, bits, device):
+    """The model as it is loaded in `8bit` or `4bit`."""
+    from kdlib.models import loading
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return loading.load_model(folder, "student", device=device, quantization=bits)
 
 
 def resident():
