@@ -129,6 +129,19 @@ def test_a_scale_and_a_cap_of_the_logits_are_found(name, tmp_path):
     torch.testing.assert_close(Head(model, vocabulary).decoder()(hidden[0]), logits[0], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["none", "capped, but too small to see it", "divided"])
+def test_half_precision_and_large_hidden_states_change_nothing(name, dtype, tmp_path):
+    """The last hidden states reach several hundred, as those of some pretrained models do."""
+    config, changes, expected = TRANSFORMS[name]
+    model = build(config, tmp_path, **{"initializer_range": 0.02, **changes})
+    if name != "capped, but too small to see it":  # Gemma's norm adds 1 to its weight
+        model.model.norm.weight.data.fill_(300.0)
+    model.save_pretrained(tmp_path / "half")
+    found = head.logits_transform(loading.load_model(str(tmp_path / "half"), "teacher", dtype))
+    assert (found.scale, found.cap) == expected
+
+
 def test_other_functions_of_the_head_are_refused(tmp_path, monkeypatch):
     model = build(transformers.LlamaConfig, tmp_path)
     original = type(model).forward

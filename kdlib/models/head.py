@@ -13,7 +13,7 @@ TOLERANCE = 1e-2
 """Largest difference of logits to the model's own, or relative to the largest logit for models not in float32."""
 QUANTISED_TOLERANCE = 0.1
 """Relative to the largest logit: in 8 bits, outlier detection makes a row's rounding depend slightly on other rows."""
-SMALL, LARGE = 1e-3, 1e4
+SMALL, LARGE = 1e-2, 1e4
 """Magnitudes of the head's output that tell the scale of the logits, and their cap."""
 
 
@@ -65,7 +65,8 @@ def _measure_transform(model):
         raise ValueError("its logits are not its output head times its last hidden state; not supported")
     largest = float(head(hidden).abs().max()) or 1.0
     found = []  # (the head's output, the model's logits) at tiny, natural and huge magnitude
-    for factor in (SMALL / largest, 1.0, LARGE / largest):
+    limit = torch.finfo(hidden.dtype).max / 8 / float(hidden.abs().max())  # float16 ends at 65,504
+    for factor in (SMALL / largest, 1.0, min(LARGE / largest, limit)):
         handle = head.register_forward_pre_hook(lambda _, args, factor=factor: (args[0] * factor, *args[1:]))
         try:
             found.append((head.forward(hidden * factor).float(), _logits(model, ids, mask)))
@@ -78,13 +79,16 @@ def _measure_transform(model):
 
 
 def _candidates(model, small, small_logits, large, large_logits):
-    """Returns `LogitsTransform`s that agree with the measurements, those with values of the configuration first."""
+    """Returns possible `LogitsTransform`s, nearest to the measurements first. The cap may not be reached in float16, so all
+    values of the configuration may be it.
+    """
     settings = model.config.get_text_config().to_dict().values()
     values = [1.0, *(float(v) for v in settings if isinstance(v, int | float) and not isinstance(v, bool) and v)]
     scale = float((small * small_logits).sum() / (small * small).sum().clamp_min(1e-30))
     cap = float(large_logits.abs().max())
     scales = [s for v in values for s in (v, 1 / v) if abs(s - scale) <= TOLERANCE * abs(scale)]
-    caps = [v for v in values if abs(v - cap) <= TOLERANCE * cap]
+    scales.sort(key=lambda value: abs(value - scale))
+    caps = sorted(filter(lambda value: value > 0, values), key=lambda value: abs(value - cap))
     return [LogitsTransform(*pair) for pair in itertools.product((*scales, scale), (0.0, *caps, cap))]
 
 
