@@ -43,6 +43,13 @@ def test_it_is_text_with_colours_or_marks_and_html(chat):
     assert page.count(preview.STYLES[True]) == 2
 
 
+def test_what_is_left_out_is_shown_first(chat, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [TALK[0], {**TALK[1], "<weight>": 1}]}))
+    shown = preview.preview(chat, 1)
+    assert repr(shown).startswith("Left out: the message field <weight> in 1 record (first: ")
+    assert shown._repr_html_().startswith("<p>Left out: the message field &lt;weight&gt; in 1 record")
+
+
 def test_the_command_needs_no_models(chat, capsys, monkeypatch):
     monkeypatch.setattr("kdlib.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     flags = [f"--{name}={getattr(chat, name)}" for name in ("teacher", "student", "dataset", "max_length")]

@@ -370,3 +370,24 @@ def test_targets_beyond_a_window_are_counted_and_a_length_is_named(settings, tmp
     write(tmp_path / "chat.jsonl", [{"messages": [USER, answer(i)]} for i in range(96)] + [far] * 4)
     note = inputs.load(config).reports["dataset"].cut
     assert int(note.split("--max-length ")[1].split()[0]) > 300
+
+
+def test_parts_that_are_not_read_are_counted_and_named(tmp_path):
+    weighted = {"messages": [{**USER, "weight": 0, "name": ""}, {**ANSWER, "weight": 1, "id": None, "lang": "en"}]}
+    text_with_tools = {"text": "One.", "tools": [{"name": "add"}]}
+    rows = [{"messages": [USER, ANSWER]}, weighted, weighted, text_with_tools, {"text": "Two.", "tools": []}]
+    report = corpus.read_documents(f"{write(tmp_path / 'a.jsonl', rows)},{write(tmp_path / 'b.jsonl', rows)}").report
+    assert report.unused_lines() == [
+        f"Left out: the message field weight in 4 records (first: {tmp_path / 'a.jsonl'} line 2); the message field lang "
+        f"in 4 records (first: {tmp_path / 'a.jsonl'} line 2); tools in 2 records (first: {tmp_path / 'a.jsonl'} line 4)."
+    ]
+    assert report.num_records == 10
+    left_out = report.to_dict()["left_out"]
+    assert left_out["tools"] == {
+        "count": 2,
+        "examples": [f"{tmp_path / name} line 4" for name in ("a.jsonl", "b.jsonl")],
+    }
+    assert len(left_out["the message field lang"]["examples"]) == records.EXAMPLES
+    many = [{"messages": [USER, {**ANSWER, **{f"field{i}": 1 for i in range(7)}}]}]
+    (line,) = corpus.read_documents(write(tmp_path / "c.jsonl", many)).report.unused_lines()
+    assert line.count("in 1 record (first: ") == records.MAX_REASONS and line.endswith("; 2 other parts.")

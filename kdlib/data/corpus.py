@@ -264,6 +264,8 @@ def _from_rows(rows, fields, source, report, unit="record"):
             report.skip(str(error), name)
         else:
             report.forms[form] += 1
+            for part in document.left_out:
+                report.leave_out(part, name)
             documents.append(document)
     return documents
 

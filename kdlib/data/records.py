@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import typing
 
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
@@ -29,8 +30,10 @@ PAIRS = {
     ("inputs", "targets"): "inputs and targets",
 }
 """Fields of one question and its answer: the last one is the answer, the others form the question."""
+READ_FIELDS = {"role", "content", "from", "value"}
+"""Message fields that are read. Others are counted as left out, unless they are null or empty."""
 EXAMPLES = 3
-"""Records that are named for each reason why records are not used."""
+"""Records that are named for each reason why records, or parts of them, are not used."""
 MAX_REASONS = 5
 """Reasons that are printed; `Report.to_dict` has all."""
 
@@ -40,13 +43,15 @@ class Document:
     """A text, or a conversation: then `messages` is a tuple of (role, content) and `text` is empty.
 
     `prompt_length`: the characters of the text, or the messages, that come before the training targets. `source` names
-    file and record, for error messages; it is no part of a document's identity.
+    file and record, for error messages, and is no part of a document's identity.
+    `left_out` names the parts of the record that are not read.
     """
 
     text: str
     messages: tuple = ()
     source: str = dataclasses.field(default="", compare=False, repr=False)
     prompt_length: int = 0
+    left_out: tuple = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def key(self):
@@ -76,18 +81,28 @@ def merge_system(document):
     return dataclasses.replace(document, messages=messages, prompt_length=max(0, document.prompt_length - 1))
 
 
+class Message(typing.NamedTuple):
+    """A message as it was read. `unread` names its fields that hold something and are not read."""
+
+    role: str
+    content: str
+    unread: tuple = ()
+
+
 class UnusableRecord(ValueError):
     """A record that holds no training text. The message is the reason; it is the same for similar records."""
 
 
 class Report:
-    """Counts of what was read: records by form, and unusable records by reason with their first sources.
+    """Counts of what was read: records by form, unusable records by reason, and records of which something is left out
+    by what it is, with their first sources.
 
     `choice` is a sentence about the documents that are used, `cut` one about targets that are not; both may be empty.
     """
 
     def __init__(self):
-        self.forms, self.num_skipped, self.examples = collections.Counter(), collections.Counter(), {}
+        self.forms, self.num_skipped, self.left_out = (collections.Counter() for _ in range(3))
+        self.examples = {}
         self.num_rejected, self.choice, self.cut = 0, "", ""
 
     @property
@@ -98,12 +113,20 @@ class Report:
         """Adds the counts of another report."""
         self.forms += other.forms
         self.num_rejected += other.num_rejected
-        for reason, count in other.num_skipped.items():
-            self.num_skipped[reason] += count
-            self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:EXAMPLES]
+        self.num_skipped += other.num_skipped
+        self.left_out += other.left_out
+        for reason, sources in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + sources)[:EXAMPLES]
 
     def skip(self, reason, source):
-        self.num_skipped[reason] += 1
+        self._count(self.num_skipped, reason, source)
+
+    def leave_out(self, part, source):
+        """Counts a record that is used without a part of it."""
+        self._count(self.left_out, part, source)
+
+    def _count(self, counter, reason, source):
+        counter[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append(source)
@@ -134,16 +157,26 @@ class Report:
 
     def unused_lines(self):
         num_bad = self.num_skipped.total()
-        noun = "record" if num_bad == 1 else "records"
-        skipped = f"Skipped {num_bad:,} {noun}: {'; '.join(self._reasons())}." if num_bad else ""
-        return [line for line in (skipped, self.cut) if line]
+        skipped = f"Skipped {num_bad:,} {_noun(num_bad)}: {'; '.join(self._reasons())}." if num_bad else ""
+        return [line for line in (skipped, self.left_out_line(), self.cut) if line]
+
+    def left_out_line(self):
+        """Returns a line on the parts of records that are not used, or an empty string."""
+        parts = self.left_out.most_common()
+        texts = [
+            f"{part} in {count:,} {_noun(count)} (first: {self.examples[part][0]})"
+            for part, count in parts[:MAX_REASONS]
+        ]
+        texts += [f"{len(parts) - MAX_REASONS} other parts"] if len(parts) > MAX_REASONS else []
+        return f"Left out: {'; '.join(texts)}." if texts else ""
 
     def to_dict(self):
-        skipped = {
-            reason: {"count": count, "examples": self.examples[reason]}
-            for reason, count in self.num_skipped.most_common()
-        }
-        return {"forms": dict(self.forms), "skipped": skipped, "choice": self.choice, "cut": self.cut}
+        skipped, left_out = (
+            {reason: {"count": count, "examples": self.examples[reason]} for reason, count in counter.most_common()}
+            for counter in (self.num_skipped, self.left_out)
+        )
+        lines = {"choice": self.choice, "cut": self.cut}
+        return {"forms": dict(self.forms), "skipped": skipped, "left_out": left_out, **lines}
 
     def _reasons(self):
         reasons = self.num_skipped.most_common()
@@ -153,13 +186,18 @@ class Report:
             yield f"{others:,} for other reasons"
 
 
+def _noun(count):
+    return "record" if count == 1 else "records"
+
+
 def to_document(row, fields, source):
     """Returns `(form, Document)` of a record, a mapping. Raises `UnusableRecord`."""
     if not isinstance(row, dict):
         raise UnusableRecord(f"not an object with fields but a {type(row).__name__}")
     form, document = _convert(row, fields)
     _check_characters(document)
-    return form, dataclasses.replace(document, source=source)
+    tools = ("tools",) if row.get("tools") else ()
+    return form, dataclasses.replace(document, source=source, left_out=(*document.left_out, *tools))
 
 
 def _convert(row, fields):
@@ -212,7 +250,7 @@ def _question_and_answer(row, names):
     *question, answer = names
     parts = [_string(row, question[0])]
     parts += [_string(row, name) for name in question[1:] if row[name]]
-    return _conversation((("user", "\n\n".join(parts)), ("assistant", _string(row, answer))), row)
+    return _conversation((Message("user", "\n\n".join(parts)), Message("assistant", _string(row, answer))), row)
 
 
 def _prompt_and_completion(row, prompt, completion):
@@ -228,23 +266,25 @@ def _preference(row):
     if isinstance(row["chosen"], str):
         return _prompt_and_completion(row, "prompt", "chosen") if row.get("prompt") else _text(row, "chosen")
     chosen, prompt = _messages(row["chosen"]), row.get("prompt")
-    if any(role == "user" for role, _ in chosen) or not prompt:
+    if any(message.role == "user" for message in chosen) or not prompt:
         return _conversation(chosen, row)
-    before = (("user", _string(row, "prompt")),) if isinstance(prompt, str) else _messages(prompt)
+    before = (Message("user", _string(row, "prompt")),) if isinstance(prompt, str) else _messages(prompt)
     return _conversation((*before, *chosen), row, len(before))
 
 
 def _conversation(messages, row, prompt_length=0):
     system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), "")
-    if system and messages and messages[0][0] != "system":
-        messages, prompt_length = (("system", system), *messages), prompt_length + 1 if prompt_length else 0
-    if not any(role == "assistant" for role, _ in messages[prompt_length:]):
+    if system and messages and messages[0].role != "system":
+        messages, prompt_length = (Message("system", system), *messages), prompt_length + 1 if prompt_length else 0
+    if not any(message.role == "assistant" for message in messages[prompt_length:]):
         raise UnusableRecord("without an answer (role assistant)")
-    return Document("", tuple(messages), prompt_length=prompt_length)
+    unread = dict.fromkeys(name for message in messages for name in message.unread)
+    left_out = tuple(f"the message field {name}" for name in unread)
+    return Document("", tuple(message[:2] for message in messages), "", prompt_length, left_out)
 
 
 def _messages(value):
-    """Returns a list of messages, or its JSON, as a tuple of (role, content)."""
+    """Returns a list of messages, or its JSON, as a tuple of `Message`s."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -273,7 +313,8 @@ def _message(message):
         raise UnusableRecord(f"with a message whose content is {_kind(content)}, not a string")
     if role == "assistant" and not content.strip():
         raise UnusableRecord("with a blank answer")
-    return role, content
+    unread = (name for name, entry in message.items() if name not in READ_FIELDS and entry not in (None, "", [], {}))
+    return Message(role, content, tuple(unread))
 
 
 def _join_parts(parts):

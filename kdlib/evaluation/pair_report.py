@@ -53,7 +53,8 @@ def _finding(name, value, warning="", remedy="", meaning="", number=None):
 def _data(key, report):
     warning, remedy = " ".join(report.unused_lines()), ""
     if warning:
-        remedy = "correct these records, or leave them out" if report.num_skipped else "raise --max-length"
+        remedy = "correct these records, or leave them out" if report.num_skipped else ""
+        remedy = remedy or ("raise --max-length" if report.cut else "check that the student can do without these parts")
     return _finding(key, " ".join(report.used_lines()), warning, remedy, number=report.num_records)
 
 

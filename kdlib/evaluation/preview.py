@@ -33,14 +33,18 @@ class Example:
 
 
 class Preview(list):
-    """`Example`s that a notebook shows with their targets coloured."""
+    """`Example`s that a notebook shows with their targets coloured. `notes` are lines on what is not used."""
+
+    def __init__(self, examples, notes=()):
+        super().__init__(examples)
+        self.notes = list(notes)
 
     def __repr__(self):
         return self.text()
 
     def text(self, colours=False):
         """Returns the examples for a terminal. Targets are green in `colours`, and within `MARKS` otherwise."""
-        lines = []
+        lines = [*self.notes, ""] if self.notes else []
         for example in self:
             lines.append(f"{example.source or 'text'}:")
             for side, runs in example.sides.items():
@@ -51,7 +55,7 @@ class Preview(list):
         return "\n".join(lines)
 
     def _repr_html_(self):
-        parts = []
+        parts = [f"<p>{html.escape(note)}</p>" for note in self.notes]
         for example in self:
             parts.append(f"<p><b>{html.escape(example.source or 'text')}</b></p>")
             for side, runs in example.sides.items():
@@ -62,17 +66,19 @@ class Preview(list):
 
 def preview(config, count=3):
     """Returns a `Preview` of the first `count` documents that have a window. Loads the tokenizers, but no models."""
-    documents, readers = corpus.documents_of(config)[:MAX_DOCUMENTS], load_readers(config)
+    documents, readers = corpus.documents_of(config), load_readers(config)
+    report, documents = documents.report, documents[:MAX_DOCUMENTS]
     first_windows = {}
     for window in build_windows(documents, *readers, config.max_length):
         first_windows.setdefault(window.document, window)
-    return Preview(
+    examples = (
         Example(
             documents[number].source,
             *(_runs(reader, window, side) for reader, side in zip(readers, ("student", "teacher"), strict=True)),
         )
         for number, window in itertools.islice(first_windows.items(), count)
     )
+    return Preview(examples, report.unused_lines())
 
 
 def load_readers(config):
