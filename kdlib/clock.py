@@ -17,6 +17,11 @@ def date(seconds_from_now=0.0):
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds_from_now))
 
 
+def today():
+    """Returns the local date, as `2026-07-26`."""
+    return time.strftime("%Y-%m-%d")
+
+
 def format_duration(seconds):
     """Formats a duration: `8 s`, `3 min 20 s`, `2 h 05 min`; `unknown time` for null, NaN and infinity."""
     if seconds is None or not math.isfinite(seconds):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import datetime
 import difflib
 import inspect
 import itertools
@@ -63,6 +64,12 @@ class Config:
     """Largest number of documents of `dataset` to use, chosen by a hash of their content; 0: all."""
     max_bad_records: float = 0.05
     """Largest share of records that may be unusable. They are skipped, counted and named by reason."""
+    template_kwargs: str = ""
+    """Arguments of both chat templates, as `name=value` separated by commas: `enable_thinking=false,date_string=26 Jul
+    2024`. Values are JSON or Python literals, or else strings."""
+    template_date: str = ""
+    """Date that chat templates print if they ask for the current one, as `2026-07-26`. Empty: the date on which the run
+    started, also in its later sessions."""
     max_length: int = 384
     """Maximum length of a training window, in student tokens."""
     batch_size: int = 8
@@ -214,6 +221,9 @@ class Config:
         if self.kd_top_k and self.kd_method == "chunk_likelihood":
             raise ValueError("kd_top_k truncates distributions, but chunk_likelihood compares none; set kd_top_k to 0")
         self.target_shares()
+        self.template_arguments()
+        if self.template_date:
+            _check_date(self.template_date)
         self._check_lora()
 
     def _check_lora(self):
@@ -271,6 +281,19 @@ class Config:
                 raise ValueError(f"balance gives {name} the share {share}; a share is above 0 and below 1000000")
         return shares
 
+    def template_arguments(self):
+        """Returns the arguments of chat templates, `{name: value}`."""
+        arguments = {}
+        for entry in filter(None, re.split(r",(?=\s*\w+\s*=)", self.template_kwargs)):
+            name, mark, text = (part.strip() for part in entry.partition("="))
+            if not (name.isidentifier() and mark):
+                raise ValueError(f"template_kwargs {entry!r}: expected name=value, like enable_thinking=false")
+            if name in RESERVED_ARGUMENTS:
+                advice = "; set template_date" if name == "strftime_now" else ""
+                raise ValueError(f"template_kwargs sets {name}, which kdlib sets itself{advice}")
+            arguments[name] = _parse_literal(text)
+        return arguments
+
     def require_inputs(self):
         """Raises ValueError unless teacher, student and dataset are set."""
         for name in INPUTS:
@@ -319,6 +342,11 @@ class Config:
         return cls.from_dict(values)
 
 
+RESERVED_ARGUMENTS = {
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "return_dict", "return_tensors", "return_assistant_tokens_mask", "strftime_now",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` and of templates that `template_kwargs` cannot set."""
 _CHOICES = {
     "kd_method": KD_METHODS, "kd_divergence": DIVERGENCES, "control": CONTROLS, "amp_dtype": AMP_DTYPES,
     "packing": PACKINGS, "gradient_checkpointing": ("auto", "on", "off"), "optimizer": ("adamw", "adamw_8bit"),
@@ -332,6 +360,7 @@ _COPIES = r"|kaggle:[\w-]+/(?!-)[a-z0-9-]{6,50}(?<!-)|hub:[\w.-]+/[\w.-]+"
 _PATTERNS = {
     "teacher_cache": (r".+", "auto, live, or the folders of a teacher cache"),
     "teacher_device": (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda:0, cuda:1, ..."),
+    "template_date": (r"|\d{4}-\d\d-\d\d", "a date, as 2026-07-26"),
     "second_copy": (_COPIES, "kaggle:OWNER/NAME (NAME: 6-50 of a-z 0-9 -) or hub:OWNER/NAME"),
 }  # fmt: skip
 _RANGES = {
@@ -402,6 +431,23 @@ def _validate(field, value):
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)) or value != value:
         raise ValueError(f"{field.name} takes {_type_name(kind)}, got {value!r}")
     return value
+
+
+def _check_date(text):
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"template_date {text!r} is no date: {error}") from None
+
+
+def _parse_literal(text):
+    """Parses a JSON or Python literal. Other text is returned unchanged."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return text
 
 
 def _type_name(kind):

@@ -638,6 +638,63 @@ def test_the_ordinary_case_takes_two_renderings(monkeypatch):
     assert len(rendered) == 2 * (len(TEMPLATES) - 1)
 
 
+# ------------------------------------------------------------------ arguments and dates of templates
+
+LLAMA31 = (  # date and knowledge cutoff in the system message, as in Llama 3.1
+    "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}{{ '<|bot|>' }}<|head|>system<|/head|>\n\n"
+    "Today Date: {{ date_string }}\n\n<|eot|>" + LLAMA3.removeprefix("{{ '<|bot|>' }}")
+)
+SWITCHED = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}no thoughts{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("rendering", "date"),
+    [
+        (chat.Rendering(date="2026-02-03"), "03 Feb 2026"),
+        (chat.Rendering((("date_string", "1 Jan 1999"),), "2026-02-03"), "1 Jan 1999"),
+    ],
+)
+def test_a_template_prints_the_date_of_the_run(rendering, date):
+    reader = wrap_tokenizer(LLAMA31, TEMPLATES["Llama 3"][2], [], "byte_level")
+    document = Document("", CONVERSATIONS["plain"])
+    ids = tokenize.encode(document, reader, rendering).ids
+    wanted = reader.tokenizer.apply_chat_template(
+        turns_of(document.messages), tokenize=True, return_dict=False, date_string=date
+    )
+    assert ids.tolist() == wanted
+    assert f"Today Date: {date}" in reader.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}x{% endif %}\n", "\n\n {{ 'x' }} "])
+def test_a_fixed_date_changes_nothing_else(start):
+    template = (
+        start + "{{ strftime_now('%d.%m.%Y %A %-d %j %% at') }}{% if strftime_now is defined %}!{% endif %}" + CHATML
+    )
+    tokenizer = wrap_tokenizer(template, [], [], "byte_level").tokenizer
+    text, _ = chat.locate_contents(CONVERSATIONS["plain"], tokenizer, 0, chat.Rendering(date=clock.today()))
+    assert text == tokenizer.apply_chat_template(turns_of(CONVERSATIONS["plain"]), tokenize=False)
+
+
+def test_a_template_gets_its_arguments():
+    config = Config(template_kwargs="enable_thinking=false, note=a, b", template_date="2026-02-03")
+    rendering = chat.Rendering.of(config)
+    assert rendering == chat.Rendering((("enable_thinking", False), ("note", "a, b")), "2026-02-03")
+    reader = wrap_tokenizer(SWITCHED, ["<|im_start|>", "<|im_end|>"], [], "byte_level")
+    document = Document("", CONVERSATIONS["plain"])
+    with_it, without = (tokenize.encode(document, reader, each).ids for each in (rendering, chat.Rendering()))
+    assert reader.tokenizer.decode(with_it[len(without) :]) == "no thoughts"
+    assert chat.Rendering.of(Config()).date == clock.today()
+
+
+def test_only_templates_that_print_it_depend_on_the_date():
+    dated, plain = (wrap_tokenizer(template, [], [], "byte_level").tokenizer for template in (LLAMA31, CHATML))
+    first, second = chat.Rendering(date="2026-02-03"), chat.Rendering(date="2026-02-04")
+    assert first.key_for(dated) != second.key_for(dated)
+    assert first.key_for(plain) == second.key_for(plain) != chat.Rendering((("a", 1),), "2026-02-03").key_for(plain)
+    assert chat.prints_date(dated) and not chat.prints_date(plain)
+
+
 # ------------------------------------------------------------------ windows that are shown
 
 

@@ -161,3 +161,27 @@ def test_the_chunk_size_is_a_number_or_auto():
 def test_top_k_of_likelihoods_is_refused():
     with pytest.raises(ValueError, match="compares none"):
         Config(kd_method="chunk_likelihood", kd_top_k=8)
+
+
+def test_template_arguments_are_literals_or_strings():
+    text = "enable_thinking=false, n=3,names=['a', 'b'],date_string=26 Jul 2024, note=a, b,none=None,empty="
+    assert Config(template_kwargs=text).template_arguments() == {
+        "enable_thinking": False, "n": 3, "names": ["a", "b"], "date_string": "26 Jul 2024", "note": "a, b", "none": None,
+        "empty": "",
+    }  # fmt: skip
+    assert Config().template_arguments() == {}
+    for wrong in ("thinking", "=1", "a b=1"):
+        with pytest.raises(ValueError, match=r"expected name=value, like enable_thinking=false"):
+            Config(template_kwargs=wrong)
+    with pytest.raises(ValueError, match=r"template_kwargs sets tools, which kdlib sets itself$"):
+        Config(template_kwargs="x=1,tools=[]")
+    with pytest.raises(ValueError, match="sets strftime_now, which kdlib sets itself; set template_date"):
+        Config(template_kwargs="strftime_now=x")
+
+
+def test_the_date_of_templates_is_a_date():
+    assert Config(template_date="2024-02-29").template_date == "2024-02-29"
+    with pytest.raises(ValueError, match="unknown template_date '26 Jul'; have a date, as 2026-07-26"):
+        Config(template_date="26 Jul")
+    with pytest.raises(ValueError, match="template_date '2023-02-29' is no date: day is out of range"):
+        Config(template_date="2023-02-29")

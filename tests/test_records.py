@@ -9,12 +9,12 @@ import pytest
 import transformers
 from families import byte_level, unigram
 
-from kdlib import demo, files
+from kdlib import clock, demo, files
 from kdlib.align import vocab
 from kdlib.config import Config
 from kdlib.data import corpus, records, tokenize
 from kdlib.data.records import Fields
-from kdlib.session import inputs, session
+from kdlib.session import cache_writer, inputs, session
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -391,3 +391,51 @@ def test_parts_that_are_not_read_are_counted_and_named(tmp_path):
     many = [{"messages": [USER, {**ANSWER, **{f"field{i}": 1 for i in range(7)}}]}]
     (line,) = corpus.read_documents(write(tmp_path / "c.jsonl", many)).report.unused_lines()
     assert line.count("in 1 record (first: ") == records.MAX_REASONS and line.endswith("; 2 other parts.")
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture
+def dated(settings, tmp_path):
+    """A run on conversations whose template prints the current date."""
+    student = transformers.AutoTokenizer.from_pretrained(settings["student"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(settings["student"])
+    student.chat_template = DATED
+    demo.save(model, student, tmp_path / "student")
+    rows = [{"messages": [USER, {"role": "assistant", "content": f"It is {i}."}]} for i in range(60)]
+    write(tmp_path / "chat.jsonl", rows)
+    changed = {"student": str(tmp_path / "student"), "dataset": str(tmp_path / "chat.jsonl"), "max_length": 100}
+    return Config.from_dict(
+        {**settings, **changed, "eval_tokens": 60, "batch_size": 4, "max_steps": 3, "control": "off"}
+    )
+
+
+def test_later_sessions_print_the_date_of_the_first(dated, tmp_path, monkeypatch):
+    def on(date):
+        for module in (clock, session):
+            monkeypatch.setattr(module, "today", lambda: date)
+
+    on("2026-02-03")
+    run = session.distill(dated, tmp_path / "run")
+    while next(run)["kind"] != "train":
+        pass
+    run.close()
+    assert files.read_json(tmp_path / "run" / "config.json")["template_date"] == "2026-02-03"
+    on("2026-02-04")
+    assert list(session.distill(dated, tmp_path / "run"))[-1]["kind"] == "verdict"
+    assert list(session.distill(dated, tmp_path / "run"))[-1]["kind"] == "verdict"  # a complete run
+    with pytest.raises(ValueError, match="template_date was '2026-02-03' and is '2026-02-05'"):
+        list(session.distill(dated.replace(template_date="2026-02-05"), tmp_path / "run"))
+    on("2026-02-05")
+    assert files.read_json(tmp_path / "run" / "config.json")["template_date"] == "2026-02-03"
+    with pytest.warns(UserWarning, match="prints the current date.* set template_date"):
+        next(cache_writer.cache_teacher(dated, tmp_path / "cache"))
+
+
+def test_a_run_whose_templates_print_no_date_stores_none(settings, tmp_path):
+    config = Config.from_dict({**settings, "max_steps": 1, "control": "off"})
+    run = session.distill(config, tmp_path / "run")
+    assert next(run)["kind"] == "start"
+    run.close()
+    assert files.read_json(tmp_path / "run" / "config.json")["template_date"] == ""

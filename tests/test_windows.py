@@ -16,7 +16,7 @@ import transformers
 from families import FAMILIES, LINES, reader
 
 from kdlib import environment as env
-from kdlib.data import batching, dataset, tokenize, windowing
+from kdlib.data import batching, chat, dataset, tokenize, windowing
 from kdlib.data.corpus import Document
 
 CHAT = Document("", (("user", "The cat sat?"), ("assistant", "Yes, on the mat.")))
@@ -24,7 +24,7 @@ DOCUMENTS = [Document(f"{line} Number {i}.") for i, line in enumerate(LINES)] + 
 PAIR = reader("unigram"), reader("byte_level")
 
 
-def by_hand(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
+def by_hand(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24, rendering=None):
     made = []
     for number, document in enumerate(documents):
         coded = tokenize.encode(document, ours), tokenize.encode(document, theirs)
@@ -45,8 +45,8 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(dataset, "PARALLEL_CHARS", 1)
 
 
-def build_windows(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24):
-    return dataset.build_windows(documents, ours, theirs, max_length)
+def build_windows(documents=DOCUMENTS, ours=PAIR[0], theirs=PAIR[1], max_length=24, rendering=chat.Rendering()):  # noqa: B008
+    return dataset.build_windows(documents, ours, theirs, max_length, rendering)
 
 
 def assert_same(found, wanted):
@@ -113,6 +113,7 @@ CHANGES = {
     "prefix": lambda: {"ours": dataclasses.replace(PAIR[0], prefix=[])},
     "template": lambda: {"ours": dataclasses.replace(PAIR[0], tokenizer=other(
         PAIR[0].tokenizer, lambda t: setattr(t, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")))},
+    "template arguments": lambda: {"rendering": chat.Rendering((("note", "x"),))},
     "added token": lambda: {"ours": dataclasses.replace(PAIR[0], tokenizer=other(
         PAIR[0].tokenizer, lambda t: t.add_tokens(["<new>"])))},
     "special token": lambda: {"ours": dataclasses.replace(PAIR[0], tokenizer=other(
@@ -131,7 +132,7 @@ def test_the_name_tells_whatever_decides_the_windows(change, read):
 
 
 def test_the_name_tells_the_format_and_the_libraries(monkeypatch):
-    how = {"student": PAIR[0], "teacher": PAIR[1], "max_length": 24}
+    how = {"student": PAIR[0], "teacher": PAIR[1], "max_length": 24, "rendering": chat.Rendering()}
     keys = [dataset._key(DOCUMENTS, **how)]
     again = dataclasses.replace(PAIR[0], tokenizer=other(PAIR[0].tokenizer, lambda t: None))
     assert dataset._key(list(DOCUMENTS), **{**how, "student": again}) == keys[0]

@@ -6,12 +6,17 @@ Contents are never searched for, because a short one may also occur in the templ
 """
 
 import dataclasses
+import datetime
 import itertools
 import operator
 import re
 
 import numpy as np
 
+from kdlib import clock
+
+DIRECTIVES = [f"%{letter}" for letter in (*"aAbBdjmyYHIMpSGuUVwWcxX", "-d", "-m", "-H", "-I", "%")]
+"""Directives of `strftime` that a chat template can use."""
 LEADS = ("\n", ".", "x", "")
 """Prefixes for a piece of a text, so that tokenizers that mark the start of a text do not mark the piece's."""
 
@@ -22,6 +27,45 @@ class RejectedConversation(ValueError):
     def __init__(self, reason, source=""):
         super().__init__(f"{source}: {reason}" if source else reason)
         self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """Settings of chat templates: `arguments` as `((name, value), ...)`, and the `date` that a template prints if it asks
+    for the current one (`2026-07-26`; empty: the current one).
+    """
+
+    arguments: tuple = ()
+    date: str = ""
+
+    @classmethod
+    def of(cls, config):
+        return cls(tuple(config.template_arguments().items()), config.template_date or clock.today())
+
+    def arguments_for(self, tokenizer):
+        """Returns the arguments of `apply_chat_template`. The date replaces the function that returns the current one."""
+        arguments = dict(self.arguments)
+        if self.date and prints_date(tokenizer):
+            arguments["chat_template"] = _date_macro(self.date) + tokenizer.get_chat_template()
+        return arguments
+
+    def key_for(self, tokenizer):
+        """Returns a text that is equal if a tokenizer's template is rendered equally."""
+        return repr((self.arguments, self.date if prints_date(tokenizer) else ""))
+
+
+def _date_macro(date):
+    """Returns a template macro `strftime_now` that formats a fixed date."""
+    moment = datetime.datetime.fromisoformat(date)
+    values = {directive: moment.strftime(directive) for directive in DIRECTIVES}
+    replaced = "".join(f".replace({directive!r}, {value!r})" for directive, value in values.items())
+    # the line break after the last tag is removed, and the template starts at the start of a line
+    return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro %}\n"
+
+
+def prints_date(tokenizer):
+    """Returns whether a tokenizer's chat template asks for the current date."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +92,45 @@ class Tokens:
     ends: np.ndarray
 
 
-def locate_contents(messages, tokenizer, prompt_length=0):
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template with its arguments."""
+
+    tokenizer: object
+    arguments: dict
+
+    def __str__(self):
+        return f"the chat template of {self.tokenizer.name_or_path or type(self.tokenizer).__name__}"
+
+    def render(self, messages):
+        """Renders a conversation; without a chat template, as one line per message."""
+        if not self.tokenizer.chat_template:
+            end = {"assistant": self.tokenizer.eos_token or ""}
+            return "".join(f"{role.capitalize()}: {text.strip()}{end.get(role, '')}\n" for role, text in messages)
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **self.arguments)
+        except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RejectedConversation(f"{self} rejects this conversation: {reason}") from None
+
+
+def locate_contents(messages, tokenizer, prompt_length=0, rendering=Rendering()):
     """Renders a conversation with its tokenizer's chat template. Returns `(text, contents)`, `Content`s in order.
 
     The first `prompt_length` messages hold no answers to learn. Blank contents are skipped, and so are contents that
     the template moves behind a later answer. Raises `RejectedConversation` if the template rejects the conversation,
     or drops or changes a content.
     """
-    text = _render(messages, tokenizer)
+    template = Template(tokenizer, rendering.arguments_for(tokenizer))
+    text = template.render(messages)
     placeholders = _placeholders(messages, text)
-    ranges = _locate_all(messages, placeholders, text, tokenizer) or {
-        index: _locate(messages, placeholders, index, text, tokenizer) for index in placeholders
+    ranges = _locate_all(messages, placeholders, text, template) or {
+        index: _locate(messages, placeholders, index, text, template) for index in placeholders
     }
     base, contents = 1, []
-    ending = _ending(messages, placeholders, ranges, text, tokenizer)
-    ranges = _in_order(messages, ranges, text, tokenizer)
+    ending = _ending(messages, placeholders, ranges, text, template)
+    ranges = _in_order(messages, ranges, text, template)
     for index, (role, content) in enumerate(messages):
         if index in ranges:
             start, end = ranges[index]
@@ -111,21 +179,6 @@ def _tokenize_piece(text, start, end, reader):
     return Tokens(np.array(encoding["input_ids"], dtype=np.int64)[first:], starts + start, ends[first:] + start)
 
 
-def _render(messages, tokenizer):
-    """Renders a conversation; without a chat template, as one line per message."""
-    if not tokenizer.chat_template:
-        end = {"assistant": tokenizer.eos_token or ""}
-        return "".join(f"{role.capitalize()}: {text.strip()}{end.get(role, '')}\n" for role, text in messages)
-    turns = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # noqa: BLE001 - a template is a program and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RejectedConversation(
-            f"the chat template of {_name(tokenizer)} rejects this conversation: {reason}"
-        ) from None
-
-
 def _placeholders(messages, text):
     """Returns `{index: placeholder}` for the messages that are not blank. Placeholders occur nowhere in the text."""
     stem = "kdlib"
@@ -134,23 +187,23 @@ def _placeholders(messages, text):
     return {index: f"{stem}{index}z" for index, (_, content) in enumerate(messages) if content.strip()}
 
 
-def _render_placeholders(messages, placeholders, tokenizer):
+def _render_placeholders(messages, placeholders, template):
     """Renders the conversation with `placeholders` instead of contents. Raises
     `RejectedConversation` unless each occurs once.
     """
     replaced = [(role, placeholders.get(index, content)) for index, (role, content) in enumerate(messages)]
-    rendered = _render(replaced, tokenizer)
+    rendered = template.render(replaced)
     for index, placeholder in placeholders.items():
         if rendered.count(placeholder) != 1:
-            raise _changed(messages, index, tokenizer)
+            raise _changed(messages, index, template)
     return rendered
 
 
-def _locate_all(messages, placeholders, text, tokenizer):
+def _locate_all(messages, placeholders, text, template):
     """Locates all contents with one rendering, by depth-first search over the ways in which each may be trimmed.
     Returns `{index: (start, end)}`, or None if the template text depends on the contents.
     """
-    rendered = _render_placeholders(messages, placeholders, tokenizer)
+    rendered = _render_placeholders(messages, placeholders, template)
     order = sorted(placeholders, key=lambda index: rendered.index(placeholders[index]))
     separators = re.split("|".join(placeholders.values()), rendered)
     stack = [(len(separators[0]), ())] if text.startswith(separators[0]) else []
@@ -168,7 +221,7 @@ def _locate_all(messages, placeholders, text, tokenizer):
     return None
 
 
-def _locate(messages, placeholders, index, text, tokenizer):
+def _locate(messages, placeholders, index, text, template):
     """Locates one content, `(start, end)`, from a rendering with the real other contents.
 
     The text around the placeholder must surround the content too. If the content changes the template text on one side,
@@ -176,7 +229,7 @@ def _locate(messages, placeholders, index, text, tokenizer):
     reasoning.
     """
     content, placeholder = messages[index][1], placeholders[index]
-    before, after = _render_placeholders(messages, {index: placeholder}, tokenizer).split(placeholder)
+    before, after = _render_placeholders(messages, {index: placeholder}, template).split(placeholder)
     start, end = len(before), len(text) - len(after)
     fits_before, fits_after = text.startswith(before), text.endswith(after)
     if fits_before and fits_after and text[start:end].strip():
@@ -188,7 +241,7 @@ def _locate(messages, placeholders, index, text, tokenizer):
             return end - len(form), end
         if fits_before and text.startswith(form, start):
             return start, start + len(form)
-    raise _changed(messages, index, tokenizer)
+    raise _changed(messages, index, template)
 
 
 def _trimmed_forms(content):
@@ -205,7 +258,7 @@ def _num_trimmed(content, part):
     return len(content.rstrip()) - len(part.rstrip())
 
 
-def _in_order(messages, ranges, text, tokenizer):
+def _in_order(messages, ranges, text, template):
     """Returns the ranges in message order, without contents that were moved. Raises
     `RejectedConversation` for moved answers.
     """
@@ -215,11 +268,11 @@ def _in_order(messages, ranges, text, tokenizer):
         if start >= cursor and end <= min(later_answers, default=len(text)):
             kept[index], cursor = (start, end), end
         elif messages[index][0] == "assistant":
-            raise _changed(messages, index, tokenizer)
+            raise _changed(messages, index, template)
     return kept
 
 
-def _ending(messages, placeholders, ranges, text, tokenizer):
+def _ending(messages, placeholders, ranges, text, template):
     """Returns the template text after the last answer of a conversation that ends with it."""
     last = max((index for index in ranges if messages[index][0] == "assistant"), default=None)
     if last is None:
@@ -227,18 +280,14 @@ def _ending(messages, placeholders, ranges, text, tokenizer):
     if last == len(messages) - 1:
         return text[ranges[last][1] :]
     placeholder = placeholders[last]
-    return _render_placeholders(messages[: last + 1], {last: placeholder}, tokenizer).split(placeholder)[1]
+    return _render_placeholders(messages[: last + 1], {last: placeholder}, template).split(placeholder)[1]
 
 
 def _common_length(first, second):
     return sum(itertools.takewhile(bool, map(operator.eq, first, second)))
 
 
-def _changed(messages, index, tokenizer):
+def _changed(messages, index, template):
     role = messages[index][0]
     article = "an" if role == "assistant" else "a"
-    return RejectedConversation(f"the chat template of {_name(tokenizer)} drops or changes {article} {role} message")
-
-
-def _name(tokenizer):
-    return tokenizer.name_or_path or type(tokenizer).__name__
+    return RejectedConversation(f"{template} drops or changes {article} {role} message")

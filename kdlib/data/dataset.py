@@ -165,14 +165,15 @@ def table_of(windows, counts=(), problems=None):
     return {name: columns[name] for name in SCHEMA.names}
 
 
-def build_windows(documents, student, teacher, max_length):
+def build_windows(documents, student, teacher, max_length, rendering=chat.Rendering()):  # noqa: B008 - frozen
     """Tokenizes `documents` with two `tokenize.TextTokenizer`s and cuts them into a `WindowDataset`, in order.
+    `rendering`: settings of both chat templates.
 
     Uses the cache if it has the windows. If the cache folder is not writable, they are built in memory, with a warning.
     """
     import datasets
 
-    settings = {"student": student, "teacher": teacher, "max_length": max_length}
+    settings = {"student": student, "teacher": teacher, "max_length": max_length, "rendering": rendering}
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "kdlib" / f"windows-{_key(documents, **settings)}"
     try:
         table = _load(folder)
@@ -188,14 +189,15 @@ def build_windows(documents, student, teacher, max_length):
     return WindowDataset(pa.concat_tables([SCHEMA.empty_table(), *tables]))
 
 
-def _key(documents, student, teacher, max_length):
+def _key(documents, student, teacher, max_length, rendering):
     """Returns a hash of everything that determines the windows."""
     versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
     digest = hashlib.sha256(repr((FORMAT, versions, max_length)).encode())
     for reader in (student, teacher):
         tokenizer = reader.tokenizer
         special = sorted(map(repr, tokenizer.special_tokens_map.items())), tokenizer.all_special_ids
-        settings = (tokenizer.chat_template, *special), reader.prefix, reader.eos, reader.context
+        template = tokenizer.chat_template, rendering.key_for(tokenizer)
+        settings = (*template, *special), reader.prefix, reader.eos, reader.context
         digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), *map(repr, settings)]).encode())
     for document in documents:
         content = document.text.encode() if not document.messages else json.dumps(document.messages).encode()
@@ -268,14 +270,14 @@ def _map_environment(num_chars, num_documents):
                 datasets.enable_progress_bars()
 
 
-def _tokenize_batch(batch, student, teacher, max_length):
+def _tokenize_batch(batch, student, teacher, max_length, rendering):
     windows, counts, problems = [], [], []
     for text, messages, source, prompt_length, number in zip(*(batch[n] for n in DOCUMENT.names), strict=True):
         document = Document(text, tuple(map(tuple, json.loads(messages))), source, prompt_length)
         problem = f"without a training target in its first {max_length} tokens"
         cut, first_counts = [], [0] * len(COUNTS)
         try:
-            document, sides = _encode_both(document, student, teacher)
+            document, sides = _encode_both(document, (student, teacher), rendering)
         except chat.RejectedConversation as error:
             problem = f"rejected: {error.reason}"
         else:
@@ -292,15 +294,15 @@ def _tokenize_batch(batch, student, teacher, max_length):
     return pa.table(table_of(windows, counts, problems), SCHEMA)
 
 
-def _encode_both(document, *readers):
+def _encode_both(document, readers, rendering):
     """Returns `(document, its two Encodeds)`. If a template rejects the system message, both sides read it merged."""
     try:
-        return document, [tokenize.encode(document, reader) for reader in readers]
+        return document, [tokenize.encode(document, reader, rendering) for reader in readers]
     except chat.RejectedConversation:
         merged = merge_system(document)
         if merged is None:
             raise
-        return merged, [tokenize.encode(merged, reader) for reader in readers]
+        return merged, [tokenize.encode(merged, reader, rendering) for reader in readers]
 
 
 def _batched(documents):

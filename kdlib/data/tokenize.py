@@ -117,8 +117,8 @@ def _tokenize_mid_text(reader, byte_strings):
     return [(index, lead.encode(), ids) for (index, lead, _), ids in zip(entries, sequences, strict=True)]
 
 
-def encode(document, reader):
-    """Tokenizes one document with one tokenizer. Returns `Encoded`.
+def encode(document, reader, rendering=chat.Rendering()):  # noqa: B008 - frozen
+    """Tokenizes one document with one tokenizer. Returns `Encoded`. `rendering`: settings of chat templates.
 
     A conversation is rendered with the tokenizer's own chat template and tokenized as one string, so its ids equal
     those of `apply_chat_template`. Only contents are text; in the shared byte count they follow each other with one
@@ -127,7 +127,7 @@ def encode(document, reader):
     `chat.RejectedConversation` with the record's name.
     """
     if document.messages:
-        return _encode_chat(document, reader)
+        return _encode_chat(document, reader, rendering)
     encoding = reader.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoding["input_ids"]
     _check_rows(ids, document, reader)
@@ -138,9 +138,9 @@ def encode(document, reader):
     return Encoded(np.array(ids, dtype=np.int64), *arrays)
 
 
-def _encode_chat(document, reader):
+def _encode_chat(document, reader, rendering):
     try:
-        text, contents = chat.locate_contents(document.messages, reader.tokenizer, document.prompt_length)
+        text, contents = chat.locate_contents(document.messages, reader.tokenizer, document.prompt_length, rendering)
     except chat.RejectedConversation as error:
         raise chat.RejectedConversation(error.reason, document.source) from None
     tokens = chat.tokenize(text, contents, reader)

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from kdlib.data import corpus
+from kdlib.data import chat, corpus
 from kdlib.data.dataset import build_windows
 from kdlib.data.windowing import IGNORE
 from kdlib.models import loading, teacher_cache
@@ -69,7 +69,7 @@ def preview(config, count=3):
     documents, readers = corpus.documents_of(config), load_readers(config)
     report, documents = documents.report, documents[:MAX_DOCUMENTS]
     first_windows = {}
-    for window in build_windows(documents, *readers, config.max_length):
+    for window in build_windows(documents, *readers, config.max_length, chat.Rendering.of(config)):
         first_windows.setdefault(window.document, window)
     examples = (
         Example(

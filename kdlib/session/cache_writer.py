@@ -1,6 +1,7 @@
 """Writer of a teacher cache (`models.teacher_cache`) in one pass of the teacher over a run's text."""
 
 import dataclasses
+import warnings
 from itertools import accumulate
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def cache_teacher(config, out, clock=None, others=(), writer=(0, 1), on_progress
     _check_folder(out)
     dtype = devices.teacher_dtype(accelerator)
     loaded = inputs.load(config, accelerator.device, dtype, on_progress=on_progress)
+    if loaded.prints_date and not config.template_date:
+        warnings.warn(
+            "a chat template prints the current date, so this cache serves only runs that start today; set template_date "
+            "here and in the run to use it later",
+            stacklevel=2,
+        )
     worker = worker_shard_ids(accelerator, *writer)
     yield from CacheWriter(config, loaded, out, clock, others, worker, on_progress).run(seconds, started)
 

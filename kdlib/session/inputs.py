@@ -8,7 +8,7 @@ import torch
 
 from kdlib import memory
 from kdlib.config import BY_BUCKETS, FEATURES
-from kdlib.data import batching, corpus
+from kdlib.data import batching, chat, corpus
 from kdlib.data.dataset import WindowDataset, build_windows, sample_windows, window_lengths
 from kdlib.evaluation import scoring
 from kdlib.models import devices, fingerprint, forward, hooks, lora, trie
@@ -43,6 +43,13 @@ class Inputs:
     identity: dict
     held_out_tokens: dict = dataclasses.field(default_factory=dict)
     reports: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def prints_date(self):
+        """Whether a chat template prints the current date."""
+        return any(
+            chat.prints_date(reader.tokenizer) for reader in (self.pair.student_reader, self.pair.teacher.reader)
+        )
 
     def data_lines(self):
         """Returns what was read and skipped, as one line of text per config key."""
@@ -309,7 +316,8 @@ def _cut_note(windows, config):
 
 
 def _build_windows(documents, pair, config):
-    return build_windows(documents, pair.student_reader, pair.teacher.reader, config.max_length)
+    readers = pair.student_reader, pair.teacher.reader
+    return build_windows(documents, *readers, config.max_length, chat.Rendering.of(config))
 
 
 def _prepare_both(samples, pair, config, train, on_progress):

@@ -60,6 +60,15 @@ def find_previous_run(folder, resume):
     return previous
 
 
+def with_template_date(config, previous):
+    """Returns a config with the date that the chat templates of a `PreviousRun` (or None) print, unless it has one."""
+    path = previous and previous.source.path / "config.json"
+    if config.template_date or not path or not (previous.facts or path.exists()):
+        return config
+    saved = previous.facts["config"] if previous.facts else read_json(path)
+    return config.replace(template_date=saved.get("template_date", ""))
+
+
 def check_same_run(previous, run_identity):
     """Returns notes on harmless differences between a `PreviousRun` and this session (`fingerprint.diff_runs`). Raises
     ValueError if a difference prevents resuming.

@@ -9,7 +9,7 @@ import weakref
 import torch
 
 from kdlib import environment, files
-from kdlib.clock import Clock, format_duration, parse_duration
+from kdlib.clock import Clock, format_duration, parse_duration, today
 from kdlib.models.devices import accelerator, any_process
 from kdlib.session import backup, checkpoint, finish, resume, run_folder, time_budget
 from kdlib.session.arm import Scorer
@@ -74,6 +74,7 @@ class Session:
             if self.is_main and self.folder.holds_run():
                 self.folder.acquire()
             self.previous_run = resume.find_previous_run(self.folder, resume_from)
+            self.config = config = resume.with_template_date(config, self.previous_run)
             self.previous_status = self.previous_run.status if self.previous_run else {}
             self.num_sessions = (self.previous_status.get("sessions") or 0) + 1
             if self.previous_run and self.previous_run.verdict is not None:
@@ -96,7 +97,11 @@ class Session:
             raise
 
     def _load(self, config):
-        loaded, per_step = self.first_pass.inputs(config), config.effective_batch * self.accelerator.num_processes
+        per_step = config.effective_batch * self.accelerator.num_processes
+        dated = config.replace(template_date=config.template_date or today())
+        loaded = self.first_pass.inputs(dated)
+        if loaded.prints_date:
+            config = dated  # stored, so that later sessions read the same tokens
         self.data = {key: report.to_dict() for key, report in loaded.reports.items()}
         self.config = config.replace(max_steps=time_budget.num_steps(config, len(loaded.train), per_step))
         self.run_identity = {
