@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_suffix(".md")
 FINGERPRINT = Path(config.__file__).parent / "models" / "fingerprint.py"
 GROUPS = {
     "Models and text": "teacher student dataset eval_dataset dataset_split text_field prompt_field completion_field "
-    "max_documents max_bad_records template_kwargs template_date max_length check_teacher",
+    "max_documents max_bad_records template_kwargs template_date learn_thinking max_length check_teacher",
     "Plan and batches": "epochs max_steps batch_size grad_accumulation packing repeats seed",
     "Optimizer": "learning_rate projector_learning_rate warmup weight_decay max_grad_norm optimizer non_finite_steps",
     "Adapters": "lora_rank lora_alpha lora_dropout lora_targets lora_init lora_dora lora_rslora train_embeddings "

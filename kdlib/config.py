@@ -70,6 +70,9 @@ class Config:
     template_date: str = ""
     """Date that chat templates print if they ask for the current one, as `2026-07-26`. Empty: the date on which the run
     started, also in its later sessions."""
+    learn_thinking: bool = True
+    """Trains on the thoughts of answers (`reasoning_content`) that a chat template renders. Most templates render only
+    those of the last turn."""
     max_length: int = 384
     """Maximum length of a training window, in student tokens."""
     batch_size: int = 8

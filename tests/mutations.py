@@ -34,7 +34,7 @@ GPU_FACTS, SELF_TEST = "test_gpu_facts.py", "test_self_test.py"
 RETENTION, INSIDE, FIGURES = "test_retention.py", "test_inside.py", "test_figures.py"
 KAGGLE, RELAY, IN_KERNEL = "test_kaggle.py", "test_relay.py", "test_in_kernel.py"
 COPIES, UPLOAD = "test_copies.py", "test_upload.py"
-CHAT = "test_chat.py"
+CHAT, TOOLS = "test_chat.py", "test_tools.py"
 PANEL = "test_dashboard.py"
 RIVALS, QUALITY = "test_rivals.py", "test_quality.py"
 WITHIN, READING = "test_inside_tokens.py", "test_reading.py"
@@ -74,9 +74,9 @@ MUTANTS = {
     "teacher fed student ids": ("kdlib/data/batching.py", '_collate_side(windows, "teacher", teacher_rows', '_collate_side([dataclasses.replace(w, teacher_ids=w.student_ids, teacher_labels=w.student_labels, teacher_scored=w.student_scored) for w in windows], "teacher", teacher_rows', [DATA, TRAIN]),
     "rows of a batch not moved": ("kdlib/data/batching.py", "[row * shape[1] + start for row, start, _ in slices]", "[start for row, start, _ in slices]", [DATA]),
     "a space in front for what has none": ("kdlib/evaluation/internals.py", "has_prefix = list(ids[: len(reader.prefix)]) == reader.prefix", "has_prefix = True", [CHAT]),
-    "placeholders that a content may hold": ("kdlib/data/chat.py", "while stem in text or any(stem in content for _, content in messages):", "while False:", [CHAT]),
+    "placeholders that a content may hold": ("kdlib/data/chat.py", "while self.stem in self.text or self.stem in json.dumps(self.turns):", "while False:", [CHAT]),
     "a place that was not verified": ("kdlib/data/chat.py", "if text.startswith(form + separator, cursor):", "if True:", [CHAT]),
-    "contents counted as they are trimmed": ("kdlib/data/chat.py", "content[: _num_trimmed(content, text[start:end])]", "content[:0]", [CHAT]),
+    "contents counted as they are trimmed": ("kdlib/data/chat.py", "part.text[: _num_trimmed(part.text, text[start:end])]", "part.text[:0]", [CHAT]),
     "contents in the template's order": ("kdlib/data/chat.py", "if start >= cursor and end <= min(", "if True or end <= min(", [CHAT]),
     "the end of the last turn behind every answer": ("kdlib/data/chat.py", "_common_length(ending, text[end : end + len(ending)])", "len(ending)", [CHAT]),
     "tokens torn between template and content": ("kdlib/data/chat.py", "        if not crossed:", "        if True:", [CHAT]),
@@ -186,14 +186,31 @@ MUTANTS = {
     "a date that is not stored": ("kdlib/session/session.py", "        if loaded.prints_date:\n", "        if False:\n", ["test_records.py"]),
     "a date stored for nothing": ("kdlib/session/session.py", "        if loaded.prints_date:\n", "        if True:\n", ["test_records.py"]),
     "a date of each session": ("kdlib/session/resume.py", 'config.replace(template_date=saved.get("template_date", ""))', "config", ["test_records.py"]),
+    "calls in the prompt learned": ("kdlib/data/chat.py", " and turn >= document.prompt_length", "", [TOOLS]),
+    "masked thoughts learned": ("kdlib/data/chat.py", ' and (part.field == "content" or rendering.learn_thinking)', "", [TOOLS]),
+    "the marks of masked thoughts learned": ("kdlib/data/chat.py", "    if thought and learn_thinking:\n", "    if thought:\n", [TOOLS]),
+    "fields that a template drops in silence": ("kdlib/data/chat.py", "self.turns, self.left_out = without, [*self.left_out, name]", "self.turns = without", [TOOLS]),
+    "tools that a template drops in silence": ("kdlib/data/chat.py", "self.template, self.left_out = without, [*self.left_out, \"tools\"]", "self.template = without", [TOOLS]),
+    "a changed thought taken for a dropped one": ("kdlib/data/chat.py", "    if rendered == text:\n        return None", "    if placeholder not in rendered:\n        return None", [TOOLS]),
+    "calls that are not verified": ("kdlib/data/chat.py", "if whole.endswith(after) and text.startswith(whole[:end]):", "if True:", [TOOLS]),
+    "no mark before thoughts": ("kdlib/data/chat.py", "prompt = before if whole.startswith(before) else", "prompt = before if True else", [TOOLS]),
+    "calls located in the whole conversation only": ("kdlib/data/chat.py", "in dict.fromkeys([len(turns), turn + 1]):", "in [len(turns)]:", [TOOLS]),
+    "results of tools rejected if they are changed": ("kdlib/data/chat.py", '    if part.role == "tool":\n        return None\n', "", [TOOLS]),
+    "results of tools dropped in silence": ("kdlib/data/chat.py", "if is_missing and conversation.render({index: placeholder}) == conversation.text:", "if False:", [TOOLS]),
+    "unlocated calls in silence": ("kdlib/data/chat.py", 'left_out += [] if is_complete else ["tool_calls as training targets"]', "pass", [TOOLS]),
+    "a call without its turn's end": ("kdlib/data/tokenize.py", "        _learn_turn_end(encoded, tokens, after, target.turn_end, text, reader)\n", "", [TOOLS]),
+    "nulls of a table": ("kdlib/data/records.py", "for name, entry in value.items() if entry is not None}", "for name, entry in value.items()}", [TOOLS]),
+    "thoughts that are no content": ("kdlib/data/records.py", "has_more = self.extras or self.tools", "has_more = False", [TOOLS]),
+    "a system message's fields moved on": ("kdlib/data/records.py", "extras=document.extras[1:]", "extras=document.extras[:-1]", [TOOLS]),
+    "sides that leave out in silence": ("kdlib/session/inputs.py", "                reports[key].leave_out(part, documents[number].source)\n", "                pass\n", ["test_records.py"]),
     "left out in silence": ("kdlib/data/corpus.py", "                report.leave_out(part, name)\n", "                pass\n", ["test_records.py"]),
-    "empty fields are left out": ("kdlib/data/records.py", 'entry not in (None, "", [], {})', "entry is not None", ["test_records.py"]),
+    "empty fields are left out": ("kdlib/data/records.py", 'name not in is_read and value not in EMPTY', "name not in is_read and value is not None", ["test_records.py"]),
     "what is left out counted once": ("kdlib/data/records.py", "        self.left_out += other.left_out\n", "", ["test_records.py"]),
     "notes that are not shown": ("kdlib/evaluation/preview.py", "[*self.notes, \"\"] if self.notes else []", "[]", ["test_preview.py"]),
     "any number of bad records": ("kdlib/data/records.py", "if num_bad and num_bad > max_bad_records * self.num_records:", "if False:", ["test_records.py"]),
     "a large source hides a bad one": ("kdlib/data/corpus.py", "        report.check(part, max_bad_records)\n", "", ["test_records.py"]),
     "the prompt of a text learned": ("kdlib/data/tokenize.py", "starts >= document.prompt_length", "starts >= 0", ["test_records.py"]),
-    "answers in the prompt learned": ("kdlib/data/chat.py", ' and index >= prompt_length', "", ["test_records.py"]),
+    "answers in the prompt learned": ("kdlib/data/chat.py", ' and part.turn >= document.prompt_length', "", ["test_records.py"]),
     "other splits trained on": ("kdlib/data/corpus.py", " or not HELD_OUT.search(names[path])", " or True", ["test_records.py"]),
     "rejected conversations not counted": ("kdlib/session/inputs.py", "reports[key].reject(problem, documents[number].source)", "pass", ["test_records.py"]),
     "the report is silent about skipped records": ("kdlib/report/report.html.j2", "{% if report.skipped %}", "{% if false %}", ["test_records.py"]),

@@ -634,7 +634,7 @@ def test_the_ordinary_case_takes_two_renderings(monkeypatch):
         monkeypatch.setattr(
             tokenizer, "apply_chat_template", lambda *given, real=real, **how: rendered.append(1) or real(*given, **how)
         )
-        chat.locate_contents(CONVERSATIONS["ten turns"], tokenizer)
+        chat.locate_contents(Document("", CONVERSATIONS["ten turns"]), tokenizer)
     assert len(rendered) == 2 * (len(TEMPLATES) - 1)
 
 
@@ -672,7 +672,8 @@ def test_a_fixed_date_changes_nothing_else(start):
         start + "{{ strftime_now('%d.%m.%Y %A %-d %j %% at') }}{% if strftime_now is defined %}!{% endif %}" + CHATML
     )
     tokenizer = wrap_tokenizer(template, [], [], "byte_level").tokenizer
-    text, _ = chat.locate_contents(CONVERSATIONS["plain"], tokenizer, 0, chat.Rendering(date=clock.today()))
+    document = Document("", CONVERSATIONS["plain"])
+    text = chat.locate_contents(document, tokenizer, chat.Rendering(date=clock.today())).text
     assert text == tokenizer.apply_chat_template(turns_of(CONVERSATIONS["plain"]), tokenize=False)
 
 

@@ -14,6 +14,7 @@ from kdlib.align import vocab
 from kdlib.config import Config
 from kdlib.data import corpus, records, tokenize
 from kdlib.data.records import Fields
+from kdlib.evaluation import pair_report, preview
 from kdlib.session import cache_writer, inputs, session
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -122,8 +123,9 @@ UNUSABLE = {
     "an answer in the prompt only": ({"prompt": EARLIER, "completion": [USER]}, "without an answer"),
     "a blank answer": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "with a blank answer"),
     "a null content": ({"messages": [{"role": "user", "content": None}, ANSWER]}, "whose content is null, not a string"),
-    "tool calls": (
-        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, ANSWER]}, "with tool calls",
+    "a tool call without a name": (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, ANSWER]},
+        "with a tool call without a name",
     ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "with a content of type image",
@@ -404,6 +406,8 @@ def dated(settings, tmp_path):
     student.chat_template = DATED
     demo.save(model, student, tmp_path / "student")
     rows = [{"messages": [USER, {"role": "assistant", "content": f"It is {i}."}]} for i in range(60)]
+    for row in rows:
+        row["messages"][1] |= {"thinking": "Hm.", "weight": 1}
     write(tmp_path / "chat.jsonl", rows)
     changed = {"student": str(tmp_path / "student"), "dataset": str(tmp_path / "chat.jsonl"), "max_length": 100}
     return Config.from_dict(
@@ -431,6 +435,26 @@ def test_later_sessions_print_the_date_of_the_first(dated, tmp_path, monkeypatch
     assert files.read_json(tmp_path / "run" / "config.json")["template_date"] == "2026-02-03"
     with pytest.warns(UserWarning, match="prints the current date.* set template_date"):
         next(cache_writer.cache_teacher(dated, tmp_path / "cache"))
+
+
+def test_what_templates_leave_out_is_in_the_reports_of_a_run(dated, tmp_path):
+    assert list(session.distill(dated, tmp_path / "run"))[-1]["kind"] == "verdict"
+    left_out = files.read_json(tmp_path / "run" / "data.json")["dataset"]["left_out"]
+    sides = [f"reasoning_content (not in the {side}'s chat template)" for side in ("student", "teacher")]
+    assert {part: entry["count"] for part, entry in left_out.items()} == dict.fromkeys(
+        ["the message field weight", *sides], 60
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Left out of dataset: the message field weight in 60 records; " in page
+    shown = preview.preview(dated, 1).notes
+    assert f"; {sides[0]} in 50 records (first: {tmp_path / 'chat.jsonl'} line 1); " in shown[0]
+    findings = [finding for finding in doctor_findings(dated) if finding.name == "dataset"]
+    assert sides[1] in findings[0].meaning and "check that the student" in findings[0].remedy
+
+
+def doctor_findings(config):
+    loaded = inputs.load(config)
+    return [pair_report._data(key, report) for key, report in loaded.reports.items()]
 
 
 def test_a_run_whose_templates_print_no_date_stores_none(settings, tmp_path):

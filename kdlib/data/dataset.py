@@ -23,7 +23,7 @@ from kdlib.data import chat, tokenize, windowing
 from kdlib.data.records import Document, merge_system
 from kdlib.files import read_json, write_json
 
-FORMAT = 4
+FORMAT = 5
 """Increment when `tokenize`, `chat`, `windowing`, `boundaries` or `vocab` produce different windows for the same text.
 """
 PARALLEL_CHARS, PROGRESS_CHARS, BATCH_CHARS = 1_500_000, 3_000_000, 250_000
@@ -40,10 +40,10 @@ SCHEMA = pa.schema(
     [(name, pa.list_(pa.int32())) for name in LISTS]
     + [(name, pa.list_(pa.bool_())) for name in MARKS]
     + [(name, pa.int64()) for name in NUMBERS + COUNTS]
-    + [("problem", pa.string())]
+    + [("problem", pa.string()), ("left_out", pa.string())]
 )
 DOCUMENT = pa.schema(
-    [(name, pa.large_string()) for name in ("text", "messages", "source")]
+    [(name, pa.large_string()) for name in ("text", "messages", "source", "extras", "tools")]
     + [(name, pa.int64()) for name in ("prompt_length", "number")]
 )
 """Schema of the documents file, which the tokenizing processes read."""
@@ -53,10 +53,11 @@ class WindowDataset(collections.abc.Sequence):
     """Sequence of `windowing.Window`s backed by an Arrow table; a window is built on access.
 
     `problems` says why documents have no window, by index, and `problem_lengths` counts their tokens. Their rows in the
-    table are no windows.
+    table are no windows. `left_out` names parts of documents that a chat template leaves out, by index.
     """
 
     def __init__(self, table):
+        self.left_out = _left_out(table)
         self.problems, self.problem_lengths, table = _split_problems(table)
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
@@ -125,6 +126,14 @@ def _split_problems(table):
     return problems, lengths, pa.concat_tables([table.slice(start + 1, stop - start - 1) for start, stop in edges])
 
 
+def _left_out(table):
+    """Returns `{document: [part, ...]}` of the documents of which a chat template leaves something out."""
+    if "left_out" not in table.column_names or table["left_out"].null_count == len(table):
+        return {}
+    rows = np.flatnonzero(table["left_out"].is_valid().to_numpy()).tolist()
+    return {table["document"][row].as_py(): json.loads(table["left_out"][row].as_py()) for row in rows}
+
+
 def window_lengths(windows, side="student"):
     """Returns the number of tokens of each window on one side, int64."""
     if isinstance(windows, WindowDataset):
@@ -147,9 +156,9 @@ def sample_windows(windows, num_tokens):
         total += lengths[index]
 
 
-def table_of(windows, counts=(), problems=None):
+def table_of(windows, counts=(), problems=None, left_out=None):
     """Converts windows to `{column: Arrow array}`. `counts` `[len(windows)][len(COUNTS)]`: as in COUNTS (default: zeros).
-    `problems`: why a row is no window, or None.
+    `problems`: why a row is no window, or None. `left_out`: parts that a template leaves out of a document, as JSON.
     """
     columns = {name: _lists([getattr(w, name) for w in windows], np.int32) for name in LISTS}
     for side in ("student", "teacher"):
@@ -161,7 +170,8 @@ def table_of(windows, counts=(), problems=None):
     counts = np.array(counts, np.int64).reshape(-1, len(COUNTS))
     counts = counts if len(counts) else np.zeros((len(windows), len(COUNTS)), np.int64)
     columns |= {name: pa.array(counts[:, i]) for i, name in enumerate(COUNTS)}
-    columns["problem"] = pa.array(problems or [None] * len(windows), pa.string())
+    for name, texts in (("problem", problems), ("left_out", left_out)):
+        columns[name] = pa.array(texts or [None] * len(windows), pa.string())
     return {name: columns[name] for name in SCHEMA.names}
 
 
@@ -200,7 +210,7 @@ def _key(documents, student, teacher, max_length, rendering):
         settings = (*template, *special), reader.prefix, reader.eos, reader.context
         digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), *map(repr, settings)]).encode())
     for document in documents:
-        content = document.text.encode() if not document.messages else json.dumps(document.messages).encode()
+        content = document.content.encode()
         digest.update(f"{bool(document.messages)} {document.prompt_length} {len(content)} ".encode() + content)
     return digest.hexdigest()[:32]
 
@@ -271,9 +281,11 @@ def _map_environment(num_chars, num_documents):
 
 
 def _tokenize_batch(batch, student, teacher, max_length, rendering):
-    windows, counts, problems = [], [], []
-    for text, messages, source, prompt_length, number in zip(*(batch[n] for n in DOCUMENT.names), strict=True):
-        document = Document(text, tuple(map(tuple, json.loads(messages))), source, prompt_length)
+    windows, counts, problems, left_out = [], [], [], []
+    for row in zip(*(batch[name] for name in DOCUMENT.names), strict=True):
+        text, messages, source, extras, tools, prompt_length, number = row
+        messages, extras, tools = tuple(map(tuple, json.loads(messages))), json.loads(extras), json.loads(tools)
+        document, parts = Document(text, messages, source, prompt_length, tuple(extras), tuple(tools)), []
         problem = f"without a training target in its first {max_length} tokens"
         cut, first_counts = [], [0] * len(COUNTS)
         try:
@@ -286,12 +298,19 @@ def _tokenize_batch(batch, student, teacher, max_length, rendering):
             masks = [mask for side in sides for mask in (side.faithful & side.is_text, side.is_text)]
             kept = sum(int((window.student_labels != windowing.IGNORE).sum()) for window in cut)
             num_tokens = len(student.prefix_of(document)) + len(sides[0])
+            parts = [f"{part} (not in the {name}'s chat template)" for name, part in _left_out_of(sides)]
             num_cut = int(sides[0].learn.sum()) - kept if document.messages else 0
             first_counts = [*(int(mask.sum()) for mask in masks), num_cut, num_tokens]
         windows += cut or [windowing.empty(number)]
         counts += [first_counts] + [[0] * len(COUNTS)] * (len(cut) - 1)
         problems += [None] * len(cut) or [problem]
-    return pa.table(table_of(windows, counts, problems), SCHEMA)
+        left_out += [json.dumps(parts) if parts else None] + [None] * (len(cut) - 1)
+    return pa.table(table_of(windows, counts, problems, left_out), SCHEMA)
+
+
+def _left_out_of(sides):
+    """Returns `(side, part)` of what each side's template leaves out."""
+    return [(name, part) for name, side in zip(("student", "teacher"), sides, strict=True) for part in side.left_out]
 
 
 def _encode_both(document, readers, rendering):
@@ -325,6 +344,8 @@ def _document_columns(batch):
         "text": [document.text for _, document in batch],
         "messages": [json.dumps(document.messages) for _, document in batch],
         "source": [document.source for _, document in batch],
+        "extras": [json.dumps(document.extras) for _, document in batch],
+        "tools": [json.dumps(document.tools) for _, document in batch],
         "prompt_length": [document.prompt_length for _, document in batch],
         "number": [number for number, _ in batch],
     }

@@ -31,7 +31,11 @@ PAIRS = {
 }
 """Fields of one question and its answer: the last one is the answer, the others form the question."""
 READ_FIELDS = {"role", "content", "from", "value"}
-"""Message fields that are read. Others are counted as left out, unless they are null or empty."""
+NAME_FIELDS = ("name", "tool_call_id")
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Message fields that are read: of THOUGHT_FIELDS the first one with text, and `tool_calls`. Others are counted as left
+out, unless they are null or empty."""
+EMPTY = (None, "", [], {})
 EXAMPLES = 3
 """Records that are named for each reason why records, or parts of them, are not used."""
 MAX_REASONS = 5
@@ -42,6 +46,9 @@ MAX_REASONS = 5
 class Document:
     """A text, or a conversation: then `messages` is a tuple of (role, content) and `text` is empty.
 
+    `extras` has one dict per message, or is empty: `reasoning_content`, `tool_calls`, `name` and `tool_call_id`, as chat
+    templates read them. `tools` are JSON schemas.
+
     `prompt_length`: the characters of the text, or the messages, that come before the training targets. `source` names
     file and record, for error messages, and is no part of a document's identity.
     `left_out` names the parts of the record that are not read.
@@ -51,13 +58,20 @@ class Document:
     messages: tuple = ()
     source: str = dataclasses.field(default="", compare=False, repr=False)
     prompt_length: int = 0
+    extras: tuple = dataclasses.field(default=(), repr=False)
+    tools: tuple = dataclasses.field(default=(), repr=False)
     left_out: tuple = dataclasses.field(default=(), compare=False, repr=False)
+
+    @property
+    def content(self):
+        """The text, or the conversation as JSON."""
+        has_more = self.extras or self.tools
+        return self.text or json.dumps([self.messages, self.extras, self.tools] if has_more else self.messages)
 
     @property
     def key(self):
         """Hash of the content, as a number in [0, 1)."""
-        content = self.text or json.dumps(self.messages)
-        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6], "big") / 2**48
+        return int.from_bytes(hashlib.sha256(self.content.encode()).digest()[:6], "big") / 2**48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +92,8 @@ def merge_system(document):
         return None
     (_, system), (_, user), *rest = document.messages
     messages = (("user", f"{system}\n\n{user}" if system.strip() else user), *rest)
-    return dataclasses.replace(document, messages=messages, prompt_length=max(0, document.prompt_length - 1))
+    changes = {"messages": messages, "prompt_length": max(0, document.prompt_length - 1)}
+    return dataclasses.replace(document, **changes, extras=document.extras[1:])
 
 
 class Message(typing.NamedTuple):
@@ -86,6 +101,7 @@ class Message(typing.NamedTuple):
 
     role: str
     content: str
+    extras: dict = {}  # noqa: RUF012 - never changed
     unread: tuple = ()
 
 
@@ -195,9 +211,11 @@ def to_document(row, fields, source):
     if not isinstance(row, dict):
         raise UnusableRecord(f"not an object with fields but a {type(row).__name__}")
     form, document = _convert(row, fields)
+    tools = _tools(row.get("tools")) if document.messages else ()
+    left_out = (*document.left_out, *(("tools",) if row.get("tools") and not tools else ()))
+    document = dataclasses.replace(document, source=source, tools=tools, left_out=left_out)
     _check_characters(document)
-    tools = ("tools",) if row.get("tools") else ()
-    return form, dataclasses.replace(document, source=source, left_out=(*document.left_out, *tools))
+    return form, document
 
 
 def _convert(row, fields):
@@ -280,7 +298,9 @@ def _conversation(messages, row, prompt_length=0):
         raise UnusableRecord("without an answer (role assistant)")
     unread = dict.fromkeys(name for message in messages for name in message.unread)
     left_out = tuple(f"the message field {name}" for name in unread)
-    return Document("", tuple(message[:2] for message in messages), "", prompt_length, left_out)
+    extras = tuple(message.extras for message in messages) if any(message.extras for message in messages) else ()
+    pairs = tuple(message[:2] for message in messages)
+    return Document("", pairs, prompt_length=prompt_length, extras=extras, left_out=left_out)
 
 
 def _messages(value):
@@ -303,18 +323,71 @@ def _message(message):
         role, content = ROLES.get(str(message["from"])), message.get("value")
         if role is None:
             raise UnusableRecord(f"with a message from {message['from']!r}")
-    if message.get("tool_calls"):
-        raise UnusableRecord("with tool calls")
+    extras, unread = _extras(message)
+    if content is None and "tool_calls" in extras:
+        content = ""
     if isinstance(content, list):
         content = _join_parts(content)
     if not isinstance(role, str):
         raise UnusableRecord("with a message without a role")
     if not isinstance(content, str):
         raise UnusableRecord(f"with a message whose content is {_kind(content)}, not a string")
-    if role == "assistant" and not content.strip():
+    if role == "assistant" and not content.strip() and "tool_calls" not in extras:
         raise UnusableRecord("with a blank answer")
-    unread = (name for name, entry in message.items() if name not in READ_FIELDS and entry not in (None, "", [], {}))
-    return Message(role, content, tuple(unread))
+    return Message(role, content, extras, unread)
+
+
+def _extras(message):
+    """Returns `(fields beside role and content, as chat templates read them; names of fields that are not read)`."""
+    texts = {name: value for name, value in message.items() if isinstance(value, str) and value.strip()}
+    extras = {name: texts[name] for name in NAME_FIELDS if name in texts}
+    thought = next((name for name in THOUGHT_FIELDS if name in texts), None)
+    if thought:
+        extras[THOUGHT_FIELDS[0]] = texts[thought]
+    if message.get("tool_calls"):
+        extras["tool_calls"] = _tool_calls(message["tool_calls"])
+    is_read = {*READ_FIELDS, *extras} - {THOUGHT_FIELDS[0]} | {thought}
+    return extras, tuple(name for name, value in message.items() if name not in is_read and value not in EMPTY)
+
+
+def _tool_calls(value):
+    """Returns tool calls, or their JSON, in the form that chat templates read: with a function and its arguments."""
+    value, calls = _parse(value), []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UnusableRecord("with a tool call without a name")
+        arguments = function.get("arguments") or {}
+        parsed = _parse(arguments)
+        arguments = _without_nulls(arguments) if isinstance(arguments, dict) else parsed
+        form = {"type": "function", **call} if "function" in call else {"id": call.get("id"), "type": "function"}
+        form["function"] = {"name": function["name"], "arguments": arguments}
+        calls.append({name: value for name, value in form.items() if value is not None})
+    return calls
+
+
+def _tools(value):
+    """Returns JSON schemas of tools, or of their JSON, as a tuple; empty if they are anything else."""
+    value = _parse(value)
+    is_valid = isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+    return tuple(_without_nulls(value)) if is_valid else ()
+
+
+def _parse(value):
+    """Parses a string of JSON. Returns other values unchanged."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _without_nulls(value):
+    """Returns a JSON value without the null fields of its objects, which tables add."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _join_parts(parts):
@@ -335,6 +408,7 @@ def _kind(value):
 def _check_characters(document):
     """Raises `UnusableRecord` for a lone surrogate, which tokenizers reject."""
     try:
-        "".join((document.text, *(content for _, content in document.messages))).encode()
+        extras = json.dumps([document.extras, document.tools], ensure_ascii=False, default=str)
+        "".join((document.text, *(content for _, content in document.messages), extras)).encode()
     except UnicodeEncodeError as error:
         raise UnusableRecord(f"with the lone surrogate \\u{ord(error.object[error.start]):04x}") from None

@@ -53,12 +53,15 @@ class Encoded:
     lengths: np.ndarray
     is_text: np.ndarray
     learn: np.ndarray
+    left_out: tuple = ()
+    """Names of what the chat template leaves out of the document."""
 
     def __len__(self):
         return len(self.ids)
 
     def cut(self, start, end):
-        return Encoded(*(getattr(self, field.name)[start:end] for field in dataclasses.fields(self)))
+        names = [field.name for field in dataclasses.fields(self) if field.name != "left_out"]
+        return Encoded(*(getattr(self, name)[start:end] for name in names), self.left_out)
 
 
 def wrap_tokenizer(tokenizer, vocabulary, context=0):
@@ -122,9 +125,10 @@ def encode(document, reader, rendering=chat.Rendering()):  # noqa: B008 - frozen
 
     A conversation is rendered with the tokenizer's own chat template and tokenized as one string, so its ids equal
     those of `apply_chat_template`. Only contents are text; in the shared byte count they follow each other with one
-    byte between. Targets are answers (role `assistant`) and the template text after them, up to the last special token
-    of their turn. In a text, a token is a target unless it begins in the prompt (`Document.prompt_length`). Raises
-    `chat.RejectedConversation` with the record's name.
+    byte between. Targets are answers (role `assistant`), their thoughts and tool calls, and the template text after them,
+    up to the last special token of their turn. Tool calls and template text around thoughts are not shared. In a text, a
+    token is a target unless it begins in the prompt (`Document.prompt_length`). Raises `chat.RejectedConversation` with
+    the record's name.
     """
     if document.messages:
         return _encode_chat(document, reader, rendering)
@@ -140,14 +144,20 @@ def encode(document, reader, rendering=chat.Rendering()):  # noqa: B008 - frozen
 
 def _encode_chat(document, reader, rendering):
     try:
-        text, contents = chat.locate_contents(document.messages, reader.tokenizer, document.prompt_length, rendering)
+        rendered = chat.locate_contents(document, reader.tokenizer, rendering)
     except chat.RejectedConversation as error:
         raise chat.RejectedConversation(error.reason, document.source) from None
+    text, contents = rendered.text, rendered.contents
     tokens = chat.tokenize(text, contents, reader)
     _check_rows(tokens.ids, document, reader)
-    encoded = Encoded(tokens.ids, *(np.zeros(len(tokens.ids), kind) for kind in (int, bool, bool, int, bool, bool)))
+    arrays = (np.zeros(len(tokens.ids), kind) for kind in (int, bool, bool, int, bool, bool))
+    encoded = Encoded(tokens.ids, *arrays, rendered.left_out)
     for content in contents:
         _encode_content(encoded, tokens, content, text, reader)
+    for target in rendered.targets:
+        first, after = np.searchsorted(tokens.starts, target.start), np.searchsorted(tokens.ends, target.end, "right")
+        encoded.learn[first:after] = True
+        _learn_turn_end(encoded, tokens, after, target.turn_end, text, reader)
     return encoded
 
 
@@ -174,8 +184,13 @@ def _encode_content(encoded, tokens, content, text, reader):
         encoded.boundary[run], encoded.faithful[run] = spans.boundary, spans.faithful
         encoded.faithful[first] &= not num_blanks
         encoded.is_text[run], encoded.learn[run] = True, content.is_answer
+    _learn_turn_end(encoded, tokens, after, content.turn_end, text, reader)
+
+
+def _learn_turn_end(encoded, tokens, after, turn_end, text, reader):
+    """Makes the tokens from `after` to the last special token of the turn targets."""
     special, added = reader.special_ids
-    tail = _turn_tail(tokens, after, content.turn_end, text)
+    tail = _turn_tail(tokens, after, turn_end, text)
     ends = [i for i in tail if tokens.ids[i] in special] or [i for i in tail if tokens.ids[i] in added]
     if ends:
         encoded.learn[after : ends[-1] + 1] = True

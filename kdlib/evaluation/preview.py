@@ -68,8 +68,11 @@ def preview(config, count=3):
     """Returns a `Preview` of the first `count` documents that have a window. Loads the tokenizers, but no models."""
     documents, readers = corpus.documents_of(config), load_readers(config)
     report, documents = documents.report, documents[:MAX_DOCUMENTS]
-    first_windows = {}
-    for window in build_windows(documents, *readers, config.max_length, chat.Rendering.of(config)):
+    first_windows, windows = {}, build_windows(documents, *readers, config.max_length, chat.Rendering.of(config))
+    for number, parts in windows.left_out.items():
+        for part in parts:
+            report.leave_out(part, documents[number].source)
+    for window in windows:
         first_windows.setdefault(window.document, window)
     examples = (
         Example(

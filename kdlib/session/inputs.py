@@ -294,6 +294,9 @@ def _report_unused(reports, config, splits):
         for number, problem in windows.problems.items():
             if key in reports:
                 reports[key].reject(problem, documents[number].source)
+        for number, parts in windows.left_out.items():
+            for part in parts if key in reports else ():
+                reports[key].leave_out(part, documents[number].source)
         if not index and key in reports:
             reports[key].cut = _cut_note(windows, config)
     for key, report in reports.items():
