@@ -392,7 +392,7 @@ def test_parts_that_are_not_read_are_counted_and_named(tmp_path):
     assert len(left_out["the message field lang"]["examples"]) == records.EXAMPLES
     many = [{"messages": [USER, {**ANSWER, **{f"field{i}": 1 for i in range(7)}}]}]
     (line,) = corpus.read_documents(write(tmp_path / "c.jsonl", many)).report.unused_lines()
-    assert line.count("in 1 record (first: ") == records.MAX_REASONS and line.endswith("; 2 other parts.")
+    assert line.count("in 1 record (first: ") == records.MAX_REASONS and line.endswith("; other parts (2).")
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

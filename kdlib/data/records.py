@@ -183,7 +183,7 @@ class Report:
             f"{part} in {count:,} {_noun(count)} (first: {self.examples[part][0]})"
             for part, count in parts[:MAX_REASONS]
         ]
-        texts += [f"{len(parts) - MAX_REASONS} other parts"] if len(parts) > MAX_REASONS else []
+        texts += [f"other parts ({len(parts) - MAX_REASONS})"] if len(parts) > MAX_REASONS else []
         return f"Left out: {'; '.join(texts)}." if texts else ""
 
     def to_dict(self):
