@@ -47,19 +47,17 @@ class Document:
     """A text, or a conversation: then `messages` is a tuple of (role, content) and `text` is empty.
 
     `extras` has one dict per message, or is empty: `reasoning_content`, `tool_calls`, `name` and `tool_call_id`, as chat
-    templates read them. `tools` are JSON schemas.
-
-    `prompt_length`: the characters of the text, or the messages, that come before the training targets. `source` names
-    file and record, for error messages, and is no part of a document's identity.
-    `left_out` names the parts of the record that are not read.
+    templates read them. `tools` are JSON schemas. `prompt_length`: the characters of the text, or the messages, that come
+    before the training targets. Neither `source`, which names file and record for error messages, nor `left_out`, which
+    names the parts of the record that are not read, belongs to a document's identity.
     """
 
     text: str
     messages: tuple = ()
     source: str = dataclasses.field(default="", compare=False, repr=False)
     prompt_length: int = 0
-    extras: tuple = dataclasses.field(default=(), repr=False)
-    tools: tuple = dataclasses.field(default=(), repr=False)
+    extras: tuple = ()
+    tools: tuple = ()
     left_out: tuple = dataclasses.field(default=(), compare=False, repr=False)
 
     @property

@@ -195,9 +195,8 @@ def _cast_bytes(accelerator, student, head):
     """Returns the bytes of the copies of weights in lower precision that autocast keeps, except the head's."""
     dtype = devices.compute_dtype(accelerator)
     linear = [m.weight for m in student.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
-    return sum(
-        weight.numel() * dtype.itemsize for weight in linear if weight.is_floating_point() and weight.dtype != dtype
-    )
+    linear = [weight for weight in linear if weight.is_floating_point()]  # quantised ones are not copied
+    return sum(weight.numel() * dtype.itemsize for weight in linear if weight.dtype != dtype)
 
 
 def _num_bytes(parameters):
