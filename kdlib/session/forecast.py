@@ -151,7 +151,7 @@ def teacher_passes_finding(config, passes, read_s=0.0):
         meaning = f"one pass of about {clock.format_duration(read_s)} before training; then the teacher is freed"
         return Finding("sessions", name, f"once, for {passes:.1f} epochs", "ok", meaning, number=passes)
     meaning = (
-        "with a cache one pass is enough: 0.005 to 0.016 bits per byte better in the same time, including the cache's own, "
+        "with a cache one pass is enough: 0.003 to 0.029 bits per byte better in the same time, including the cache's own, "
         "and 0.03 to 0.08 with a student from scratch (RESULTS.md)"
     )
     return Finding("sessions", name, value, "warning", meaning, "--teacher-cache auto", passes)
