@@ -27,11 +27,12 @@ TASK = {
 
 
 @pytest.mark.slow
-def test_lm_eval_reads_the_exported_student(settings, texts, tmp_path):
+@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 8}], ids=["in full", "LoRA"])
+def test_lm_eval_reads_the_exported_student(settings, texts, tmp_path, adapters):
     """A choice between how a text goes on and letters that stand in none of them: what was learned is told from chance."""
     if not (EVAL / "ready").exists():
         pytest.skip(f"no lm-eval in {EVAL}; make test-slow puts it there")
-    changes = {"control": "off", "max_steps": 60, "learning_rate": 1e-2, "batch_size": 8}
+    changes = {"control": "off", "max_steps": 60, "learning_rate": 1e-2, "batch_size": 8, **adapters}
     list(distill(Config.from_dict({**settings, **changes}), tmp_path / "run"))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
