@@ -89,7 +89,7 @@ def test_modules_of_a_package_import_each_other_without_a_circle():
 
 
 def test_nothing_in_the_library_imports_the_embedded_default():
-    assert {name for name, source in sources().items() if "demo" in modules_imported(source)} == {"cli", "self_checks"}
+    assert {name for name, source in sources().items() if "demo" in modules_imported(source)} == {"cli", "self_test"}
 
 
 @pytest.mark.parametrize("room", sorted(STANDARD_LIBRARY_ONLY))

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from kdlib import cli, demo, doctor, files, machine, memory, self_checks, self_test
+from kdlib import cli, demo, doctor, files, machine, memory, self_test
 from kdlib.models import devices, forward, loading
 from kdlib.report.findings import Finding
 from kdlib.session import cache_writer, session
@@ -54,7 +54,7 @@ def bench(request, tmp_path, monkeypatch):
 
 
 def stand_in(tmp_path, monkeypatch, cuda):
-    made = self_checks.Bench(tmp_path, cuda, Clock())
+    made = self_test.Bench(tmp_path, cuda, Clock())
     made.reference, made.reserved = trained(), 2**30
     monkeypatch.setattr(demo, "is_ready", lambda folder: True)
     monkeypatch.setattr(demo, "prepare", lambda *_, **__: [])
@@ -70,7 +70,7 @@ def stand_in(tmp_path, monkeypatch, cuda):
 
 
 def outcome(name, bench):
-    return self_test._outcome(self_checks.CHECKS[name], bench)
+    return self_test._outcome(self_test.CHECKS[name], bench)
 
 
 def test_the_machine_fails_where_the_doctor_finds_something_wrong(bench, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_cards_memory_is_capped_until_it_runs_out_and_then_given_back(tmp_path
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": ooms[0]})
     state, text, _ = outcome("out of memory, real", bench)
     assert (state, text) == ("failed", "memory did not run out at 30% of the 1024 MiB that were reserved")
-    assert caps == [part for share in self_checks.SHARES for part in (share / 16, 1.0)]
+    assert caps == [part for share in self_test.SHARES for part in (share / 16, 1.0)]
 
     def short(found):
         def distill(config, out, clock=None):
@@ -251,10 +251,10 @@ def test_a_process_that_fails_or_takes_too_long_fails_its_check(bench, monkeypat
         ("raise ValueError('no card')", "exit status 1: ValueError: no card"),
         ("while True: pass", "timed out"),
     ):
-        monkeypatch.setattr(self_checks, "MIN_S", 1.0 if "while" in code else 60.0)
+        monkeypatch.setattr(self_test, "MIN_S", 1.0 if "while" in code else 60.0)
         bench.left_s = 0.0
-        with pytest.raises(self_checks.Failed, match=words):
-            bench._run([self_checks.sys.executable, "-c", code], ".", None)
+        with pytest.raises(self_test.Failed, match=words):
+            bench._run([self_test.sys.executable, "-c", code], ".", None)
 
 
 def test_benchmarks_on_a_processor_have_one_thread(bench, monkeypatch):
@@ -266,9 +266,9 @@ def test_benchmarks_on_a_processor_have_one_thread(bench, monkeypatch):
 
 
 def test_without_a_checkout_or_papermill_a_check_is_skipped(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr(self_checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(self_test.importlib.util, "find_spec", lambda name: None)
     assert outcome("distill notebook", bench)[:2] == ("skipped", "requires papermill and ipykernel")
-    monkeypatch.setattr(self_checks, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(self_test, "checkout", lambda: tmp_path)
     for name in ("predicted peak", "step to floor"):
         assert outcome(name, bench)[:2] == ("skipped", "benchmarks require a checkout of kdlib")
 
@@ -282,7 +282,7 @@ def broken(bench):
 
 
 def wrong(bench):
-    raise self_checks.Failed("2 is not 1")
+    raise self_test.Failed("2 is not 1")
 
 
 @pytest.fixture
