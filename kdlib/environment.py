@@ -35,6 +35,12 @@ def set_if_unset(name, value):
         os.environ[name] = value
 
 
+def first_line(error):
+    """Returns the first line of an error's message, or the name of its class if it has none."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def child_environment(**variables):
     """Returns the environment for a child process with this process's module search path, updated by `variables`."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **variables}

@@ -298,3 +298,20 @@ def test_a_model_to_which_padding_matters_is_refused(settings, monkeypatch):
         ValueError, match="LlamaForCausalLM gives other hidden states for a window in a padded batch than"
     ):
         inputs.load(Config.from_dict(settings))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("")])
+def test_a_probe_that_runs_out_of_memory_is_no_refusal_and_an_error_needs_no_message(settings, monkeypatch, error):
+    def fails(model, ids, windows, packed=False):
+        raise error
+
+    monkeypatch.setattr(forward, "last_hidden", fails)
+    model = tiny_model(byte_level())
+    with pytest.raises(
+        torch.OutOfMemoryError if str(error) else ValueError, match=r"out of memory|RuntimeError: Runtime"
+    ):
+        forward.check_padding(model, 8)
+    with pytest.raises(
+        torch.OutOfMemoryError if str(error) else ValueError, match=r"out of memory|RuntimeError: Runtime"
+    ):
+        loading.load_model(settings["student"], "student")

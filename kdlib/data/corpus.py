@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from kdlib.data.records import PAIRS, Document, Fields, Report, UnusableRecord, to_document
+from kdlib.environment import first_line
 
 TEXTS, TABLES = (".txt", ".md"), (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 SUFFIXES = TEXTS + TABLES
@@ -176,7 +177,7 @@ def _content(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     if "\0" in content:
         raise ValueError(f"{path} is not UTF-8 text (NUL at character {content.index(chr(0))}); convert it first")
     return content.replace("\r\n", "\n").replace("\r", "\n")
@@ -189,7 +190,7 @@ def _unpack(path, kind):
         try:
             return pyarrow.CompressedInputStream(file, kind).read()
         except OSError as error:
-            raise ValueError(f"{path} is not a valid {kind} file: {_first_line(error)}") from None
+            raise ValueError(f"{path} is not a valid {kind} file: {first_line(error)}") from None
 
 
 def _split_text(content):
@@ -246,7 +247,7 @@ def _load_csv(content, path, fields, delimiter):
             pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         ).to_pylist()
     except (pyarrow.ArrowException, UnicodeError) as error:
-        raise ValueError(f"{path} is not a valid table: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a valid table: {first_line(error)}") from None
 
 
 def _from_rows(rows, fields, source, report, unit="record"):
@@ -276,7 +277,7 @@ def _load_parquet(path):
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
-        raise ValueError(f"{path} is not a valid parquet file: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a valid parquet file: {first_line(error)}") from None
 
 
 def _load_arrow(path):
@@ -285,7 +286,7 @@ def _load_arrow(path):
     try:
         return datasets.Dataset.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - any failure of the loader becomes a one-line error
-        raise ValueError(f"{path} is not a valid arrow file: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a valid arrow file: {first_line(error)}") from None
 
 
 def _load_saved(path, split):
@@ -294,7 +295,7 @@ def _load_saved(path, split):
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # noqa: BLE001 - any failure of the loader becomes a one-line error
-        raise ValueError(f"{path} is not a valid saved dataset: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a valid saved dataset: {first_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(f"{path} has no split {split!r}; it has {', '.join(loaded)}; set --dataset-split")
@@ -309,9 +310,5 @@ def _load_from_hub(part, split):
     try:
         return datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # noqa: BLE001 - any failure of the loader becomes a one-line error
-        reason = f"loading it from the Hugging Face Hub failed: {_first_line(error)}"
+        reason = f"loading it from the Hugging Face Hub failed: {first_line(error)}"
         raise ValueError(f"dataset {part!r}: no such file or folder, and {reason}") from None
-
-
-def _first_line(error):
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

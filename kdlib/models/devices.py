@@ -7,6 +7,8 @@ import accelerate
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from kdlib.environment import first_line
+
 STATES = PartialState, AcceleratorState, GradientState
 """Classes in which accelerate keeps device, precision and accumulation, once per process."""
 
@@ -93,9 +95,8 @@ def bitsandbytes(key, value, default):
     try:
         import bitsandbytes as package
     except Exception as error:  # noqa: BLE001 - a build for other hardware raises various errors
-        reason = str(error).strip().splitlines()[0:1] or [type(error).__name__]
         raise ValueError(
-            f"{key} {value} needs bitsandbytes ({reason[0][:200]}): pip install bitsandbytes, or set {key} to {default}"
+            f"{key} {value} needs bitsandbytes ({first_line(error)}): pip install bitsandbytes, or set {key} to {default}"
         ) from None
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every cast
     return package

@@ -5,6 +5,8 @@ import re
 
 import torch
 
+from kdlib import memory
+from kdlib.environment import first_line
 from kdlib.losses import features
 from kdlib.models import hooks
 
@@ -41,8 +43,10 @@ def check_padding(model, length):
     try:
         batched = last_hidden(model, ids, windows)[1, :num_tokens]
         alone = last_hidden(model, ids[1:, :num_tokens], windows[1:, :num_tokens])[0]
-    except Exception as error:  # noqa: BLE001 - models that need more than text raise various errors
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{name} cannot be run on windows of {ids.shape[1]} tokens: {reason}") from None
     if not _same(batched, alone, "quantised" if getattr(model, "is_quantized", False) else model.dtype):
         raise ValueError(f"{name} gives other hidden states for a window in a padded batch than alone; not supported")

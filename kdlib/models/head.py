@@ -65,7 +65,7 @@ def _measure_transform(model):
         raise ValueError("its logits are not its output head times its last hidden state; not supported")
     largest = float(head(hidden).abs().max()) or 1.0
     found = []  # (the head's output, the model's logits) at tiny, natural and huge magnitude
-    limit = torch.finfo(hidden.dtype).max / 8 / float(hidden.abs().max())  # float16 ends at 65,504
+    limit = torch.finfo(hidden.dtype).max / 8 / (float(hidden.abs().max()) or 1.0)  # float16 ends at 65,504
     for factor in (SMALL / largest, 1.0, min(LARGE / largest, limit)):
         handle = head.register_forward_pre_hook(lambda _, args, factor=factor: (args[0] * factor, *args[1:]))
         try:

@@ -7,8 +7,10 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kdlib import memory
 from kdlib.align import vocab
 from kdlib.data import tokenize
+from kdlib.environment import first_line
 from kdlib.models import devices, lora
 from kdlib.models.head import logits_transform
 
@@ -22,7 +24,7 @@ def load_tokenizer(source, role):
         has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source if has_tokenizer else lora.base_model(source))
     except Exception as error:  # noqa: BLE001 - any error of the loader is one of the id or folder
-        raise ValueError(f"{role} {source!r}: cannot load its tokenizer: {_first_line(error)}") from None
+        raise ValueError(f"{role} {source!r}: cannot load its tokenizer: {first_line(error)}") from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):  # transformers 5.0 invents one if there is none
         raise ValueError(f"{role} {source!r}: cannot load its tokenizer: it has special tokens only")
     return tokenizer
@@ -33,7 +35,7 @@ def load_config(source, role):
     try:
         return transformers.AutoConfig.from_pretrained(lora.base_model(source))
     except Exception as error:  # noqa: BLE001
-        raise ValueError(f"{role} {str(source)!r}: cannot load its configuration: {_first_line(error)}") from None
+        raise ValueError(f"{role} {str(source)!r}: cannot load its configuration: {first_line(error)}") from None
 
 
 def load_model(source, role, dtype=torch.float32, device="cpu", quantization="none"):
@@ -58,7 +60,7 @@ def load_model(source, role, dtype=torch.float32, device="cpu", quantization="no
         )
         model = lora.with_adapters_of(source, model)
     except Exception as error:  # noqa: BLE001
-        reason = _first_line(error)
+        reason = first_line(error)
         if reason.startswith("Unrecognized configuration class"):
             reason = f"transformers has none for {type(config).__name__}"
         raise ValueError(f"{name}: cannot load it as a causal language model: {reason}") from None
@@ -70,8 +72,10 @@ def load_model(source, role, dtype=torch.float32, device="cpu", quantization="no
         logits_transform(model)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    except Exception as error:  # noqa: BLE001 - models that need more than text raise various errors
-        raise ValueError(f"{name}: cannot run it on text: {type(error).__name__}: {_first_line(error)}") from None
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            raise
+        raise ValueError(f"{name}: cannot run it on text: {type(error).__name__}: {first_line(error)}") from None
     return model if options else model.to(device)  # a quantised model is there already and cannot be moved
 
 
@@ -104,11 +108,6 @@ def load_reader(source, role, model_config=None):
             "the tokenizer belongs to another model"
         )
     return tokenize.wrap_tokenizer(tokenizer, vocabulary, getattr(model_config, "max_position_embeddings", 0) or 0)
-
-
-def _first_line(error):
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def cpu_state_dict(model):

@@ -269,7 +269,9 @@ def _check_context(pair, config):
         ids = torch.zeros(1, config.max_length, dtype=torch.long, device=pair.student.device)
         try:
             forward.last_hidden(pair.student, ids, torch.ones_like(ids))
-        except Exception:  # noqa: BLE001 - a table of positions that is too short raises various errors
+        except Exception as error:  # a table of positions that is too short raises various errors
+            if memory.is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"max_length {config.max_length} is more than the {context} positions that the student {config.student} "
                 f"has; set it to {context} at most"
